@@ -1,0 +1,1 @@
+"""Triton kernels for the recurrent block (torch and triton only)."""

@@ -1,0 +1,1 @@
+"""Transformers that reason by iterating a core block in latent space."""
