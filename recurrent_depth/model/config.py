@@ -1,0 +1,111 @@
+"""The architecture, as small numbers. Field names are those of the released config.json (arXiv 2502.05171)."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+SamplingScheme = Literal["poisson-lognormal-filling", "fixed"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a recurrent-depth transformer and how many recurrences it is trained for.
+
+    Args:
+        n_embd: width D.
+        n_heads: attention heads H; the head size K = n_embd / n_heads must be even.
+        intermediate_size: inner width of the gated MLP.
+        n_layers_in_prelude, n_layers_in_recurrent_block, n_layers_in_coda: blocks of each part.
+        vocab_size: rows of the (tied) embedding V.
+        block_size: longest sequence the rotary table covers, in tokens.
+        mean_recurrence: mean of the sampled depth in training; the default depth at test time.
+        mean_backprop_depth: last steps that carry gradient (k); None trains through all of them.
+        sampling_scheme: `poisson-lognormal-filling` samples the depth, `fixed` always runs `mean_recurrence`.
+        state_init: `like-init` draws the initial state in training, `zero` starts from zeros.
+    """
+
+    n_embd: int = 64
+    n_heads: int = 4
+    intermediate_size: int = 176
+    n_layers_in_prelude: int = 1
+    n_layers_in_recurrent_block: int = 1
+    n_layers_in_coda: int = 1
+    vocab_size: int = 512
+    block_size: int = 128
+    mean_recurrence: int = 8
+    mean_backprop_depth: int | None = 4
+    sampling_scheme: SamplingScheme = "poisson-lognormal-filling"
+    state_init: Literal["like-init", "zero"] = "like-init"
+    norm_eps: float = 1e-6
+    rope_base: float = 50_000.0
+    qk_bias: bool = True
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        for name in (
+            "n_embd",
+            "n_heads",
+            "intermediate_size",
+            "n_layers_in_prelude",
+            "n_layers_in_recurrent_block",
+            "n_layers_in_coda",
+            "vocab_size",
+            "block_size",
+            "mean_recurrence",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.n_embd % self.n_heads or (self.n_embd // self.n_heads) % 2:
+            raise ValueError(
+                f"model.n_embd {self.n_embd} over model.n_heads {self.n_heads} must give an even whole head size "
+                "(rotary embedding turns pairs); change one of them"
+            )
+        if self.mean_backprop_depth is not None and self.mean_backprop_depth < 1:
+            raise ValueError("model.mean_backprop_depth must be at least 1, or null for all steps")
+        if self.norm_eps <= 0 or self.rope_base <= 1:
+            raise ValueError("model.norm_eps must be positive and model.rope_base above 1")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_heads
+
+    @property
+    def effective_depth(self) -> int:
+        """Layers a token passes at the mean depth; sets the scale of the output projections at initialisation."""
+        return self.unrolled_layers(self.mean_recurrence)
+
+    @property
+    def init_std(self) -> float:
+        """Standard deviation of weights and of the initial state before its scale: sqrt(2 / (5 D))."""
+        return math.sqrt(2 / (5 * self.n_embd))
+
+    @property
+    def output_std(self) -> float:
+        return self.init_std / math.sqrt(2 * self.effective_depth)
+
+    @property
+    def embed_scale(self) -> float:
+        return math.sqrt(self.n_embd)
+
+    @property
+    def state_std(self) -> float:
+        """Standard deviation of the initial state: variance 2/5 whatever the width."""
+        return self.init_std * self.embed_scale
+
+    def unrolled_layers(self, num_steps: int) -> int:
+        core = self.n_layers_in_recurrent_block * num_steps
+        return self.n_layers_in_prelude + core + self.n_layers_in_coda
+
+
+SHAPES: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(),
+    "small": ModelConfig(
+        n_embd=768, n_heads=12, intermediate_size=2560, n_layers_in_prelude=2, n_layers_in_recurrent_block=4,
+        n_layers_in_coda=2, vocab_size=32_768, block_size=2048, mean_recurrence=16, mean_backprop_depth=8,
+    ),
+    "huginn-3.5b": ModelConfig(
+        n_embd=5280, n_heads=55, intermediate_size=17_920, n_layers_in_prelude=2, n_layers_in_recurrent_block=4,
+        n_layers_in_coda=2, vocab_size=65_536, block_size=4096, mean_recurrence=32, mean_backprop_depth=8,
+    ),
+}  # fmt: skip
+"""Named shapes: `tiny` trains on a CPU in minutes, `small` on one GPU, `huginn-3.5b` is the published model."""

@@ -1,0 +1,75 @@
+"""The element-wise operations of a block, behind one dispatch.
+
+A block never asks which implementation runs: it holds an `Ops`. Each function accumulates in fp32 and rounds
+once, to the dtype of its input.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., D], weight [D] -> [..., D]: x / sqrt(mean(x²) + eps) * weight, computed in fp32 (or fp64)."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * weight).to(x.dtype)
+
+
+def add_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """rms_norm(residual + branch): the sandwich norm wraps the residual sum (arXiv 2502.05171, section 3.2)."""
+    return rms_norm(residual + branch, weight, eps)
+
+
+def add_norm_norm(
+    residual: Tensor, branch: Tensor, weight_a: Tensor, weight_b: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """a = rms_norm(residual + branch, weight_a) and b = rms_norm(a, weight_b), both [..., D]."""
+    a = add_norm(residual, branch, weight_a, eps)
+    return a, rms_norm(a, weight_b, eps)
+
+
+def bias_rope(
+    qkv: Tensor, qk_bias: Tensor | None, cos: Tensor, sin: Tensor, n_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split, add the q/k bias, rotate interleaved pairs.
+
+    qkv [B, T, 3*H*K], qk_bias [2, 1, H, K] or None, cos and sin [B or 1, T, K] in fp32, where `sin` carries the
+    sign of its pair (-, +, -, +, ...). Returns q, k, v, each [B, H, T, K]. Written as p*cos + flip(p)*sin, which a
+    compiler fuses into one kernel.
+    """
+    B, T, _ = qkv.shape
+    q, k, v = qkv.view(B, T, 3, n_heads, -1).unbind(2)
+    if qk_bias is not None:
+        q, k = q + qk_bias[0], k + qk_bias[1]
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _rotate(p: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    flipped = p.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (p * cos + flipped * sin).to(p.dtype)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """gate_up [..., 2I] -> [..., I]: silu(first half) * second half."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One implementation of every operation that a block calls."""
+
+    rms_norm: Callable[..., Tensor] = rms_norm
+    add_norm: Callable[..., Tensor] = add_norm
+    add_norm_norm: Callable[..., tuple[Tensor, Tensor]] = add_norm_norm
+    bias_rope: Callable[..., tuple[Tensor, Tensor, Tensor]] = bias_rope
+    swiglu: Callable[[Tensor], Tensor] = swiglu
+
+
+TORCH_OPS = Ops()

@@ -1,0 +1,112 @@
+"""How deep to think, and the loop that does it.
+
+Shapes: B batch, T tokens, D width, R steps.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from recurrent_depth.model.attention import Attend
+from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.layers import Rotary, SandwichBlock
+from recurrent_depth.model.random import DEPTH_STREAM, generator
+
+NumSteps = int | tuple[int, int]
+"""Steps of the core: an int (all carry gradient), or (steps without gradient, steps with)."""
+
+Adapt = Callable[[Tensor, Tensor], Tensor]
+"""(state [B, T, D], injection [B, T, D]) -> input of the first core block [B, T, D]"""
+
+OnStep = Callable[[int, Tensor], bool | None]
+"""Called with (steps done, state) after every step; returning True ends the loop."""
+
+Checkpointing = Literal["none", "step", "block"]
+
+DEPTH_SIGMA = 0.5
+
+
+def split_steps(num_steps: NumSteps) -> tuple[int, int]:
+    """(without, with) gradient, checked."""
+    without, with_gradient = (0, num_steps) if isinstance(num_steps, int) else num_steps
+    if without < 0 or with_gradient < 0 or without + with_gradient < 1:
+        raise ValueError(
+            f"num_steps is {num_steps}; it must be at least 1 (or a pair of counts with a sum of at least 1)"
+        )
+    return without, with_gradient
+
+
+def sample_depth(
+    config: ModelConfig, *, seed: int, step: int, micro_step: int, mean: int | None = None
+) -> tuple[int, int]:
+    """Steps (without gradient, with gradient) of one micro-step: a pure function of its arguments, equal on all ranks.
+
+    Log-normal Poisson (arXiv 2502.05171, section 3.3): tau ~ Normal(log m - sigma²/2, sigma), m = max(mean, k),
+    r ~ Poisson(exp tau) + 1; the last k steps carry gradient. `mean` overrides the config's, for a depth curriculum.
+    """
+    mean = config.mean_recurrence if mean is None else mean
+    k = config.mean_backprop_depth
+    if config.sampling_scheme == "fixed":
+        total = mean
+    else:
+        rng = generator(seed, DEPTH_STREAM, step, micro_step)
+        center = math.log(max(mean, k or 1)) - DEPTH_SIGMA**2 / 2
+        total = int(rng.poisson(math.exp(rng.normal(center, DEPTH_SIGMA)))) + 1
+    with_gradient = total if k is None else min(k, total)
+    return total - with_gradient, with_gradient
+
+
+class RecurrentCore(nn.ModuleList):
+    """The core blocks and the loop over them. One module, so that sharding gathers its weights once for all steps.
+
+    `activation_checkpointing` recomputes whole steps or single blocks in the backward pass.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(SandwichBlock(config) for _ in range(config.n_layers_in_recurrent_block))
+        self.activation_checkpointing: Checkpointing = "none"
+
+    def forward(
+        self,
+        state: Tensor,
+        injection: Tensor,
+        adapt: Adapt,
+        num_steps: NumSteps,
+        rotary: Rotary,
+        attend: Attend,
+        first_slot: int = 0,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Run the loop from `state` [B, T, D]; `injection` [B, T, D] enters at every step. Returns the last state.
+
+        Memory does not grow with the steps without gradient. `first_slot` is the cache slot of the first block.
+        """
+        without, with_gradient = split_steps(num_steps)
+        for step in range(without + with_gradient):
+            slot = first_slot + step * len(self)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and step >= without):
+                state = self._checkpointed_step(state, injection, adapt, rotary, attend, slot)
+            if on_step is not None and on_step(step + 1, state):
+                break
+        return state
+
+    def _checkpointed_step(self, state: Tensor, *args: Any) -> Tensor:
+        if self.activation_checkpointing == "step" and torch.is_grad_enabled():
+            return checkpoint(self.step, state, *args, use_reentrant=False)
+        return self.step(state, *args)
+
+    def step(
+        self, state: Tensor, injection: Tensor, adapt: Adapt, rotary: Rotary, attend: Attend, first_slot: int
+    ) -> Tensor:
+        """One recurrence: s_i = core(adapter([s_{i-1}; e])). [B, T, D] -> [B, T, D]."""
+        x = adapt(state, injection)
+        for offset, block in enumerate(self):
+            if self.activation_checkpointing == "block" and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, attend, first_slot + offset, use_reentrant=False)
+            else:
+                x = block(x, rotary, attend, first_slot + offset)
+        return x

@@ -1,0 +1,207 @@
+"""The model: prelude, recurrent core, coda (arXiv 2502.05171). Free of transformers, files and processes.
+
+Shapes: B batch, T tokens, D width, R steps, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recurrent_depth.model.attention import Attend, Cache, attention_for
+from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.layers import RMSNorm, Rotary, SandwichBlock, rotary_at, rotary_table
+from recurrent_depth.model.loss import linear_cross_entropy, shift_labels, valid_targets, wide
+from recurrent_depth.model.random import named_generator
+from recurrent_depth.model.recurrence import Adapt, NumSteps, OnStep, RecurrentCore
+
+
+class Transformer(nn.Module):
+    """Everything below the head, shared by the training model and the transformers class."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_scale = config.embed_scale
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.prelude = nn.ModuleList(SandwichBlock(config) for _ in range(config.n_layers_in_prelude))
+        self.adapter = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
+        self.core_block = RecurrentCore(config)
+        self.coda = nn.ModuleList(SandwichBlock(config) for _ in range(config.n_layers_in_coda))
+        self.ln_f = RMSNorm(config.n_embd, config.norm_eps)
+
+    # Cache slots: [prelude | coda | core step 0 | core step 1 | ...], so that depth may vary without moving the coda.
+    @property
+    def first_core_slot(self) -> int:
+        return len(self.prelude) + len(self.coda)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """input_ids [B, T] -> scaled embeddings [B, T, D]."""
+        return self.wte(input_ids) * self.embed_scale
+
+    def read(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        """Prelude: embeddings [B, T, D] -> e [B, T, D]."""
+        for slot, block in enumerate(self.prelude):
+            x = block(x, rotary, attend, slot)
+        return x
+
+    def injection(self, e: Tensor) -> tuple[Tensor, Adapt]:
+        """What enters the core at every step, and the function that adds it to the state.
+
+        adapter([s; e]) = s W_sᵀ + e W_eᵀ, and e does not change: the second product is made once. An adapter that was
+        replaced (LoRA, quantised) keeps the concatenation, so that its own forward runs.
+        """
+        if type(self.adapter) is not nn.Linear:
+            return e, self._concatenate
+        state_weight, input_weight = self.adapter.weight.split(e.shape[-1], dim=1)
+        return F.linear(e, input_weight), lambda state, injected: F.linear(state, state_weight) + injected
+
+    def _concatenate(self, state: Tensor, e: Tensor) -> Tensor:
+        return self.adapter(torch.cat([state, e], dim=-1))
+
+    def think(
+        self,
+        state: Tensor,
+        e: Tensor,
+        num_steps: NumSteps,
+        rotary: Rotary,
+        attend: Attend,
+        first_step: int = 0,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Iterate the core from `state` [B, T, D]; `first_step` says how many steps that state has already had."""
+        injected, adapt = self.injection(e)
+        first_slot = self.first_core_slot + first_step * len(self.core_block)
+        return self.core_block(state, injected, adapt, num_steps, rotary, attend, first_slot, on_step)
+
+    def write(self, state: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        """Coda: state [B, T, D] -> hidden [B, T, D] for the head. `ln_f` is used on both sides of it."""
+        x = self.ln_f(state)
+        for offset, block in enumerate(self.coda):
+            x = block(x, rotary, attend, len(self.prelude) + offset)
+        return self.ln_f(x)
+
+
+@dataclass
+class ModelOutput:
+    """What a forward pass returns.
+
+    Attributes:
+        logits: [B, T, V] in fp32; None where only the loss was asked for.
+        loss: mean over valid labels (`labels`), or sum over valid targets (`targets`); None without either.
+        state: s_R [B, T, D], before ln_f.
+        states: the state after every step, R tensors [B, T, D], if asked for.
+    """
+
+    logits: Tensor | None
+    loss: Tensor | None
+    state: Tensor
+    states: list[Tensor] | None = None
+
+
+class RecurrentDepthModel(nn.Module):
+    """A recurrent-depth transformer with its language-model head."""
+
+    freqs_cis: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+        self.register_buffer("freqs_cis", rotary_table(config))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        num_steps: NumSteps | None = None,
+        input_states: Tensor | None = None,
+        labels: Tensor | None = None,
+        targets: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        return_states: bool = False,
+        loss_chunk_size: int | None = None,
+    ) -> ModelOutput:
+        """Run the model.
+
+        Args:
+            input_ids: [B, T].
+            num_steps: steps of the core, an int, or (without, with) gradient; default: the config's mean_recurrence.
+            input_states: initial state [B, T, D]; default zeros.
+            labels: [B, T], shifted here, -100 ignored; the loss is their mean.
+            targets: [B, T], aligned already, -100 ignored; the loss is their sum and no logits are returned.
+            attention_mask: [B, S], nonzero where a token is real, cached columns included.
+            position_ids: [B or 1, T]; default: from the mask where there is one, else counted on from the cache.
+            document_ids: [B, T]; tokens see only their own document.
+            cache: holds the keys and values of earlier tokens and takes those of this pass.
+            return_states: keep the state after every step.
+            loss_chunk_size: with `targets`, tokens whose logits exist at one time.
+        """
+        past = cache.length() if cache is not None else 0
+        if past + input_ids.shape[1] > self.config.block_size and position_ids is None:
+            raise ValueError(
+                f"{past + input_ids.shape[1]} tokens exceed model.block_size {self.config.block_size}; "
+                "shorten the input or use a model with a longer block_size"
+            )
+        rotary = rotary_at(self.freqs_cis, self._positions(input_ids, past, attention_mask, position_ids))
+        attend = attention_for(
+            input_ids.shape[1], attention_mask=attention_mask, document_ids=document_ids, cache=cache
+        )
+        e = self.transformer.read(self.transformer.embed(input_ids), rotary, attend)
+        state = torch.zeros_like(e) if input_states is None else input_states.to(e.dtype)
+        states: list[Tensor] | None = [] if return_states else None
+        record = None if states is None else lambda step, s: states.append(s)
+        steps = self.config.mean_recurrence if num_steps is None else num_steps
+        state = self.transformer.think(state, e, steps, rotary, attend, on_step=record)
+        hidden = self.transformer.write(state, rotary, attend)
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
+        if targets is not None:
+            loss = linear_cross_entropy(hidden, self.lm_head.weight, targets, loss_chunk_size)
+            return ModelOutput(None, loss, state, states)
+        logits = wide(self.lm_head(hidden))
+        return ModelOutput(logits, _labels_loss(logits, labels), state, states)
+
+    @staticmethod
+    def _positions(input_ids: Tensor, past: int, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        if position_ids is not None:
+            return position_ids
+        T = input_ids.shape[1]
+        if mask is not None:
+            return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
+        return torch.arange(past, past + T, device=input_ids.device)[None]
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw every weight from (seed, its name), so that sharded and whole models begin equal."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(initial_value(name, parameter.shape, self.config, seed))
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+
+def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """The initial value of one parameter, whole, on the CPU in fp32 (arXiv 2502.05171, section 4.2)."""
+    if "norm_" in name or "ln_f" in name:
+        return torch.ones(shape)
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    std = config.output_std if name.endswith("proj.weight") else config.init_std
+    value = torch.empty(shape)
+    return nn.init.trunc_normal_(value, std=std, a=-3 * std, b=3 * std, generator=named_generator(seed, name))
+
+
+def _labels_loss(logits: Tensor, labels: Tensor | None) -> Tensor | None:
+    if labels is None:
+        return None
+    targets = shift_labels(labels)
+    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return total / valid_targets(targets).clamp(min=1)
