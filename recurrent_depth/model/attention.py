@@ -89,7 +89,7 @@ def _mask(query_length: int, past: int, attention_mask: Tensor | None) -> Tensor
 
 
 def _documents(document_ids: Tensor) -> Attend:
-    """Causal attention within documents: flex attention on a GPU, a dense mask on a CPU (where flex has no backward)."""
+    """Causal attention within documents: flex on a GPU; a dense mask on a CPU, where flex has no backward."""
     if document_ids.is_cuda:
         return _flex_documents(document_ids)
     T = document_ids.shape[1]

@@ -14,9 +14,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_
         hidden: [B, T, D].
         weight: [V, D].
         targets: [B, T], aligned with `hidden` (nothing is shifted here).
-        chunk_size: tokens whose logits exist at one time; None: all of them. Chunks are recomputed in the backward pass.
+        chunk_size: tokens whose logits exist at one time, recomputed in the backward pass; None: all.
 
-    Returns a scalar in fp32 (fp64 for fp64 input). Divide by `valid_targets(targets)`, summed over ranks, for a mean.
+    Returns a scalar in fp32 (fp64 for fp64 input). For a mean divide by `valid_targets`, summed over ranks.
     """
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
     if chunk_size is None or len(targets) <= chunk_size:
