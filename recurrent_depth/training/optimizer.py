@@ -1,0 +1,150 @@
+"""Optimizers and the learning-rate schedule."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How weights move.
+
+    Args:
+        name: `adamw` (torch's) or `huginn` (arXiv 2502.05171, section 4.3: atan2 form, no epsilon, update clipping).
+        lr: peak learning rate.
+        weight_decay: decay of matrices; none on norms and biases. For `huginn` it is not multiplied by lr, but by
+            lr / peak lr.
+        gradient_clip: largest global gradient norm.
+        warmup_steps: linear warm-up.
+        cooldown_steps: linear decay to 0 over the last steps of the run; 0 for none.
+    """
+
+    name: Literal["adamw", "huginn"] = "huginn"
+    lr: float = 4e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 4e-5
+    gradient_clip: float = 1.0
+    warmup_steps: int = 4096
+    cooldown_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"optimizer.lr is {self.lr}; it must be positive")
+        if self.gradient_clip <= 0:
+            raise ValueError("optimizer.gradient_clip must be positive; use .inf for no clipping")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas is {self.betas}; each must lie in [0, 1)")
+        if self.weight_decay < 0 or self.warmup_steps < 0 or self.cooldown_steps < 0:
+            raise ValueError(
+                "optimizer.weight_decay, optimizer.warmup_steps and optimizer.cooldown_steps must not be negative"
+            )
+
+
+class HuginnAdam(torch.optim.Optimizer):
+    """Adam as Huginn was trained with: the update is atan2(m, sqrt(v)), so it needs no epsilon and is scale-free.
+
+    Moments begin at the first gradient. The step of a tensor is divided by max(1, rms(g / sqrt(v))) (update clipping);
+    the mean runs over the whole tensor, also when it is sharded. Weights decay by (lr / peak lr) * weight_decay.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "peak_lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        moved = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for group, p in moved:
+            self._update_moments(p, group["betas"])
+        clips = self._update_clips([p for _, p in moved])
+        for (group, p), clip in zip(moved, clips.unbind(), strict=True):
+            self._move(p, group, clip)
+
+    def _update_moments(self, p: Tensor, betas: tuple[float, float]) -> None:
+        grad, state = p.grad, self.state[p]
+        assert grad is not None
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = grad.clone()
+            state["exp_avg_sq"] = grad.square()
+        state["step"] += 1
+        state["exp_avg"].lerp_(grad, 1 - betas[0])
+        state["exp_avg_sq"].lerp_(grad.square(), 1 - betas[1])
+
+    def _update_clips(self, params: list[Tensor]) -> Tensor:
+        """max(1, rms(g / sqrt(v))) of every tensor: local sums, then a single all-reduce."""
+        sums = torch.stack([_ratio_square_sum(local(p.grad), local(self.state[p]["exp_avg_sq"])) for p in params])
+        sharded = [p for p in params if isinstance(p, DTensor)]
+        if sharded:
+            mesh = sharded[0].device_mesh
+            # the last dimension of the mesh is the one that shards; replicas hold equal sums
+            dist.all_reduce(sums, group=mesh.get_group(mesh.ndim - 1))
+        sizes = torch.tensor([p.numel() for p in params], device=sums.device)
+        return (sums / sizes).sqrt().clamp(min=1)
+
+    def _move(self, p: Tensor, group: dict[str, Any], clip: Tensor) -> None:
+        state, (beta1, beta2) = self.state[p], group["betas"]
+        count = float(state["step"])
+        weight = local(p)
+        weight.mul_(1 - group["lr"] / group["peak_lr"] * group["weight_decay"])
+        first = local(state["exp_avg"]) / (1 - beta1**count)
+        second = (local(state["exp_avg_sq"]) / (1 - beta2**count)).sqrt_()
+        weight.sub_(torch.atan2(first, second) * (group["lr"] / clip))
+
+
+def local(tensor: Tensor | None) -> Tensor:
+    """This rank's part of a tensor."""
+    assert tensor is not None
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _ratio_square_sum(grad: Tensor, exp_avg_sq: Tensor) -> Tensor:
+    return torch.where(exp_avg_sq > 0, grad.square() / exp_avg_sq, 0.0).sum()
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Two groups: matrices decay, norms and biases do not."""
+    matrices = [p for name, p in model.named_parameters() if not _is_norm_or_bias(name)]
+    others = [p for name, p in model.named_parameters() if _is_norm_or_bias(name)]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    if config.name == "huginn":
+        return HuginnAdam(groups, lr=config.lr, betas=config.betas)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, foreach=True)
+
+
+def _is_norm_or_bias(name: str) -> bool:
+    return name.endswith("bias") or "norm_" in name or "ln_f" in name
+
+
+def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Warm-up, constant, cool-down: the rate of step `step`, counted from 0."""
+    warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    left = total_steps - step
+    cooldown = min(1.0, left / (config.cooldown_steps + 1)) if config.cooldown_steps else 1.0
+    return config.lr * min(warmup, cooldown)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@torch.no_grad()
+def clip_gradients(parameters: list[nn.Parameter], largest_norm: float) -> Tensor:
+    """Scale gradients to at most `largest_norm`; returns the global norm before, as a plain scalar tensor."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if math.isfinite(largest_norm):
+        nn.utils.clip_grads_with_norm_(parameters, largest_norm, norm)
+    return norm

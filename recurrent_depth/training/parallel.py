@@ -1,0 +1,161 @@
+"""Processes, devices and sharding."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
+
+from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.recurrence import Checkpointing
+from recurrent_depth.model.transformer import RecurrentDepthModel, initial_value
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How a run uses its machine; never part of the architecture.
+
+    Args:
+        device: `auto` takes a GPU (CUDA or ROCm) if there is one.
+        dtype: of the forward and backward pass; `auto` is bfloat16 on a GPU and float32 on a CPU. Weights, optimizer
+            and gradient reductions stay float32.
+        shard_size: ranks that share one copy of the weights; null: all ranks (FSDP). 1 is plain replication, a
+            number between is hybrid sharding.
+        reshard_after_forward: free gathered weights after the forward pass (ZeRO-3) instead of keeping them (ZeRO-2).
+        activation_checkpointing: recompute single `block`s or whole `step`s of the core in the backward pass.
+        compile: torch.compile each block (never the loop).
+        loss_chunk_size: tokens whose logits exist at one time; null: all.
+        threads: CPU threads of each process; null leaves torch's choice.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    shard_size: int | None = None
+    reshard_after_forward: bool = False
+    activation_checkpointing: Checkpointing = "none"
+    compile: bool = False
+    loss_chunk_size: int | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("shard_size", "loss_chunk_size", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"runtime.{name} is {value}; it must be at least 1, or null")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of them."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def start_processes(config: RuntimeConfig) -> Ranks:
+    """Join torchrun's process group (or be a single process) and pick the device."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("runtime.device is cuda, but torch sees no CUDA or ROCm device; use auto or cpu")
+    use_gpu = config.device != "cpu" and torch.cuda.is_available()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if use_gpu else "gloo")
+    return Ranks(rank, world, device)
+
+
+def compute_dtype(config: RuntimeConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, config.dtype)
+
+
+def build_model(config: ModelConfig, runtime: RuntimeConfig, ranks: Ranks, seed: int) -> RecurrentDepthModel:
+    """A sharded (more than one rank, or bfloat16) or plain model, its weights drawn from (seed, name) alone."""
+    dtype = compute_dtype(runtime, ranks.device)
+    if ranks.world_size == 1 and dtype == torch.float32:
+        model = RecurrentDepthModel(config).to(ranks.device)
+        model.initialise(seed)
+    else:
+        with torch.device("meta"):
+            model = RecurrentDepthModel(config)
+        _shard(model, runtime, ranks, dtype)
+        model.to_empty(device=ranks.device)
+        _initialise_shards(model, config, seed)
+    model.transformer.core_block.activation_checkpointing = runtime.activation_checkpointing
+    if runtime.compile:
+        for block in blocks(model):
+            block.compile()
+    return model
+
+
+def blocks(model: RecurrentDepthModel) -> list[nn.Module]:
+    parts = model.transformer
+    return [*parts.prelude, *parts.core_block, *parts.coda]
+
+
+def _shard(model: RecurrentDepthModel, runtime: RuntimeConfig, ranks: Ranks, dtype: torch.dtype) -> None:
+    """One unit per prelude and coda block, one for the whole core (gathered once for all steps), the rest in the root.
+
+    The adapter stays in the root: the core uses slices of its weight and never calls it.
+    """
+    shard = runtime.shard_size or ranks.world_size
+    if ranks.world_size % shard:
+        raise ValueError(f"runtime.shard_size {shard} does not divide the {ranks.world_size} ranks; choose a divisor")
+    if not dist.is_initialized():  # one rank in bfloat16 still wants fp32 master weights
+        dist.init_process_group(
+            "nccl" if ranks.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
+        )
+    if shard == ranks.world_size:
+        mesh = init_device_mesh(ranks.device.type, (shard,), mesh_dim_names=("shard",))
+    else:
+        shape = (ranks.world_size // shard, shard)
+        mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    # Inputs keep their dtype: the rotary table stays fp32.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    parts = model.transformer
+    for unit in [*parts.prelude, parts.core_block, *parts.coda]:
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=runtime.reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+@torch.no_grad()
+def _initialise_shards(model: RecurrentDepthModel, config: ModelConfig, seed: int) -> None:
+    from recurrent_depth.model.layers import rotary_table
+
+    model.freqs_cis.copy_(rotary_table(config))
+    for name, p in model.named_parameters():
+        whole = initial_value(name, p.shape, config, seed).to(p.device)
+        p.copy_(distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None))
+
+
+def set_last_micro_step(model: nn.Module, last: bool) -> None:
+    """Communicate gradients (and free gathered weights) only in the last micro-step of an optimizer step."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)
+        model.set_is_last_backward(last)
