@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.layers import rotary_table
 from recurrent_depth.model.recurrence import Checkpointing
 from recurrent_depth.model.transformer import RecurrentDepthModel, initial_value
 
@@ -145,10 +146,11 @@ def _shard(model: RecurrentDepthModel, runtime: RuntimeConfig, ranks: Ranks, dty
 
 @torch.no_grad()
 def _initialise_shards(model: RecurrentDepthModel, config: ModelConfig, seed: int) -> None:
-    from recurrent_depth.model.layers import rotary_table
-
+    if config.tie_embeddings:  # to_empty made two tensors of one
+        model.lm_head.weight = model.transformer.wte.weight
     model.freqs_cis.copy_(rotary_table(config))
     for name, p in model.named_parameters():
+        assert isinstance(p, DTensor)
         whole = initial_value(name, p.shape, config, seed).to(p.device)
         p.copy_(distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None))
 

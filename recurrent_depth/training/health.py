@@ -1,0 +1,98 @@
+"""Is the recurrence alive? The two failures of arXiv 2502.05171 (section 4.3), seen early.
+
+Collapse: the states of all tokens point the same way. Ignored state: the loss is the same whatever the depth.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """Limits of the health checks, which run with every validation.
+
+    Args:
+        collapse_correlation: token correlation above which the run is aborted.
+        collapse_checks: checks in a row above that limit before the abort.
+        ignored_state_gap: share of the loss; a smaller gain of the mean depth over one step means an ignored state.
+        ignored_state_checks: checks in a row (after warm-up) below that share before the warning.
+        skipped_steps: steps in a row with a non-finite loss or gradient before the abort.
+    """
+
+    collapse_correlation: float = 0.99
+    collapse_checks: int = 3
+    ignored_state_gap: float = 0.01
+    ignored_state_checks: int = 5
+    skipped_steps: int = 10
+
+
+@torch.no_grad()
+def state_metrics(states: list[Tensor]) -> dict[str, float]:
+    """Of the states s_1 ... s_R, each [B, T, D]: token correlation, state norm and relative residual at the end.
+
+    Token correlation is the mean cosine between states of different tokens of a row; the residual is
+    |s_R - s_{R-1}| / |s_R|.
+    """
+    last = states[-1].float()
+    unit = F.normalize(last, dim=-1)  # [B, T, D]
+    T = unit.shape[1]
+    mean_square = unit.sum(1).square().sum(-1)  # [B]: sum of all pairwise cosines, the diagonal included
+    correlation = ((mean_square - T) / max(T * (T - 1), 1)).mean().item()
+    norm = last.norm(dim=-1).mean().item()
+    residual = float("nan")
+    if len(states) > 1:
+        change = (last - states[-2].float()).norm(dim=-1)
+        residual = (change / last.norm(dim=-1).clamp(min=1e-12)).mean().item()
+    return {"token_correlation": correlation, "state_norm": norm, "relative_residual": residual}
+
+
+class TrainingAborted(RuntimeError):
+    """The run cannot succeed as it is configured."""
+
+
+@dataclass
+class HealthMonitor:
+    """Counts bad checks in a row; warns, and aborts where going on is pointless."""
+
+    config: HealthConfig
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def check(self, step: int, metrics: dict[str, float], *, warmed_up: bool) -> list[str]:
+        """Warnings for one validation. `metrics` holds token_correlation and the losses at one step and at the mean."""
+        collapsed = metrics["token_correlation"] > self.config.collapse_correlation
+        if self._in_a_row("collapse", collapsed) >= self.config.collapse_checks:
+            raise TrainingAborted(
+                f"step {step}: the states of all tokens have collapsed to one direction (token correlation "
+                f"{metrics['token_correlation']:.3f} at {self.config.collapse_checks} checks). Lower optimizer.lr."
+            )
+        warnings = []
+        if collapsed:
+            warnings.append(f"token correlation {metrics['token_correlation']:.3f}: the states are collapsing")
+        gap = 1 - metrics["loss_mean_depth"] / metrics["loss_one_step"]
+        ignored = warmed_up and gap < self.config.ignored_state_gap
+        if self._in_a_row("ignored", ignored) >= self.config.ignored_state_checks:
+            warnings.append(
+                f"ignored state: the mean depth gains {gap:.2%} of the loss over one step "
+                f"at {self.counts['ignored']} validations; lower optimizer.lr, or the data need no depth"
+            )
+        return warnings
+
+    def skipped(self, step: int, skipped: bool) -> None:
+        """Called every step; aborts after too many skipped steps in a row."""
+        if self._in_a_row("skipped", skipped) >= self.config.skipped_steps:
+            raise TrainingAborted(
+                f"step {step}: loss or gradient was not finite for {self.config.skipped_steps} steps in a row; "
+                "lower optimizer.lr or look for broken rows in the data"
+            )
+
+    def _in_a_row(self, name: str, bad: bool) -> int:
+        self.counts[name] = self.counts.get(name, 0) + 1 if bad else 0
+        return self.counts[name]
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 50.0))

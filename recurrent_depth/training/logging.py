@@ -1,0 +1,83 @@
+"""What a run tells: metrics.jsonl always, TensorBoard if it is installed, and progress on the terminal."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class RunLog:
+    """Writes the records of a run. Only the main rank has one."""
+
+    def __init__(self, run: Path, start_step: int, total_steps: int) -> None:
+        self.path = run / "metrics.jsonl"
+        _drop_records_from(self.path, start_step)
+        self.file = self.path.open("a")
+        self.tensorboard = _tensorboard(run)
+        self.console = Console(stderr=True)
+        self.progress = _progress(self.console) if self.console.is_terminal else None
+        self.last_line = 0.0
+        if self.progress is not None:
+            self.progress.start()
+            self.task = self.progress.add_task("training", total=total_steps, completed=start_step)
+
+    def write(self, step: int, record: dict[str, Any]) -> None:
+        """Append one record to metrics.jsonl (and TensorBoard)."""
+        self.file.write(json.dumps({"step": step, **record}) + "\n")
+        self.file.flush()
+        if self.tensorboard is not None:
+            for name, value in record.items():
+                if isinstance(value, int | float):
+                    self.tensorboard.add_scalar(name, value, step)
+
+    def show(self, step: int, total: int, text: str) -> None:
+        """Move the progress bar, or print a plain line every few seconds."""
+        if self.progress is not None:
+            self.progress.update(self.task, completed=step, description=text)
+        elif time.monotonic() - self.last_line > 5 or step == total:
+            self.last_line = time.monotonic()
+            print(f"step {step}/{total} {text}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        self.file.close()
+
+
+def _drop_records_from(path: Path, step: int) -> None:
+    """After a resume, steps that will run again leave the log; so does a half-written last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+def _tensorboard(run: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(run / "tensorboard"))
+
+
+def _progress(console: Console) -> Progress:
+    columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    return Progress(*columns, console=console)

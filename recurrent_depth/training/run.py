@@ -1,0 +1,77 @@
+"""The configuration of a run: every part lives beside its component, this page puts them together."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from recurrent_depth.data.loader import PackedDataConfig, TaskDataConfig
+from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.training.checkpoint import CheckpointConfig
+from recurrent_depth.training.health import HealthConfig
+from recurrent_depth.training.optimizer import OptimizerConfig
+from recurrent_depth.training.parallel import RuntimeConfig
+from recurrent_depth.training.validation import ValidationConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run.
+
+    Args:
+        out: run folder.
+        data: packed rows on disk, or a generated task.
+        steps: optimizer steps of the whole run.
+        batch_size: rows of one optimizer step, over all ranks.
+        micro_steps: parts into which a step is split (gradient accumulation); each draws its own depth. Rows of a
+            micro-step are shared among the ranks, so the number of ranks changes neither data nor depths.
+        seed: of weights, data order, depths and initial states.
+        log_every: steps between lines of metrics.jsonl.
+        max_hours: save and stop after this time; null for no limit.
+        init_from: a run, checkpoint, export or Huginn folder whose weights to start from; null starts from scratch.
+    """
+
+    out: str
+    data: TaskDataConfig | PackedDataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    steps: int = 1000
+    batch_size: int = 32
+    micro_steps: int = 1
+    seed: int = 0
+    log_every: int = 10
+    max_hours: float | None = None
+    init_from: str | None = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_steps", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.batch_size % self.micro_steps:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_steps {self.micro_steps}")
+        if self.max_hours is not None and self.max_hours <= 0:
+            raise ValueError("max_hours must be positive, or null")
+
+    def rows_per_rank(self, world_size: int) -> int:
+        """Rows of one micro-step on one rank."""
+        rows = self.batch_size // self.micro_steps
+        if rows % world_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} / micro_steps {self.micro_steps} = {rows} rows do not divide among "
+                f"{world_size} ranks; change batch_size or micro_steps"
+            )
+        return rows // world_size
+
+    def trajectory(self) -> dict[str, Any]:
+        """The fields that decide the numbers of a run; a resume must not change them."""
+        free = {"out", "log_every", "max_hours", "runtime", "checkpoint", "validation", "health", "init_from"}
+        return {name: value for name, value in asdict(self).items() if name not in free}
+
+
+def fingerprint(value: Any) -> str:
+    """A short hash of plain data."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

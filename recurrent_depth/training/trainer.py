@@ -1,0 +1,246 @@
+"""The training loop: one readable step, the rest around it."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recurrent_depth.data.loader import Batch, open_source
+from recurrent_depth.model.loss import valid_targets
+from recurrent_depth.model.random import truncated_normal
+from recurrent_depth.model.recurrence import sample_depth
+from recurrent_depth.training.checkpoint import load_checkpoint, save_checkpoint, training_state
+from recurrent_depth.training.health import HealthMonitor
+from recurrent_depth.training.logging import RunLog
+from recurrent_depth.training.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from recurrent_depth.training.parallel import Ranks, build_model, set_last_micro_step
+from recurrent_depth.training.run import RunConfig
+from recurrent_depth.training.validation import validate
+
+
+class Trainer:
+    """A run in progress. Everything that a step needs is a function of (configuration, step) and the weights."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.rows = config.rows_per_rank(ranks.world_size)
+        self.train_source = open_source(config.data, "train", config.seed, config.steps)
+        self.validation_source = open_source(config.data, "validation", config.seed, config.steps)
+        self._check_data()
+        self.model = build_model(config.model, config.runtime, ranks, config.seed)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.health = HealthMonitor(config.health)
+        self.run = Path(config.out)
+        self.step = 0
+        self.log: RunLog | None = None
+        self.stop_requested = False
+        self.started = time.monotonic()
+
+    def _check_data(self) -> None:
+        model, source = self.config.model, self.train_source
+        if source.vocab_size > model.vocab_size:
+            raise ValueError(
+                f"the data use {source.vocab_size} token ids, model.vocab_size is {model.vocab_size}; "
+                "raise model.vocab_size or prepare the data with a smaller tokenizer"
+            )
+        if source.sequence_length > model.block_size:
+            raise ValueError(
+                f"rows of {source.sequence_length} tokens exceed model.block_size {model.block_size}; "
+                "raise model.block_size or prepare shorter rows"
+            )
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> dict[str, float]:
+        """Forward, backward and update for step `self.step`; every rank returns the same numbers."""
+        config = self.config
+        lr = learning_rate(config.optimizer, self.step, config.steps)
+        set_learning_rate(self.optimizer, lr)
+        batches = [self._batch(micro) for micro in range(config.micro_steps)]
+        count = self.ranks.all_reduce(sum((valid_targets(b.targets) for b in batches), torch.tensor(0)).float())
+        loss = torch.zeros((), device=self.ranks.device)
+        depths = []
+        for micro, batch in enumerate(batches):
+            set_last_micro_step(self.model, micro == config.micro_steps - 1)
+            depth = sample_depth(config.model, seed=config.seed, step=self.step, micro_step=micro)
+            # The data-parallel average divides by the number of ranks; the sum over all valid targets must not.
+            micro_loss = self._loss(batch, depth, micro) / count.clamp(min=1)
+            (micro_loss * self.ranks.world_size).backward()
+            loss += micro_loss.detach().float()
+            depths.append(sum(depth))
+        norm = clip_gradients(self.parameters, config.optimizer.gradient_clip)
+        loss_value, norm_value, stop = self._agree(loss, norm)
+        finite = loss_value == loss_value and abs(loss_value) != float("inf") and norm_value < float("inf")
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.stop_requested |= stop
+        self.health.skipped(self.step, not finite)
+        return {
+            "loss": loss_value,
+            "gradient_norm": norm_value,
+            "lr": lr,
+            "num_steps": sum(depths) / len(depths),
+            "tokens": float(sum(b.input_ids.numel() for b in batches) * self.ranks.world_size),
+            "skipped": float(not finite),
+        }
+
+    def _batch(self, micro: int) -> Batch:
+        config, ranks = self.config, self.ranks
+        first_row = self.step * config.batch_size + self._row_in_step(micro)
+        return self.train_source.batch(first_row, self.rows, self.step).to(ranks.device)
+
+    def _row_in_step(self, micro: int) -> int:
+        return (micro * self.ranks.world_size + self.ranks.rank) * self.rows
+
+    def _loss(self, batch: Batch, depth: tuple[int, int], micro: int) -> Tensor:
+        """Sum of the loss over this rank's rows of one micro-step."""
+        output = self.model(
+            batch.input_ids,
+            targets=batch.targets,
+            num_steps=depth,
+            input_states=self._initial_states(batch, micro),
+            document_ids=batch.document_ids,
+            position_ids=batch.position_ids,
+            loss_chunk_size=self.config.runtime.loss_chunk_size,
+        )
+        return output.loss
+
+    def _initial_states(self, batch: Batch, micro: int) -> Tensor | None:
+        """Truncated normal noise named by (seed, step, row in the step, position, channel), whatever the ranks."""
+        model = self.config.model
+        if model.state_init == "zero":
+            return None
+        B, T = batch.input_ids.shape
+        device = self.ranks.device
+        rows = torch.arange(B, device=device) + self._row_in_step(micro)
+        positions = torch.arange(T, device=device)[None]
+        noise = truncated_normal(rows, positions, model.n_embd, seed=self.config.seed, step=self.step)
+        return noise * model.state_std
+
+    def _agree(self, loss: Tensor, norm: Tensor) -> tuple[float, float, bool]:
+        """Loss over all ranks, gradient norm, and whether any rank was asked to stop: one collective, one sync."""
+        wants_stop = float(self.stop_requested or self._out_of_time())
+        numbers = torch.stack([loss, torch.tensor(wants_stop, device=loss.device)])
+        self.ranks.all_reduce(numbers)
+        loss_value, stops, norm_value = torch.cat([numbers, norm.float()[None]]).tolist()
+        return loss_value, norm_value, stops > 0
+
+    def _out_of_time(self) -> bool:
+        limit = self.config.max_hours
+        return limit is not None and time.monotonic() - self.started > limit * 3600
+
+    # -- the run ----------------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train to the last step, or until asked to stop; the state is saved in either case."""
+        self.log = RunLog(self.run, self.step, self.config.steps) if self.ranks.is_main else None
+        try:
+            with self._signals():
+                self._loop()
+        finally:
+            if self.log is not None:
+                self.log.close()
+
+    def _loop(self) -> None:
+        config = self.config
+        saved_step = self.step
+        window = Window()
+        while self.step < config.steps and not self.stop_requested:
+            record = self.train_step()
+            window.add(record["tokens"])
+            last = self.step == config.steps
+            if self.step % config.log_every == 0 or last or record["skipped"]:
+                self._report(record | window.rates())
+            if self.step % config.validation.every == 0 or last:
+                self._validate()
+                window.restart()
+            if self.step % config.checkpoint.every == 0 or last:
+                self.save()
+                saved_step = self.step
+                window.restart()
+        if saved_step != self.step:
+            self.save()
+        if self.stop_requested and self.step < config.steps:
+            self._say(f"stopped at step {self.step} of {config.steps}; continue with --resume true")
+
+    def _report(self, record: dict[str, float]) -> None:
+        if self.log is None:
+            return
+        self.log.write(self.step, {"type": "train", **record})
+        text = f"loss {record['loss']:.4f}  depth {record['num_steps']:.0f}  {record['tokens_per_second']:,.0f} tok/s"
+        self.log.show(self.step, self.config.steps, text)
+
+    def _validate(self) -> None:
+        metrics = validate(self.model, self.validation_source, self.config.validation, self.rows, self.ranks)
+        warmed_up = self.step > self.config.optimizer.warmup_steps
+        warnings = self.health.check(self.step, metrics, warmed_up=warmed_up)
+        if self.log is not None:
+            self.log.write(self.step, {"type": "validation", **metrics, "warnings": warnings})
+            depths = "  ".join(f"r={key[5:]} {metrics[key]:.4f}" for key in metrics if key[5:].isdigit())
+            self._say(f"step {self.step} validation loss  {depths}")
+            for warning in warnings:
+                self._say(f"[bold yellow]warning[/] {warning}")
+
+    def _say(self, text: str) -> None:
+        if self.log is not None:
+            self.log.say(text)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the current step."""
+        details = {
+            "model": asdict(self.config.model),
+            "trajectory": self.config.trajectory(),
+            "data": self.train_source.fingerprint(),
+            "world_size": self.ranks.world_size,
+            "torch": torch.__version__,
+        }
+        state = training_state(self.model, self.optimizer)
+        return save_checkpoint(self.run, self.step, state, details, self.ranks, self.config.checkpoint)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint."""
+        self.step = load_checkpoint(checkpoint, self.model, self.optimizer, self.ranks)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C end the run after the current step, with a checkpoint; a second Ctrl-C at once."""
+
+        def request_stop(number: int, frame: Any) -> None:
+            if self.stop_requested and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_requested = True
+
+        previous = {number: signal.signal(number, request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+class Window:
+    """Tokens and seconds since the last report."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.tokens, self.since = 0.0, time.perf_counter()
+
+    def add(self, tokens: float) -> None:
+        self.tokens += tokens
+
+    def rates(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self.since
+        rates = {"tokens_per_second": self.tokens / max(seconds, 1e-9), "seconds": seconds}
+        self.restart()
+        return rates

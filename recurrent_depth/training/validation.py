@@ -1,0 +1,71 @@
+"""Loss at several depths, and the health of the states, on held-out rows."""
+
+from dataclasses import dataclass
+
+import torch
+
+from recurrent_depth.data.loader import Source
+from recurrent_depth.model.loss import valid_targets
+from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.training.health import perplexity, state_metrics
+from recurrent_depth.training.parallel import Ranks
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Args:
+    every: steps between validations; the last step always has one.
+    rows: held-out rows, over all ranks.
+    num_steps: depths at which the loss is measured; one step and the mean depth are always among them.
+    """
+
+    every: int = 500
+    rows: int = 256
+    num_steps: tuple[int, ...] = (1, 4, 8, 16, 32, 64)
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.rows < 1 or any(r < 1 for r in self.num_steps):
+            raise ValueError(
+                "validation.every, validation.rows and every entry of validation.num_steps must be at least 1"
+            )
+
+
+@torch.no_grad()
+def validate(
+    model: RecurrentDepthModel, source: Source, config: ValidationConfig, rows_per_rank: int, ranks: Ranks
+) -> dict[str, float]:
+    """Mean loss per target at each depth from a zero initial state, and state metrics at the mean depth."""
+    mean_depth = model.config.mean_recurrence
+    depths = sorted({1, mean_depth, *config.num_steps})
+    batches = -(-config.rows // (rows_per_rank * ranks.world_size))
+    sums = torch.zeros(len(depths) + 1, dtype=torch.float64, device=ranks.device)
+    health: dict[str, float] = {}
+    for number in range(batches):
+        first_row = (number * ranks.world_size + ranks.rank) * rows_per_rank
+        batch = source.batch(first_row, rows_per_rank, 0).to(ranks.device)
+        for index, depth in enumerate(depths):
+            keep_states = number == 0 and depth == mean_depth
+            output = model(
+                batch.input_ids,
+                targets=batch.targets,
+                num_steps=depth,
+                document_ids=batch.document_ids,
+                position_ids=batch.position_ids,
+                return_states=keep_states,
+            )
+            sums[index] += output.loss.double()
+            if keep_states:
+                health = state_metrics(output.states)
+        sums[-1] += valid_targets(batch.targets)
+    *losses, count = ranks.all_reduce(sums).tolist()
+    metrics = {f"loss_{depth}": loss / count for depth, loss in zip(depths, losses, strict=True)}
+    metrics["loss_one_step"] = metrics["loss_1"]
+    metrics["loss_mean_depth"] = metrics[f"loss_{mean_depth}"]
+    metrics["perplexity"] = perplexity(metrics["loss_mean_depth"])
+    return metrics | _mean_over_ranks(health, ranks)
+
+
+def _mean_over_ranks(metrics: dict[str, float], ranks: Ranks) -> dict[str, float]:
+    values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=ranks.device)
+    means = ranks.all_reduce(values) / ranks.world_size
+    return dict(zip(metrics, means.tolist(), strict=True))
