@@ -6,11 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
-import yaml
-
 from recurrent_depth.runs import CheckpointError, checkpoints, read_details
 from recurrent_depth.training.parallel import Ranks, start_processes
-from recurrent_depth.training.run import RunConfig, fingerprint
+from recurrent_depth.training.run import RunConfig, as_yaml, fingerprint
 from recurrent_depth.training.trainer import Trainer
 
 
@@ -80,9 +78,8 @@ def _start_from(trainer: Trainer, path: str) -> None:
 
 def _write_run_files(run: Path, config: RunConfig, trainer: Trainer) -> None:
     run.mkdir(parents=True, exist_ok=True)
-    plain = json.loads(json.dumps(asdict(config)))
     temporary = run / "run.yaml.tmp"
-    temporary.write_text(yaml.safe_dump(plain, sort_keys=False))
+    temporary.write_text(as_yaml(config))
     temporary.replace(run / "run.yaml")
     tokenizer = trainer.train_source.tokenizer_file()
     if tokenizer is not None and not (run / "tokenizer.json").exists():

@@ -5,6 +5,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import yaml
+
 from recurrent_depth.data.loader import PackedDataConfig, TaskDataConfig
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.training.checkpoint import CheckpointConfig
@@ -75,3 +77,8 @@ class RunConfig:
 def fingerprint(value: Any) -> str:
     """A short hash of plain data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def as_yaml(config: RunConfig) -> str:
+    """The resolved configuration, every field of it, as YAML that `--config` reads back."""
+    return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)

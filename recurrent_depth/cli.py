@@ -1,0 +1,89 @@
+"""`recurrent-depth <verb>`: each verb is a frozen dataclass of options and a function that takes it."""
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Where a verb's options and function live; imported only when the verb is used."""
+
+    summary: str
+    module: str
+    options: str
+    function: str
+
+
+VERBS = {
+    "prepare": Verb("turn text into packed rows", "recurrent_depth.data.prepare", "PrepareConfig", "prepare"),
+    "train": Verb("pretrain or fine-tune", "recurrent_depth.training.command", "TrainCommand", "run"),
+    "eval": Verb("accuracy over test-time steps", "recurrent_depth.evaluation", "EvalConfig", "evaluate"),
+    "generate": Verb("write text", "recurrent_depth.generation.command", "GenerateCommand", "run"),
+    "export": Verb("write a Hugging Face folder", "recurrent_depth.hf.export", "ExportConfig", "export"),
+    "chat": Verb("talk to a model", "recurrent_depth.serving.chat", "ChatConfig", "chat"),
+    "serve": Verb("OpenAI-compatible server", "recurrent_depth.serving.serve", "ServeConfig", "serve"),
+    "plan": Verb("memory and time of a run", "recurrent_depth.planning", "PlanConfig", "plan_command"),
+}
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message says why and what to do."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    name = arguments.pop(0)
+    if name not in VERBS:
+        print(f"error: unknown verb {name!r}\n\n{_overview()}", file=sys.stderr)
+        return 2
+    return run_verb(VERBS[name], f"recurrent-depth {name}", arguments)
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10} {verb.summary}" for name, verb in VERBS.items()]
+    return "usage: recurrent-depth <verb> [options]\n\n" + "\n".join(lines) + "\n\nrecurrent-depth <verb> --help"
+
+
+def run_verb(verb: Verb, prog: str, arguments: list[str]) -> int:
+    """Parse the options of one verb and call it. Errors that a user can mend are printed without a traceback."""
+    try:
+        module = importlib.import_module(verb.module)
+    except ModuleNotFoundError as error:
+        print(f"error: {prog} needs the package {error.name!r}: pip install 'recurrent-depth[{_extra(verb)}]'", file=sys.stderr)
+        return 1
+    from recurrent_depth.runs import CheckpointError
+    from recurrent_depth.training.health import TrainingAborted
+
+    try:
+        options = parse_options(getattr(module, verb.options), prog, arguments)
+        getattr(module, verb.function)(options)
+    except (ValueError, OSError, CheckpointError, TrainingAborted, UsageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _extra(verb: Verb) -> str:
+    names = {"recurrent_depth.evaluation": "eval", "recurrent_depth.data.prepare": "data"}
+    return names.get(verb.module, "hf")
+
+
+def parse_options(options: type, prog: str, arguments: list[str]) -> Any:
+    """An instance of the dataclass `options` from `--config FILE` and `--section.field value`."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=prog, description=(options.__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", action="config", help="YAML file; options after it override its fields")
+    parser.add_class_arguments(options, as_group=False)
+    parsed = parser.parse_args(arguments)
+    del parsed["config"]
+    instances = parser.instantiate(parsed)
+    return options(**{field.name: instances[field.name] for field in dataclasses.fields(options)})
