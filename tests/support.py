@@ -1,0 +1,89 @@
+"""Start several ranks on this machine, and configurations small enough to train in a second."""
+
+import json
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from recurrent_depth.data.loader import TaskDataConfig
+
+from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.training.checkpoint import CheckpointConfig
+from recurrent_depth.training.optimizer import OptimizerConfig
+from recurrent_depth.training.parallel import RuntimeConfig
+from recurrent_depth.training.run import RunConfig
+from recurrent_depth.training.validation import ValidationConfig
+
+
+def small_run(out: Path, **changes: Any) -> RunConfig:
+    """Twelve steps of a tiny model on the shell game."""
+    defaults: dict[str, Any] = {
+        "data": TaskDataConfig(name="shell_game", min_length=2, max_length=8),
+        "model": ModelConfig(
+            n_embd=32, n_heads=2, intermediate_size=64, vocab_size=64, block_size=32, mean_recurrence=4,
+            mean_backprop_depth=2,
+        ),
+        "steps": 12,
+        "batch_size": 8,
+        "micro_steps": 2,
+        "log_every": 1,
+        "optimizer": OptimizerConfig(lr=2e-3, warmup_steps=3, cooldown_steps=3),
+        "runtime": RuntimeConfig(device="cpu", threads=1),
+        "checkpoint": CheckpointConfig(every=4),
+        "validation": ValidationConfig(every=6, rows=8, num_steps=(1, 4)),
+    }  # fmt: skip
+    return RunConfig(out=str(out), **(defaults | changes))
+
+
+def losses(run: Path) -> list[float]:
+    """The training loss of every step of a run."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if record["type"] == "train"]
+
+
+def run_ranks(target: Callable[..., None], world_size: int, *args: Any, timeout: float = 240) -> list[int]:
+    """Run `target(*args)` in `world_size` processes, as torchrun would; one that dies takes the others with it.
+
+    Returns the exit codes. Processes fork from a server that has imported the trainer once, so a start is cheap.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["recurrent_depth.training.launch", "support"])
+    port = _free_port()
+    processes = [
+        context.Process(target=_enter, args=(rank, world_size, port, target, args)) for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout
+    while any(p.is_alive() for p in processes):
+        if any(p.exitcode not in (0, None) for p in processes) or time.monotonic() > deadline:
+            time.sleep(0.2)
+            for p in processes:
+                p.kill()
+            break
+        time.sleep(0.02)
+    for p in processes:
+        p.join()
+    return [int(p.exitcode or 0) for p in processes]
+
+
+def _enter(rank: int, world_size: int, port: int, target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    os.environ.update(
+        OMP_NUM_THREADS="1",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    target(*args)
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

@@ -1,0 +1,124 @@
+"""Checkpoints are whole or absent, and damage is named."""
+
+import dataclasses
+import errno
+import json
+
+import pytest
+import torch
+from support import losses, small_run
+
+import recurrent_depth.training.checkpoint as checkpoint_module
+from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.runs import CheckpointError, checkpoints, find_checkpoint, load_run_model
+from recurrent_depth.training.checkpoint import CheckpointConfig
+from recurrent_depth.training.launch import train
+from recurrent_depth.training.optimizer import OptimizerConfig
+from recurrent_depth.training.parallel import Ranks, build_model
+from recurrent_depth.training.trainer import Trainer
+
+ONE_RANK = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    train(small_run(run))
+    return run
+
+
+def copy_run(source, target):
+    import shutil
+
+    shutil.copytree(source, target)
+    return target
+
+
+def test_old_checkpoints_are_pruned(tmp_path):
+    config = small_run(tmp_path / "run", checkpoint=CheckpointConfig(every=2, keep_last=2, keep_every=6))
+    train(config)
+    assert [int(p.name[5:]) for p in checkpoints(tmp_path / "run")] == [6, 10, 12]
+
+
+def test_a_trained_model_is_read_back(finished):
+    model = load_run_model(finished)
+    fresh = build_model(model.config, small_run(finished).runtime, ONE_RANK, seed=0)
+    assert not torch.equal(model.transformer.adapter.weight, fresh.transformer.adapter.weight)
+    trainer = Trainer(small_run(finished), ONE_RANK)
+    trainer.resume(find_checkpoint(finished))
+    for (name, a), (_, b) in zip(model.named_parameters(), trainer.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_damage_is_found_and_named(finished, tmp_path, damage):
+    run = copy_run(finished, tmp_path / "run")
+    shard = next(find_checkpoint(run).glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    if damage == "remove":
+        shard.unlink()
+    elif damage == "truncate":
+        shard.write_bytes(content[: len(content) // 2])
+    else:
+        content[-1] ^= 1
+        shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match=shard.name):
+        load_run_model(run)
+    with pytest.raises(CheckpointError, match=shard.name):
+        train(small_run(run), resume=True)
+
+
+def test_another_shape_is_refused(finished, tmp_path):
+    run = copy_run(finished, tmp_path / "run")
+    config = small_run(run)
+    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, n_embd=48))
+    with pytest.raises(CheckpointError, match="n_embd"):
+        train(wider, resume=True)
+    trainer = Trainer(wider, ONE_RANK)
+    with pytest.raises(CheckpointError, match="n_embd: saved 32, now 48"):
+        trainer.resume(find_checkpoint(run))
+
+
+def test_another_optimizer_or_other_data_are_refused(finished, tmp_path):
+    run = copy_run(finished, tmp_path / "run")
+    with pytest.raises(CheckpointError, match="optimizer"):
+        train(small_run(run, optimizer=OptimizerConfig(name="adamw")), resume=True)
+    details = find_checkpoint(run) / "checkpoint.json"
+    record = json.loads(details.read_text())
+    details.write_text(json.dumps(record | {"data": "something else"}))
+    with pytest.raises(CheckpointError, match="accept-changed-data"):
+        train(small_run(run), resume=True)
+    train(small_run(run), resume=True, accept_changed_data=True)
+
+
+def test_a_finished_run_is_not_overwritten(finished):
+    before = losses(finished)
+    with pytest.raises(FileExistsError, match="resume"):
+        train(small_run(finished))
+    assert losses(finished) == before
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    original = checkpoint_module._write_shards
+
+    def full_at_second_save(folder, state, ranks):
+        if folder.name.startswith("step-00000008"):
+            (folder / "shard").write_bytes(b"part")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(folder, state, ranks)
+
+    monkeypatch.setattr(checkpoint_module, "_write_shards", full_at_second_save)
+    with pytest.raises(CheckpointError, match="No space left"):
+        train(small_run(tmp_path / "run"))
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-00000004"]
+    assert isinstance(load_run_model(tmp_path / "run"), RecurrentDepthModel)
+    monkeypatch.undo()
+    train(small_run(tmp_path / "run"), resume=True)
+    train(small_run(tmp_path / "whole"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_run_without_checkpoint_says_so(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        load_run_model(tmp_path)

@@ -1,0 +1,99 @@
+"""Ranks, sharding and precision change nothing that a user would see."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from support import losses, run_ranks, small_run
+
+from recurrent_depth.training.launch import train
+from recurrent_depth.training.optimizer import OptimizerConfig
+from recurrent_depth.training.parallel import RuntimeConfig
+from recurrent_depth.training.run import RunConfig
+from recurrent_depth.training.trainer import Trainer
+
+CPU = RuntimeConfig(device="cpu", threads=1)
+
+
+def close(actual: list[float], expected: list[float], tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=tolerance, atol=0)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("world_size", "runtime", "optimizer"),
+    [
+        (2, CPU, "huginn"),
+        (2, dataclasses.replace(CPU, shard_size=1), "huginn"),
+        pytest.param(2, dataclasses.replace(CPU, reshard_after_forward=True), "adamw", marks=pytest.mark.slow),
+        pytest.param(4, dataclasses.replace(CPU, shard_size=2), "huginn", marks=pytest.mark.slow),
+        pytest.param(4, dataclasses.replace(CPU, activation_checkpointing="step"), "adamw", marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_and_sharding_equal_one_process(tmp_path, world_size, runtime, optimizer):
+    config = small_run(tmp_path / "one", optimizer=OptimizerConfig(name=optimizer, lr=2e-3, warmup_steps=3))
+    train(config)
+    many = dataclasses.replace(config, out=str(tmp_path / "many"), runtime=runtime)
+    assert run_ranks(train, world_size, many) == [0] * world_size
+    close(losses(tmp_path / "many"), losses(tmp_path / "one"))
+
+
+def train_some(config: RunConfig, steps_before_stop: int) -> None:
+    """Train until a stop is asked for after some steps, or to the end."""
+    original = Trainer.train_step
+
+    def train_step(self):
+        self.stop_requested |= self.step + 1 == steps_before_stop
+        return original(self)
+
+    Trainer.train_step = train_step
+    train(config, resume=True)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_run_goes_on_at_another_number_of_ranks(tmp_path):
+    train(small_run(tmp_path / "whole"))
+    moved = small_run(tmp_path / "moved")
+    for world_size, stop in [(2, 3), (4, 7), (1, 10), (2, 0)]:
+        assert run_ranks(train_some, world_size, moved, stop) == [0] * world_size
+    close(losses(tmp_path / "moved"), losses(tmp_path / "whole"))
+
+
+def train_with_nan(config: RunConfig, step: int, rank: int) -> None:
+    """Plant a NaN in the loss of one rank at one step."""
+    original = Trainer._loss
+
+    def loss(self, batch, depth, micro):
+        value = original(self, batch, depth, micro)
+        return value * float("nan") if self.step == step and int(os.environ["RANK"]) == rank else value
+
+    Trainer._loss = loss
+    train(config)
+
+
+@pytest.mark.distributed
+def test_a_nan_on_one_rank_is_skipped_by_all(tmp_path):
+    assert run_ranks(train_with_nan, 2, small_run(tmp_path / "run", steps=6), 3, 1) == [0, 0]
+    values = losses(tmp_path / "run")
+    assert [value != value for value in values] == [False, False, False, True, False, False]
+
+
+def test_bfloat16_trains_with_fp32_master_weights(tmp_path):
+    run = small_run(tmp_path / "run", runtime=dataclasses.replace(CPU, dtype="bfloat16"))
+    assert run_ranks(train, 1, run) == [0]
+    train(small_run(tmp_path / "fp32"))
+    close(losses(tmp_path / "run"), losses(tmp_path / "fp32"), tolerance=2e-2)
+
+
+def different_configuration(out: Path) -> None:
+    train(small_run(out, seed=int(os.environ["RANK"])))
+
+
+@pytest.mark.distributed
+def test_ranks_that_see_different_configurations_do_not_start(tmp_path):
+    codes = run_ranks(different_configuration, 2, tmp_path / "run")
+    assert all(code != 0 for code in codes)
+    assert not (tmp_path / "run" / "checkpoints").exists()
