@@ -57,7 +57,10 @@ def run_verb(verb: Verb, prog: str, arguments: list[str]) -> int:
     try:
         module = importlib.import_module(verb.module)
     except ModuleNotFoundError as error:
-        print(f"error: {prog} needs the package {error.name!r}: pip install 'recurrent-depth[{_extra(verb)}]'", file=sys.stderr)
+        print(
+            f"error: {prog} needs the package {error.name!r}: pip install 'recurrent-depth[{_extra(verb)}]'",
+            file=sys.stderr,
+        )
         return 1
     from recurrent_depth.runs import CheckpointError
     from recurrent_depth.training.health import TrainingAborted
