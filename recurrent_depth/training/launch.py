@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
+
 from recurrent_depth.runs import CheckpointError, checkpoints, read_details
 from recurrent_depth.training.parallel import Ranks, start_processes
 from recurrent_depth.training.run import RunConfig, as_yaml, fingerprint

@@ -96,7 +96,13 @@ class Trainer:
     def _batch(self, micro: int) -> Batch:
         config, ranks = self.config, self.ranks
         first_row = self.step * config.batch_size + self._row_in_step(micro)
-        return self.train_source.batch(first_row, self.rows, self.step).to(ranks.device)
+        batch = self.train_source.batch(first_row, self.rows, self.step)
+        if int(batch.input_ids.max()) >= config.model.vocab_size:
+            raise ValueError(
+                f"row(s) {first_row} to {first_row + self.rows - 1} hold token id {int(batch.input_ids.max())}, "
+                f"model.vocab_size is {config.model.vocab_size}; were the data made with another tokenizer?"
+            )
+        return batch.to(ranks.device)
 
     def _row_in_step(self, micro: int) -> int:
         return (micro * self.ranks.world_size + self.ranks.rank) * self.rows

@@ -1,0 +1,170 @@
+"""Packed rows on disk: parquet files of `input_ids` [T + 1], read by row number.
+
+Optional columns: `labels` [T] (aligned, -100 for none) and `doc_starts` (positions where a document begins).
+"""
+
+import hashlib
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from recurrent_depth.data.loader import Batch, PackedDataConfig, Split
+
+MANIFEST = "manifest.json"
+_CACHED_GROUPS = 8
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on; the message names the file and what to do."""
+
+
+class PackedSource:
+    """Rows of parquet files in a seeded order.
+
+    Every epoch permutes the row groups of all files, and the rows within each: sequential reading touches one row
+    group at a time, and every row comes exactly once an epoch, whatever the number of ranks.
+    """
+
+    def __init__(self, config: PackedDataConfig, split: Split, seed: int) -> None:
+        self.config, self.seed = config, seed
+        self.folder = _folder(config, split)
+        self.files = sorted(self.folder.glob("*.parquet"))
+        if not self.files:
+            raise DataError(f"{self.folder} holds no parquet files; run recurrent-depth prepare --out {config.path}")
+        self.groups = [(file, group, rows) for file in self.files for group, rows in _row_groups(file)]
+        self.rows_per_epoch = sum(rows for _, _, rows in self.groups)
+        if not self.rows_per_epoch:
+            raise DataError(f"{self.folder} holds no rows; prepare more text or shorter rows")
+        self.manifest = read_manifest(self.folder)
+        self.cache: OrderedDict[tuple[Path, int], dict[str, Any]] = OrderedDict()
+        first = self._read_group(self.groups[0][0], self.groups[0][1])["input_ids"]
+        self.sequence_length = first.shape[1] - 1
+        self.vocab_size = self.manifest["vocab_size"] if self.manifest else int(first.max()) + 1
+        self.order: tuple[int, np.ndarray, np.ndarray] | None = None
+        if config.document_masking and "doc_starts" not in self._read_group(*self.groups[0][:2]):
+            raise DataError(f"{self.files[0]} has no column doc_starts; set data.document_masking to false")
+
+    def fingerprint(self) -> str:
+        shape = [(file.name, group, rows) for file, group, rows in self.groups]
+        content = (self.manifest or {}).get("content")
+        return hashlib.sha256(json.dumps([shape, content, self.sequence_length]).encode()).hexdigest()[:16]
+
+    def tokenizer_file(self) -> Path | None:
+        candidates = [self.folder / "tokenizer.json", self.folder.parent / "tokenizer.json"]
+        return next((file for file in candidates if file.is_file()), None)
+
+    def batch(self, first_row: int, count: int, step: int) -> Batch:
+        rows = [self._row(number) for number in range(first_row, first_row + count)]
+        ids = torch.from_numpy(np.stack([row["input_ids"] for row in rows]).astype(np.int64))
+        targets = ids[:, 1:]
+        if "labels" in rows[0]:
+            targets = torch.from_numpy(np.stack([row["labels"] for row in rows]).astype(np.int64))
+        documents = positions = None
+        if self.config.document_masking:
+            documents, positions = _documents([row["doc_starts"] for row in rows], ids.shape[1] - 1)
+        return Batch(ids[:, :-1], targets, documents, positions if self.config.restart_positions else None)
+
+    def _row(self, number: int) -> dict[str, Any]:
+        epoch, offset = divmod(number, self.rows_per_epoch)
+        order, ends = self._order(epoch)
+        place = int(np.searchsorted(ends, offset, side="right"))
+        file, group, rows = self.groups[order[place]]
+        inside = offset - (int(ends[place]) - rows)
+        shuffled = self._generator(epoch, int(order[place]) + 1).permutation(rows)[inside]
+        table = self._read_group(file, group)
+        return {name: column[shuffled] for name, column in table.items()}
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row groups in the order of this epoch, and the row number at which each ends."""
+        if self.order is None or self.order[0] != epoch:
+            order = self._generator(epoch, 0).permutation(len(self.groups))
+            ends = np.cumsum([self.groups[index][2] for index in order])
+            self.order = (epoch, order, ends)
+        return self.order[1], self.order[2]
+
+    def _generator(self, epoch: int, what: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, epoch, what])
+
+    def _read_group(self, file: Path, group: int) -> dict[str, Any]:
+        key = (file, group)
+        if key not in self.cache:
+            self.cache[key] = _columns(file, group)
+            if len(self.cache) > _CACHED_GROUPS:
+                self.cache.popitem(last=False)
+        self.cache.move_to_end(key)
+        return self.cache[key]
+
+
+def _folder(config: PackedDataConfig, split: Split) -> Path:
+    path = Path(config.path)
+    if split == "validation" and config.validation_path is not None:
+        path = Path(config.validation_path)
+    elif (path / split).is_dir():
+        path = path / split
+    elif split == "validation":
+        raise DataError(f"{path} has no folder validation/; set data.validation_path")
+    if not path.is_dir():
+        raise DataError(f"{path} does not exist; run recurrent-depth prepare, or mend data.path")
+    return path
+
+
+def _row_groups(file: Path) -> list[tuple[int, int]]:
+    try:
+        metadata = pq.ParquetFile(file).metadata
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{file} is not a whole parquet file ({error}); prepare it again") from error
+    return [(group, metadata.row_group(group).num_rows) for group in range(metadata.num_row_groups)]
+
+
+def _columns(file: Path, group: int) -> dict[str, Any]:
+    try:
+        table = pq.ParquetFile(file).read_row_group(group)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"row group {group} of {file} is damaged ({error}); prepare it again") from error
+    if "input_ids" not in table.column_names:
+        raise DataError(f"{file} has no column input_ids (it has {table.column_names}); prepare packed rows first")
+    columns: dict[str, Any] = {}
+    for name in ("input_ids", "labels"):
+        if name in table.column_names:
+            columns[name] = _matrix(table.column(name), file, name)
+    if "doc_starts" in table.column_names:
+        columns["doc_starts"] = [row.values.to_numpy() for row in table.column("doc_starts")]
+    return columns
+
+
+def _matrix(column: pa.ChunkedArray, file: Path, name: str) -> np.ndarray:
+    lists = column.combine_chunks()
+    flat = lists.flatten().to_numpy(zero_copy_only=False)
+    lengths = pc.unique(pc.list_value_length(lists)).to_pylist()
+    if len(lengths) != 1:
+        raise DataError(f"{file}: rows of {name} have different lengths {sorted(lengths)[:4]}; they must all be equal")
+    return flat.reshape(len(lists), -1)
+
+
+def _documents(starts: list[np.ndarray], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """document_ids and restarting position_ids, each [B, length], from the document starts of each row."""
+    opens = np.zeros((len(starts), length), dtype=np.int64)
+    for row, positions in enumerate(starts):
+        opens[row, positions[positions < length]] = 1
+    documents = opens.cumsum(axis=1)
+    places = np.arange(length)
+    last_start = np.maximum.accumulate(np.where(opens == 1, places, 0), axis=1)
+    return torch.from_numpy(documents), torch.from_numpy(places - last_start)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest beside packed rows; None for a set that came without one."""
+    for path in (folder / MANIFEST, folder.parent / MANIFEST):
+        if path.is_file():
+            try:
+                return json.loads(path.read_text())
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path} is not valid JSON ({error}); prepare the data again") from error
+    return None
