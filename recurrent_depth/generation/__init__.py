@@ -1,0 +1,1 @@
+"""Generation: token ids, a model and a cache."""

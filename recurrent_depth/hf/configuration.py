@@ -1,0 +1,75 @@
+"""config.json of a recurrent-depth model, in the released Huginn format."""
+
+from dataclasses import asdict, fields
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from recurrent_depth.model.config import ModelConfig
+
+_FIXED = {
+    "architecture_class_name": "RecurrentGPT",
+    "block_class_name": "SandwichBlock",
+    "norm_class_name": "RMSNorm_llama",
+    "mlp_class_name": "GatedMLP",
+    "nonlin_name": "SiLU",
+    "injection_type": "linear",
+    "init_strategy": "takase",
+    "bias": False,
+    "test_time_noise": 0,
+}
+"""Fields of a Huginn folder that name parts of the architecture; these values are the ones implemented."""
+
+_DERIVED = ("n_layers", "num_hidden_layers", "head_dim", "init_values", "effective_expected_depth")
+_SPELLINGS = {"num_attention_heads": "n_heads", "tie_word_embeddings": "tie_embeddings"}
+
+
+class RecurrentDepthConfig(PreTrainedConfig):
+    """Fields of `ModelConfig`, and `num_steps`: the steps of a forward pass unless a call says otherwise."""
+
+    model_type = "huginn_raven"
+    attribute_map = {  # noqa: RUF012 (the name and form are transformers')
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "block_size",
+        "num_attention_heads": "n_heads",
+    }
+    keys_to_ignore_at_inference = ["past_key_values", "state", "latent_states"]  # noqa: RUF012
+
+    def __init__(self, num_steps: int | None = None, **kwargs: Any) -> None:
+        for name, implemented in _FIXED.items():
+            value = kwargs.pop(name, implemented)
+            if value != implemented:
+                raise ValueError(f"config.json has {name}: {value!r}; only {implemented!r} is implemented")
+        for name in _DERIVED:
+            kwargs.pop(name, None)
+        for spelling, name in _SPELLINGS.items():
+            if spelling in kwargs:
+                kwargs.setdefault(name, kwargs.pop(spelling))
+        if kwargs.pop("num_key_value_heads", None) not in (None, kwargs.get("n_heads")):
+            raise ValueError("config.json asks for grouped key-value heads; only n_heads of them are implemented")
+        defaults = asdict(ModelConfig())
+        for field in fields(ModelConfig):
+            setattr(self, field.name, kwargs.pop(field.name, defaults[field.name]))
+        self.num_steps = num_steps
+        for name, value in _FIXED.items():
+            setattr(self, name, value)
+        self.num_key_value_heads = self.n_heads
+        super().__init__(tie_word_embeddings=self.tie_embeddings, **kwargs)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers a token passes: caches are sized by it."""
+        return self.to_model_config().unrolled_layers(self.num_steps or self.mean_recurrence)
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int) -> None:
+        """Derived; a stored value is ignored."""
+
+    def to_model_config(self) -> ModelConfig:
+        """The architecture alone."""
+        return ModelConfig(**{field.name: getattr(self, field.name) for field in fields(ModelConfig)})
+
+    @classmethod
+    def from_model_config(cls, config: ModelConfig, **more: Any) -> "RecurrentDepthConfig":
+        """The other way."""
+        return cls(**asdict(config), **more)

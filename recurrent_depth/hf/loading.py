@@ -1,0 +1,47 @@
+"""A model and its tokenizer from whatever a user names: a run, a checkpoint, an export, a hub name."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from recurrent_depth.hf import RecurrentDepthConfig, RecurrentDepthForCausalLM
+from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.runs import is_run, load_run_model, run_tokenizer
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> tuple[RecurrentDepthForCausalLM, Any]:
+    """Model (in evaluation mode) and tokenizer (None where the folder has none)."""
+    if is_run(path):
+        model = wrap(load_run_model(path))
+        tokenizer = _fast_tokenizer(run_tokenizer(path))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(str(path))
+        tokenizer = AutoTokenizer.from_pretrained(str(path)) if _has_tokenizer(path) else None
+    return model.to(device=device, dtype=dtype).eval(), tokenizer
+
+
+def wrap(model: RecurrentDepthModel) -> RecurrentDepthForCausalLM:
+    """The transformers class around the very modules of a training model."""
+    with torch.device("meta"):
+        wrapped = RecurrentDepthForCausalLM(RecurrentDepthConfig.from_model_config(model.config))
+    wrapped.transformer, wrapped.lm_head = model.transformer, model.lm_head
+    wrapped.register_buffer("freqs_cis", model.freqs_cis)
+    return wrapped
+
+
+def _has_tokenizer(path: str | Path) -> bool:
+    return not Path(path).is_dir() or any(Path(path).glob("tokenizer*"))
+
+
+def _fast_tokenizer(file: Path | None) -> Any:
+    if file is None:
+        return None
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), clean_up_tokenization_spaces=False)
+    known = tokenizer.get_vocab()
+    names = {"bos_token": "<|begin_text|>", "eos_token": "<|end_text|>", "pad_token": "<|pad|>"}
+    tokenizer.add_special_tokens({role: token for role, token in names.items() if token in known})
+    return tokenizer

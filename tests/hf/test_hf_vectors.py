@@ -1,0 +1,87 @@
+"""The transformers class against the reference vectors, loaded as a user would."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import recurrent_depth.hf  # noqa: F401
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "huginn_tiny"
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return load_file(FIXTURE / "expected.safetensors")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(FIXTURE)
+
+
+def close(actual, reference):
+    torch.testing.assert_close(actual, reference, rtol=1e-5, atol=1e-5 * reference.abs().max().item())
+
+
+@pytest.mark.parametrize("r", [1, 2, 5])
+def test_logits_cached_logits_and_greedy_tokens(model, expected, r):
+    ids = expected["input_ids"]
+    output = model(ids, num_steps=r, input_states=expected["input_states"])
+    close(output.logits, expected[f"logits_s{r}"])
+    close(output.latent_states, expected[f"states_s{r}"])
+    pieces = [model(ids[:, :12], num_steps=r, use_cache=True)]
+    for t in range(12, 16):
+        pieces.append(model(ids[:, t : t + 1], num_steps=r, past_key_values=pieces[-1].past_key_values))
+    close(torch.cat([piece.logits for piece in pieces], dim=1), expected[f"cached_logits_s{r}"])
+    written = model.generate(ids[:1], num_steps=r, max_new_tokens=16, do_sample=False)
+    assert torch.equal(written, expected[f"greedy_s{r}"])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_left_padded_batch_equals_single_rows(attention):
+    model = AutoModelForCausalLM.from_pretrained(FIXTURE, attn_implementation=attention, dtype=torch.float64)
+    prompts = [[5, 6, 7, 8, 9], [11, 12], [3]]
+    padded = torch.tensor([[0] * (5 - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (5 - len(p)) + [1] * len(p) for p in prompts])
+    together = model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False, num_steps=3)
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, num_steps=3)
+        assert together[row, 5:].tolist() == alone[0, len(prompt) :].tolist()
+
+
+def test_steps_come_from_the_call_or_the_configuration(model, expected):
+    ids = expected["input_ids"]
+    three = AutoModelForCausalLM.from_pretrained(FIXTURE, num_steps=3)
+    assert torch.equal(three(ids).logits, model(ids, num_steps=3).logits)
+    assert not torch.equal(three(ids).logits, model(ids).logits)
+    states = model(ids, num_steps=4, output_hidden_states=True).hidden_states
+    assert len(states) == 4
+    with pytest.raises(ValueError, match="at least 1"):
+        model(ids, num_steps=-1)
+
+
+def test_what_a_folder_may_lack_or_hold(tmp_path, expected):
+    reference = load_file(FIXTURE / "model.safetensors")
+    without_bias = {name: t for name, t in reference.items() if "qk_bias" not in name}
+    zero_bias = {name: torch.zeros_like(t) if "qk_bias" in name else t for name, t in reference.items()}
+    both_keys = {**zero_bias, "lm_head.weight": zero_bias["transformer.wte.weight"].clone()}
+    outputs = []
+    for number, tensors in enumerate([without_bias, zero_bias, both_keys]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        shutil.copy(FIXTURE / "config.json", folder)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        outputs.append(AutoModelForCausalLM.from_pretrained(folder)(expected["input_ids"], num_steps=2).logits)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[2], outputs[1])
+
+
+def test_another_architecture_is_refused(tmp_path):
+    text = (FIXTURE / "config.json").read_text().replace('"injection_type": "linear"', '"injection_type": "add"')
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="injection_type"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
