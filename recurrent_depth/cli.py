@@ -86,7 +86,26 @@ def parse_options(options: type, prog: str, arguments: list[str]) -> Any:
     parser = ArgumentParser(prog=prog, description=(options.__doc__ or "").splitlines()[0])
     parser.add_argument("--config", action="config", help="YAML file; options after it override its fields")
     parser.add_class_arguments(options, as_group=False)
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_args(_normalised(arguments, options))
     del parsed["config"]
     instances = parser.instantiate(parsed)
     return options(**{field.name: instances[field.name] for field in dataclasses.fields(options)})
+
+
+def _normalised(arguments: list[str], options: type) -> list[str]:
+    """`--num-steps 1,4` as `--num_steps [1,4]`: dashes in names, bare commas in lists."""
+    lists = {field.name for field in dataclasses.fields(options) if str(field.type).startswith(("list", "tuple"))}
+    result, expects_list = [], False
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            name = "--" + name[2:].replace("-", "_")
+            expects_list = name[2:] in lists
+            result.append(name + equals + (_bracketed(value) if equals and expects_list else value))
+        else:
+            result.append(_bracketed(argument) if expects_list else argument)
+    return result
+
+
+def _bracketed(value: str) -> str:
+    return value if value.startswith("[") else f"[{value}]"

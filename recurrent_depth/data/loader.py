@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -52,8 +51,8 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Changes when the data change."""
 
-    def tokenizer_file(self) -> Path | None:
-        """A tokenizer.json that belongs to the token ids, if there is one."""
+    def tokenizer_json(self) -> str | None:
+        """The content of a tokenizer.json that belongs to the token ids, if there is one."""
 
     def batch(self, first_row: int, count: int, step: int) -> Batch:
         """Rows [first_row, first_row + count) of the seeded order; `step` moves a curriculum."""
@@ -119,8 +118,8 @@ class TaskSource:
     def fingerprint(self) -> str:
         return _hash({"config": asdict(self.config), "moves": self.task.moves, "seed": self.seed})
 
-    def tokenizer_file(self) -> Path | None:
-        return None
+    def tokenizer_json(self) -> str | None:
+        return self.task.tokenizer().to_str(pretty=True)
 
     def length(self, step: int) -> int:
         """Instructions of a row at a step of the run."""

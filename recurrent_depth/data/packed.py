@@ -56,9 +56,18 @@ class PackedSource:
         content = (self.manifest or {}).get("content")
         return hashlib.sha256(json.dumps([shape, content, self.sequence_length]).encode()).hexdigest()[:16]
 
-    def tokenizer_file(self) -> Path | None:
+    def tokenizer_json(self) -> str | None:
+        """The tokenizer beside the rows; one that is not the manifest's is an error."""
         candidates = [self.folder / "tokenizer.json", self.folder.parent / "tokenizer.json"]
-        return next((file for file in candidates if file.is_file()), None)
+        file = next((file for file in candidates if file.is_file()), None)
+        if file is None:
+            return None
+        content = file.read_bytes()
+        if self.manifest and hashlib.sha256(content).hexdigest() != self.manifest["tokenizer_sha256"]:
+            raise DataError(
+                f"{file} is not the tokenizer the rows were made with; restore it or prepare the data again"
+            )
+        return content.decode()
 
     def batch(self, first_row: int, count: int, step: int) -> Batch:
         rows = [self._row(number) for number in range(first_row, first_row + count)]

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from recurrent_depth.model.random import philox
+
+PAD = "<|pad|>"
 
 BUCKETS = ((1, 2), (3, 4), (5, 8), (9, 12), (13, 16), (17, 24), (25, 32), (33, 48))
 """Instructions seen, first and last, of each difficulty bucket."""
@@ -43,8 +46,20 @@ class StateTask:
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
-        """Token names in the order of their ids."""
-        return self.states + self.instructions
+        """Token names in the order of their ids; the last one is padding."""
+        return (*self.states, *self.instructions, PAD)
+
+    def tokenizer(self) -> Tokenizer:
+        """Words to ids, so that rows can be written as text: `cup0 swap01 swap24`."""
+        words = models.WordLevel({word: index for index, word in enumerate(self.vocabulary)}, unk_token=PAD)
+        tokenizer = Tokenizer(words)
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer.add_special_tokens([PAD])
+        return tokenizer
+
+    def text(self, ids: list[int]) -> str:
+        """Token ids as words."""
+        return " ".join(self.vocabulary[index] for index in ids)
 
     def rows(self, first_row: int, count: int, length: int, *, seed: int, split: int) -> tuple[Tensor, Tensor]:
         """Rows `first_row` ... of an endless sequence fixed by (seed, split).

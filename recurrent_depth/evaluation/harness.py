@@ -47,7 +47,9 @@ def run_harness(
     manager = TaskManager(include_path=include_path)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
-        raise ValueError(f"unknown task(s) {', '.join(unknown)}; `lm-eval ls tasks` lists them, --include-path adds yours")
+        raise ValueError(
+            f"unknown task(s) {', '.join(unknown)}; `lm-eval ls tasks` lists them, --include-path adds yours"
+        )
     lm = RecurrentLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     results: list[Result] = []
     settings: dict[str, Any] = {}

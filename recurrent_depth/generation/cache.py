@@ -63,7 +63,9 @@ class RecurrentCache:
         """Store k, v [B, H, T, K] behind the filled columns; returns all keys and values [B, H, S, K]."""
         end = self.filled + k.shape[2]
         if end > self.max_length:
-            raise ValueError(f"the cache holds {self.max_length} tokens, {end} are needed; make it with a larger max_length")
+            raise ValueError(
+                f"the cache holds {self.max_length} tokens, {end} are needed; make it with a larger max_length"
+            )
         kept = self.entries[self.place(slot)]
         kept[0, :, :, self.filled : end] = k
         kept[1, :, :, self.filled : end] = v

@@ -44,4 +44,6 @@ def _fast_tokenizer(file: Path | None) -> Any:
     known = tokenizer.get_vocab()
     names = {"bos_token": "<|begin_text|>", "eos_token": "<|end_text|>", "pad_token": "<|pad|>"}
     tokenizer.add_special_tokens({role: token for role, token in names.items() if token in known})
+    if tokenizer.eos_token is None:  # generated tasks have padding only; lm-eval wants an end of text
+        tokenizer.eos_token = tokenizer.pad_token
     return tokenizer

@@ -26,8 +26,8 @@ from recurrent_depth.model.transformer import Transformer, initial_value
 class RecurrentDepthOutput(CausalLMOutputWithPast):
     """With `state` [B, T, D], the last state before ln_f, and `latent_states`, ln_f of it."""
 
-    state: torch.FloatTensor | None = None
-    latent_states: torch.FloatTensor | None = None
+    state: Tensor | None = None
+    latent_states: Tensor | None = None
 
 
 class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
@@ -54,7 +54,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.transformer.wte
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.transformer.wte = value
 
     @torch.no_grad()
@@ -97,7 +97,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         steps = num_steps or self.config.num_steps or self.config.mean_recurrence
         split_steps(steps)
-        x = self.transformer.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        x = inputs_embeds if input_ids is None else self.transformer.embed(input_ids)
+        assert x is not None
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache()
         if position_ids is None:

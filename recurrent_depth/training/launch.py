@@ -1,7 +1,6 @@
 """From a configuration to a finished run: checks first, then training."""
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -82,6 +81,6 @@ def _write_run_files(run: Path, config: RunConfig, trainer: Trainer) -> None:
     temporary = run / "run.yaml.tmp"
     temporary.write_text(as_yaml(config))
     temporary.replace(run / "run.yaml")
-    tokenizer = trainer.train_source.tokenizer_file()
-    if tokenizer is not None and not (run / "tokenizer.json").exists():
-        shutil.copyfile(tokenizer, run / "tokenizer.json")
+    tokenizer = trainer.train_source.tokenizer_json()
+    if tokenizer is not None:
+        (run / "tokenizer.json").write_text(tokenizer)

@@ -1,0 +1,158 @@
+"""`recurrent-depth eval`: accuracy over test-time steps, on a model loaded once."""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from recurrent_depth.data.tasks import TASKS
+from recurrent_depth.evaluation.dense import evaluate_dense
+from recurrent_depth.evaluation.export_tasks import export_task
+from recurrent_depth.evaluation.table import Result, markdown, plot, write_csv
+from recurrent_depth.runs import is_run, load_run_model
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluate a model at several numbers of test-time steps.
+
+    Args:
+        model: run folder, checkpoint, export, or hub name.
+        out: folder for results.csv, results.md, results.png and results.json.
+        tasks: lm-eval task names; a generated task is named NAME_lm (for example shell_game_lm).
+        dense: generated tasks to evaluate at every position, by difficulty.
+        modes: of `dense`: parallel (one pass), cache-full and cache-1 (token by token; a full cache, a shared one).
+        num_steps: steps of the core.
+        length: instructions of a generated row.
+        rows: generated rows of `dense`.
+        batch_size: of lm-eval.
+        limit: documents of each lm-eval task; null for all.
+        include_path: folder with further lm-eval tasks.
+        num_fewshot: examples in the prompt; null leaves the task's own number.
+        apply_chat_template: write prompts as chat.
+        system_instruction: system message of the chat.
+        fewshot_as_multiturn: examples as turns of the chat.
+        dtype: of the weights.
+        device: cpu or cuda.
+        name: of the model in the tables; null takes the folder's.
+    """
+
+    model: str
+    out: str
+    tasks: list[str] = field(default_factory=list)
+    dense: list[str] = field(default_factory=list)
+    modes: list[Literal["parallel", "cache-full", "cache-1"]] = field(default_factory=lambda: ["parallel"])
+    num_steps: list[int] = field(default_factory=lambda: [1, 4, 8, 16, 32])
+    length: int = 16
+    rows: int = 512
+    batch_size: int = 8
+    limit: int | None = None
+    include_path: str | None = None
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "cpu"
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.num_steps or min(self.num_steps) < 1:
+            raise ValueError(f"num_steps is {self.num_steps}; every entry must be at least 1")
+        if not self.tasks and not self.dense:
+            raise ValueError("nothing to evaluate: name --tasks or --dense")
+        unknown = [name for name in self.dense if name not in TASKS]
+        if unknown:
+            raise ValueError(f"dense names {unknown}; known tasks are {', '.join(sorted(TASKS))}")
+
+
+def evaluate(config: EvalConfig) -> list[Result]:
+    """Run the evaluation and write its tables; returns the results."""
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    name = config.name or Path(config.model).name
+    results: list[Result] = []
+    settings: dict[str, Any] = {}
+    if config.dense:
+        results += _dense(config, name)
+    if config.tasks:
+        found, settings = _harness(config, name, out)
+        results += found
+    write_csv(results, out / "results.csv")
+    _write(out / "results.md", markdown(results))
+    _write(out / "results.json", json.dumps(_record(config, results, settings), indent=1))
+    plot(results, out / "results.png", f"{name}: value over test-time steps")
+    print(markdown(results))
+    return results
+
+
+def _dense(config: EvalConfig, name: str) -> list[Result]:
+    if not is_run(config.model):
+        raise ValueError(f"dense evaluation needs a run or checkpoint folder, {config.model} is none")
+    model = load_run_model(config.model)
+    results = []
+    for task in config.dense:
+        results += evaluate_dense(
+            model,
+            name,
+            TASKS[task],
+            config.num_steps,
+            length=config.length,
+            rows=config.rows,
+            modes=tuple(config.modes),
+        )
+    return results
+
+
+def _harness(config: EvalConfig, name: str, out: Path) -> tuple[list[Result], dict[str, Any]]:
+    from recurrent_depth.evaluation.harness import known_task_folder, run_harness
+    from recurrent_depth.hf.loading import load_model
+
+    include = None if config.include_path is None else known_task_folder(config.include_path)
+    generated = [TASKS[t.removesuffix("_lm")] for t in config.tasks if t.removesuffix("_lm") in TASKS]
+    if generated:
+        if include is not None:
+            raise ValueError("generated tasks and include_path do not go together; evaluate them in two calls")
+        include = str(out / "tasks")
+        for task in generated:
+            export_task(task, out / "tasks", length=config.length)
+    model, tokenizer = load_model(config.model, getattr(torch, config.dtype), config.device)
+    if tokenizer is None:
+        raise ValueError(f"{config.model} has no tokenizer.json; lm-eval needs one")
+    return run_harness(
+        model,
+        tokenizer,
+        name,
+        config.tasks,
+        config.num_steps,
+        include_path=include,
+        batch_size=config.batch_size,
+        limit=config.limit,
+        num_fewshot=config.num_fewshot,
+        apply_chat_template=config.apply_chat_template,
+        system_instruction=config.system_instruction,
+        fewshot_as_multiturn=config.fewshot_as_multiturn,
+    )
+
+
+def _record(config: EvalConfig, results: list[Result], settings: dict[str, Any]) -> dict[str, Any]:
+    packages = ("torch", "transformers", "lm_eval", "datasets", "numpy")
+    return {
+        "config": asdict(config),
+        "initial_state": "zeros",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "machine": platform.machine(),
+        "lm_eval": settings,
+        "results": [asdict(result) for result in results],
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
