@@ -26,6 +26,7 @@ VERBS = {
     "export": Verb("write a Hugging Face folder", "recurrent_depth.hf.export", "ExportConfig", "export"),
     "chat": Verb("talk to a model", "recurrent_depth.serving.chat", "ChatConfig", "chat"),
     "serve": Verb("OpenAI-compatible server", "recurrent_depth.serving.serve", "ServeConfig", "serve"),
+    "report": Verb("one HTML page", "recurrent_depth.evaluation.report", "ReportConfig", "report"),
     "plan": Verb("memory and time of a run", "recurrent_depth.planning", "PlanConfig", "plan_command"),
 }
 
@@ -109,3 +110,7 @@ def _normalised(arguments: list[str], options: type) -> list[str]:
 
 def _bracketed(value: str) -> str:
     return value if value.startswith("[") else f"[{value}]"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recurrent_depth.data.loader import Batch, open_source
+from recurrent_depth.model.flops import training_flops
 from recurrent_depth.model.loss import valid_targets
 from recurrent_depth.model.random import truncated_normal
 from recurrent_depth.model.recurrence import sample_depth
@@ -74,7 +75,7 @@ class Trainer:
             micro_loss = self._loss(batch, depth, micro) / count.clamp(min=1)
             (micro_loss * self.ranks.world_size).backward()
             loss += micro_loss.detach().float()
-            depths.append(sum(depth))
+            depths.append(depth)
         norm = clip_gradients(self.parameters, config.optimizer.gradient_clip)
         loss_value, norm_value, stop = self._agree(loss, norm)
         finite = loss_value == loss_value and abs(loss_value) != float("inf") and norm_value < float("inf")
@@ -88,10 +89,17 @@ class Trainer:
             "loss": loss_value,
             "gradient_norm": norm_value,
             "lr": lr,
-            "num_steps": sum(depths) / len(depths),
+            "num_steps": sum(n + k for n, k in depths) / len(depths),
             "tokens": float(sum(b.input_ids.numel() for b in batches) * self.ranks.world_size),
+            "flops": float(self._executed_flops(batches[0].input_ids.shape[1], depths)),
             "skipped": float(not finite),
         }
+
+    def _executed_flops(self, tokens_in_row: int, depths: list[tuple[int, int]]) -> int:
+        """Of one optimizer step over all ranks, recomputation included."""
+        recompute = self.config.runtime.activation_checkpointing
+        row = sum(training_flops(self.config.model, tokens_in_row, n, k, recompute) for n, k in depths)
+        return row * self.config.batch_size // self.config.micro_steps
 
     def _batch(self, micro: int) -> Batch:
         config, ranks = self.config, self.ranks
@@ -161,18 +169,17 @@ class Trainer:
         saved_step = self.step
         window = Window()
         while self.step < config.steps and not self.stop_requested:
+            began = time.perf_counter()
             record = self.train_step()
-            window.add(record["tokens"])
+            window.add(time.perf_counter() - began, record)
             last = self.step == config.steps
             if self.step % config.log_every == 0 or last or record["skipped"]:
-                self._report(record | window.rates())
+                self._report(record | window.take())
             if self.step % config.validation.every == 0 or last:
                 self._validate()
-                window.restart()
             if self.step % config.checkpoint.every == 0 or last:
                 self.save()
                 saved_step = self.step
-                window.restart()
         if saved_step != self.step:
             self.save()
         if self.stop_requested and self.step < config.steps:
@@ -234,19 +241,20 @@ class Trainer:
 
 
 class Window:
-    """Tokens and seconds since the last report."""
+    """Time, tokens and FLOPs of the training steps since the last report; validation and saving do not count."""
 
     def __init__(self) -> None:
-        self.restart()
+        self.sums = {"seconds": 0.0, "tokens": 0.0, "flops": 0.0}
 
-    def restart(self) -> None:
-        self.tokens, self.since = 0.0, time.perf_counter()
+    def add(self, seconds: float, record: dict[str, float]) -> None:
+        """Count one step."""
+        self.sums["seconds"] += seconds
+        for name in ("tokens", "flops"):
+            self.sums[name] += record[name]
 
-    def add(self, tokens: float) -> None:
-        self.tokens += tokens
-
-    def rates(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self.since
-        rates = {"tokens_per_second": self.tokens / max(seconds, 1e-9), "seconds": seconds}
-        self.restart()
-        return rates
+    def take(self) -> dict[str, float]:
+        """The sums and their rates; counting starts anew."""
+        sums, self.sums = self.sums, dict.fromkeys(self.sums, 0.0)
+        seconds = max(sums["seconds"], 1e-9)
+        rates = {"tokens_per_second": sums["tokens"] / seconds, "flops_per_second": sums["flops"] / seconds}
+        return sums | rates
