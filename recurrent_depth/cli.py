@@ -22,12 +22,7 @@ VERBS = {
     "prepare": Verb("turn text into packed rows", "recurrent_depth.data.prepare", "PrepareConfig", "prepare"),
     "train": Verb("pretrain or fine-tune", "recurrent_depth.training.command", "TrainCommand", "run"),
     "eval": Verb("accuracy over test-time steps", "recurrent_depth.evaluation", "EvalConfig", "evaluate"),
-    "generate": Verb("write text", "recurrent_depth.generation.command", "GenerateCommand", "run"),
-    "export": Verb("write a Hugging Face folder", "recurrent_depth.hf.export", "ExportConfig", "export"),
-    "chat": Verb("talk to a model", "recurrent_depth.serving.chat", "ChatConfig", "chat"),
-    "serve": Verb("OpenAI-compatible server", "recurrent_depth.serving.serve", "ServeConfig", "serve"),
     "report": Verb("one HTML page", "recurrent_depth.evaluation.report", "ReportConfig", "report"),
-    "plan": Verb("memory and time of a run", "recurrent_depth.planning", "PlanConfig", "plan_command"),
 }
 
 

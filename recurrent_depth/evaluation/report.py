@@ -53,7 +53,7 @@ def report(config: ReportConfig) -> Path:
 
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("recurrent_depth.evaluation"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(percent=lambda x: f"{100 * x:.1f}", big=_big, bits=_bits_per_byte)
     return environment.get_template("report.html")

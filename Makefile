@@ -1,0 +1,38 @@
+# Every target sets up its own environment in .venv; VENV=path uses another one (a preinstalled torch stays).
+VENV ?= .venv
+PYTHON ?= python3
+OUT ?= runs/quickstart
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.recurrent-depth-ready
+export OMP_NUM_THREADS := 1
+
+.PHONY: setup quickstart test slow wheel ci clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet --constraint constraints.txt torch numpy
+	$(BIN)/pip install --quiet --constraint constraints.txt setuptools
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	touch $(STAMP)
+
+quickstart: setup
+	$(BIN)/python scripts/quickstart.py --out $(OUT)
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+
+slow: setup
+	$(BIN)/pytest -n 2 -m "slow and not gpu"
+
+wheel: setup
+	bash scripts/check_wheel.sh $(BIN)/python
+
+ci: test slow wheel
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

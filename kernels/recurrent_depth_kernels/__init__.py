@@ -1,1 +1,0 @@
-"""Triton kernels for the recurrent block (torch and triton only)."""

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Build the wheel, look at what is in it, install it beside an existing torch, and use it.
+set -euo pipefail
+python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+"$python" -m build --quiet --wheel --no-isolation --outdir "$work" .
+wheel=$(ls "$work"/*.whl)
+"$python" - "$wheel" <<'CHECK'
+import sys, zipfile
+
+names = zipfile.ZipFile(sys.argv[1]).namelist()
+tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
+assert tops == {"recurrent_depth"}, f"the wheel has unexpected top-level packages: {tops}"
+for needed in ("recurrent_depth/py.typed", "recurrent_depth/evaluation/report.html"):
+    assert needed in names, f"the wheel lacks {needed}"
+CHECK
+
+# The heavy dependencies come from the environment that built the wheel; the package itself from the wheel alone.
+"$python" -m pip install --quiet --no-deps --target "$work/site" "$wheel"
+cd "$work"
+PYTHONPATH="$work/site" "$python" - <<'CHECK'
+import sys
+
+import recurrent_depth
+
+assert "/site/" in recurrent_depth.__file__, recurrent_depth.__file__
+loaded = {name.split(".")[0] for name in sys.modules}
+assert not loaded & {"transformers", "pyarrow", "lm_eval"}, "import recurrent_depth is not light"
+CHECK
+PYTHONPATH="$work/site" "$python" -m recurrent_depth.cli --help > /dev/null
+echo "wheel ok: $(basename "$wheel")"
