@@ -1,0 +1,149 @@
+"""The quickstart's headline over seeds: the recurrent model, and both baselines at equal time, tokens and FLOPs.
+
+    python benchmarks/quickstart_seeds.py --seeds 0,1,2 --extra-seeds 3,4 --workers 2
+
+Seconds per step are measured first, the three models by turns on one thread; budgets follow from them. The extra seeds
+train the recurrent model alone.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from common import write_result
+
+from recurrent_depth.cli import parse_options
+from recurrent_depth.data.tasks import TASKS
+from recurrent_depth.evaluation.dense import evaluate_dense
+from recurrent_depth.model.flops import training_flops
+from recurrent_depth.model.recurrence import sample_depth
+from recurrent_depth.runs import load_run_model
+from recurrent_depth.training.command import TrainCommand
+from recurrent_depth.training.launch import train
+from recurrent_depth.training.parallel import start_processes
+from recurrent_depth.training.run import RunConfig
+from recurrent_depth.training.trainer import Trainer
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "pretrain" / "quickstart"
+MODELS = ("shell-game", "depth-1", "fixed-10")
+DEPTHS = [1, 2, 4, 8, 12, 16, 32, 64]
+
+
+def config_of(model: str) -> RunConfig:
+    return parse_options(TrainCommand, "benchmark", ["--config", str(CONFIGS / f"{model}.yaml")]).run_config()
+
+
+def seconds_per_step(rounds: int = 60) -> dict[str, float]:
+    """Mean time of a step over the course of a run; the models take turns, so that a disturbance meets all alike."""
+    trainers = {model: Trainer(config_of(model), start_processes(config_of(model).runtime)) for model in MODELS}
+    for trainer in trainers.values():
+        trainer.train_step()
+    totals = dict.fromkeys(MODELS, 0.0)
+    for number in range(rounds):
+        for model, trainer in trainers.items():
+            trainer.step = number * trainer.config.steps // rounds
+            began = time.perf_counter()
+            trainer.train_step()
+            totals[model] += time.perf_counter() - began
+    return {model: total / rounds for model, total in totals.items()}
+
+
+def flops_and_tokens(config: RunConfig) -> tuple[int, int]:
+    """Of a whole run, from its depths and row lengths."""
+    source = Trainer(config, start_processes(config.runtime)).train_source
+    flops = tokens = 0
+    for step in range(config.steps):
+        length = 1 + source.length(step)
+        depth = sample_depth(config.model, seed=config.seed, step=step, micro_step=0)
+        flops += config.batch_size * training_flops(config.model, length, *depth)
+        tokens += config.batch_size * length
+    return flops, tokens
+
+
+def with_steps(config: RunConfig, steps: int, seed: int) -> RunConfig:
+    optimizer = dataclasses.replace(config.optimizer, cooldown_steps=steps // 4)
+    return dataclasses.replace(config, steps=steps, seed=seed, optimizer=optimizer)
+
+
+def plan(seeds: list[int], extra: list[int], pace: dict[str, float]) -> list[dict[str, Any]]:
+    """Every training: model, budget, steps, seed."""
+    reference = config_of("shell-game")
+    flops, _ = flops_and_tokens(reference)
+    jobs = [{"model": "shell-game", "budget": "reference", "steps": reference.steps, "seed": s} for s in seeds + extra]
+    for model in MODELS[1:]:
+        own, _ = flops_and_tokens(with_steps(config_of(model), reference.steps, 0))
+        steps = {
+            "time": int(reference.steps * pace["shell-game"] / pace[model]),
+            "tokens": reference.steps,
+            "flops": int(reference.steps * flops / own),
+        }
+        jobs += [{"model": model, "budget": b, "steps": n, "seed": s} for b, n in steps.items() for s in seeds]
+    return jobs
+
+
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Train and evaluate one model."""
+    config = with_steps(config_of(job["model"]), job["steps"], job["seed"])
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet:
+        sys.stderr = quiet
+        run = train(dataclasses.replace(config, out=f"{folder}/run"))
+        model = load_run_model(run)
+    depths = DEPTHS if job["model"] == "shell-game" else [1]
+    results = evaluate_dense(model, job["model"], TASKS["shell_game"], depths, modes=("parallel",))
+    flops, tokens = flops_and_tokens(config)
+    accuracy = {f"r{r.num_steps}": {} for r in results}
+    for r in results:
+        accuracy[f"r{r.num_steps}"][r.difficulty] = round(r.value, 4)
+    done = {**job, "parameters": model.num_parameters, "tokens": tokens, "flops": flops, "accuracy": accuracy}
+    print(json.dumps({k: v for k, v in done.items() if k != "accuracy"}), flush=True)
+    return done
+
+
+def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean, smallest and largest accuracy of each (model, budget, depth, difficulty)."""
+    groups: dict[tuple[str, str, str, str], list[float]] = {}
+    for run in runs:
+        for depth, buckets in run["accuracy"].items():
+            for difficulty, value in buckets.items():
+                groups.setdefault((run["model"], run["budget"], depth, difficulty), []).append(value)
+    names = ("model", "budget", "num_steps", "difficulty")
+    return [
+        {**dict(zip(names, key, strict=True)), "mean": round(statistics.mean(v), 4), "min": min(v), "max": max(v),
+         "seeds": len(v)}
+        for key, v in groups.items()
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--extra-seeds", default="")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    seeds = [int(s) for s in options.seeds.split(",")]
+    extra = [int(s) for s in options.extra_seeds.split(",") if s]
+    pace = seconds_per_step()
+    print({model: f"{1000 * value:.1f} ms a step" for model, value in pace.items()}, flush=True)
+    jobs = sorted(plan(seeds, extra, pace), key=lambda job: -job["steps"] * pace[job["model"]])
+    with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:
+        runs = pool.map(run_job, jobs, chunksize=1)
+    runs.sort(key=lambda run: (run["model"], run["budget"], run["seed"]))
+    table = summary(runs)
+    write_result("quickstart_seeds", {"seconds_per_step": pace, "summary": table, "runs": runs})
+    for row in table:
+        if row["difficulty"] in ("all", "13-16"):
+            print(" ".join(str(value) for value in row.values()))
+
+
+if __name__ == "__main__":
+    main()
