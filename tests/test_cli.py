@@ -1,0 +1,71 @@
+"""What a user sees of wrong commands: cause, fix, non-zero exit."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from recurrent_depth.cli import main, parse_options
+from recurrent_depth.data.prepare import PrepareConfig
+from recurrent_depth.training.command import TrainCommand
+
+CONFIGS = sorted(Path(__file__).parents[1].glob("configs/pretrain/**/*.yaml"))
+SHELL_GAME = next(path for path in CONFIGS if path.name == "shell-game.yaml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_parses(path):
+    command = parse_options(TrainCommand, "test", ["--config", str(path)])
+    assert command.run_config().steps == yaml.safe_load(path.read_text())["steps"]
+
+
+def test_the_printed_configuration_reads_back(tmp_path, capsys):
+    assert main(["train", "--config", str(SHELL_GAME), "--optimizer.lr", "0.5", "--dry-run", "true"]) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    again = parse_options(TrainCommand, "test", ["--config", str(printed)]).run_config()
+    expected = parse_options(TrainCommand, "test", ["--config", str(SHELL_GAME), "--optimizer.lr", "0.5"]).run_config()
+    assert again == expected
+
+
+def test_dashes_and_bare_lists():
+    options = parse_options(PrepareConfig, "test", ["--out", "o", "--source", "a,b", "--sequence-length", "64"])
+    assert options.source == ["a", "b"]
+    assert options.sequence_length == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--config", str(SHELL_GAME), "--model.width", "3"], "model.width"),
+        (["train", "--config", str(SHELL_GAME), "--model.n_embd", "63"], "model.n_embd"),
+        (["train", "--config", str(SHELL_GAME), "--batch_size", "0"], "batch_size"),
+        (["train", "--config", str(SHELL_GAME), "--model.vocab_size", "8"], "model.vocab_size"),
+        (["train", "--config", str(SHELL_GAME), "--model.block_size", "8"], "model.block_size"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["eval", "--model", "nowhere", "--out", "OUT", "--dense", "shell_game"], "nowhere"),
+        (["eval", "--model", "nowhere", "--out", "OUT", "--dense", "shell_game", "--num-steps", "0"], "at least 1"),
+        (["eval", "--model", "nowhere", "--out", "OUT", "--dense", "chess"], "chess"),
+        (["dance"], "unknown verb"),
+    ],
+)
+def test_mistakes_name_cause_and_exit(arguments, message, tmp_path, capsys):
+    arguments = [str(tmp_path / "out") if a == "OUT" else a for a in arguments]
+    if arguments[0] == "train":
+        arguments += ["--out", str(tmp_path / "run")]
+    try:
+        status = main(arguments)
+    except SystemExit as stop:  # argument errors of the parser
+        status = stop.code
+    assert status not in (0, None)
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_import_is_light():
+    code = "import recurrent_depth, sys; print(sorted(sys.modules))"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for heavy in ("transformers", "pyarrow", "lm_eval", "datasets", "rich"):
+        assert f"'{heavy}'" not in modules
