@@ -9,6 +9,9 @@ RUN/checkpoints/step-00000100/   safetensors shards of model and optimizer, and 
 import hashlib
 import json
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -88,6 +91,14 @@ def model_config(details: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**details["model"])
 
 
+@contextmanager
+def one_process() -> Iterator[None]:
+    """torch warns whenever a checkpoint is read or written without a process group; here that is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
 def load_run_model(path: str | Path) -> RecurrentDepthModel:
     """The model of a run folder (newest checkpoint) or of one checkpoint, whole, in fp32 on the CPU."""
     checkpoint = find_checkpoint(path)
@@ -95,7 +106,7 @@ def load_run_model(path: str | Path) -> RecurrentDepthModel:
     verify(checkpoint, details["files"])
     model = RecurrentDepthModel(model_config(details))
     state = {f"model.{name}": p for name, p in model.named_parameters()}
-    with torch.no_grad():
+    with torch.no_grad(), one_process():
         dcp.load(state, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     return model.eval()
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def run_harness(
         raise ValueError(
             f"unknown task(s) {', '.join(unknown)}; `lm-eval ls tasks` lists them, --include-path adds yours"
         )
-    lm = RecurrentLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    lm = RecurrentLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
     results: list[Result] = []
     settings: dict[str, Any] = {}
     for r in num_steps:
@@ -74,7 +75,7 @@ def run_harness(
 
 def _results(name: str, r: int, report: dict[str, Any]) -> list[Result]:
     rows = []
-    for task, metrics in report["results"].items():
+    for task, metrics in sorted(report["results"].items(), key=lambda item: _natural(item[0])):
         n = report["n-samples"].get(task, {}).get("effective", 0)
         for key, value in metrics.items():
             metric, _, rule = key.partition(",")
@@ -86,6 +87,11 @@ def _results(name: str, r: int, report: dict[str, Any]) -> list[Result]:
             base, _, difficulty = task.partition("__")
             rows.append(Result(name, "test", base, difficulty, "lm-eval", label, r, float(value), stderr, n))
     return rows
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts `task__5-8` before `task__13-16`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def known_task_folder(path: str | Path) -> str:

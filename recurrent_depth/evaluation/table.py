@@ -56,12 +56,13 @@ def plot(results: list[Result], path: Path, title: str) -> None:
         depths = sorted(cells)
         values = [100 * cells[r].value for r in depths]
         errors = [100 * cells[r].stderr for r in depths]
-        axes.errorbar(depths, values, errors, marker="o", capsize=3, label=" ".join(part for part in key if part))
+        axes.errorbar(depths, values, errors, marker="o", capsize=3, label=" ".join(part for part in key[:3] if part))
     axes.set_xscale("log", base=2)
     depths = sorted({result.num_steps for result in results})
     axes.set_xticks(depths, [str(r) for r in depths])
     axes.minorticks_off()
-    axes.set(xlabel="steps of the core at test time", ylabel="value, %", title=title)
+    metrics = sorted({result.metric for result in results})
+    axes.set(xlabel="steps of the core at test time", ylabel=f"{', '.join(metrics)}, %", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)

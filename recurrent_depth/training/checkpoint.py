@@ -24,10 +24,10 @@ from recurrent_depth.runs import (
     checkpoint_name,
     checkpoints,
     file_hash,
+    one_process,
     read_details,
     verify,
 )
-from recurrent_depth.training.optimizer import local
 from recurrent_depth.training.parallel import Ranks
 
 
@@ -90,7 +90,8 @@ def save_checkpoint(
 
 def _write_shards(folder: Path, state: dict[str, Tensor], ranks: Ranks) -> None:
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(state, storage_writer=writer, no_dist=ranks.world_size == 1)
+    with one_process():
+        dcp.save(state, storage_writer=writer, no_dist=ranks.world_size == 1)
 
 
 def _together(ranks: Ranks, action: Any) -> None:
@@ -143,7 +144,8 @@ def load_checkpoint(
     state = training_state(model, optimizer)
     reader = HuggingFaceStorageReader(str(checkpoint))
     try:
-        dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+        with one_process():
+            dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
     except (RuntimeError, dcp.CheckpointException) as error:
         raise CheckpointError(f"{checkpoint} does not fit this run (another optimizer?): {error}") from error
     return details["step"]
@@ -152,8 +154,3 @@ def load_checkpoint(
 def _differences(saved: dict[str, Any], current: dict[str, Any]) -> str:
     names = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
     return ", ".join(f"{name}: saved {saved.get(name)}, now {current.get(name)}" for name in sorted(names))
-
-
-def parameter_checksum(model: RecurrentDepthModel) -> float:
-    """Sum of this rank's weights in fp64: a cheap mark by which two runs can be told apart."""
-    return float(sum(local(p.detach()).double().sum().item() for p in model.parameters()))

@@ -1,0 +1,127 @@
+"""Depths, states and gradients of the loop."""
+
+import dataclasses
+import statistics
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.recurrence import sample_depth, split_steps
+from recurrent_depth.model.transformer import RecurrentDepthModel
+
+CONFIG = ModelConfig(n_embd=32, n_heads=2, intermediate_size=48, n_layers_in_recurrent_block=2, vocab_size=50)
+HUGINN = dataclasses.replace(CONFIG, mean_recurrence=32, mean_backprop_depth=8)
+
+
+@pytest.fixture
+def model():
+    model = RecurrentDepthModel(CONFIG).double()
+    model.initialise(0)
+    return model
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_sampled_depths_have_the_published_statistics():
+    totals = [sum(sample_depth(HUGINN, seed=0, step=step, micro_step=0)) for step in range(20_000)]
+    assert statistics.mean(totals) == pytest.approx(33, abs=0.4)
+    assert statistics.median(totals) == pytest.approx(29, abs=1)
+    counts = torch.bincount(torch.tensor(totals)).float()
+    smooth = torch.nn.functional.avg_pool1d(counts[None, None], 5, 1, 2)[0, 0]
+    assert smooth.argmax().item() == pytest.approx(24, abs=3)
+    assert max(k for _, k in (sample_depth(HUGINN, seed=0, step=s, micro_step=0) for s in range(500))) == 8
+
+
+def test_a_depth_depends_on_seed_step_and_micro_step_alone():
+    def depths(**changes):
+        return [sample_depth(HUGINN, **({"seed": 1, "step": s, "micro_step": 0} | changes)) for s in range(50)]
+
+    assert depths() == depths()
+    assert depths() != depths(seed=2)
+    assert depths() != depths(micro_step=1)
+
+
+def test_fixed_depth_and_full_backpropagation():
+    fixed = dataclasses.replace(HUGINN, sampling_scheme="fixed")
+    assert {sample_depth(fixed, seed=0, step=s, micro_step=0) for s in range(20)} == {(24, 8)}
+    full = dataclasses.replace(HUGINN, mean_backprop_depth=None)
+    drawn = [sample_depth(full, seed=0, step=s, micro_step=0) for s in range(20)]
+    assert all(n == 0 for n, _ in drawn)
+    assert len({k for _, k in drawn}) > 5
+
+
+@pytest.mark.parametrize("wrong", [0, -1, (0, 0), (-1, 3)])
+def test_impossible_step_counts(wrong):
+    with pytest.raises(ValueError, match="at least 1"):
+        split_steps(wrong)
+
+
+def test_some_steps_and_then_more_equal_all_of_them(model, ids):
+    whole = model(ids, num_steps=7, return_states=True)
+    first = model(ids, num_steps=3)
+    second = model(ids, num_steps=4, input_states=first.state)
+    torch.testing.assert_close(second.logits, whole.logits, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(first.state, whole.states[2], rtol=1e-12, atol=1e-12)
+
+
+def test_steps_without_gradient_change_gradients_and_not_values(model, ids):
+    whole = model(ids, num_steps=6, labels=ids)
+    cut = model(ids, num_steps=(4, 2), labels=ids)
+    assert torch.equal(whole.logits, cut.logits)
+    state = model(ids, num_steps=4).state.detach()
+    by_hand = gradients(model, model(ids, num_steps=2, input_states=state, labels=ids).loss)
+    for name, gradient in gradients(model, cut.loss).items():
+        torch.testing.assert_close(gradient, by_hand[name], rtol=1e-10, atol=1e-12)
+    full = gradients(model, whole.loss)
+    assert not torch.allclose(full["transformer.adapter.weight"], by_hand["transformer.adapter.weight"])
+
+
+@pytest.mark.parametrize("recompute", ["step", "block"])
+def test_recomputation_changes_no_gradient(model, ids, recompute):
+    expected = gradients(model, model(ids, num_steps=(2, 3), labels=ids).loss)
+    model.transformer.core_block.activation_checkpointing = recompute
+    actual = gradients(model, model(ids, num_steps=(2, 3), labels=ids).loss)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-12, atol=1e-14)
+
+
+def test_a_replaced_adapter_is_called(model, ids):
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    plain = model(ids, num_steps=3).logits
+    wrapped = Doubled(64, 32, bias=False).double()
+    wrapped.weight = torch.nn.Parameter(model.transformer.adapter.weight.detach() / 2)
+    model.transformer.adapter = wrapped
+    torch.testing.assert_close(model(ids, num_steps=3).logits, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_have_two_graphs_at_any_depth():
+    torch._dynamo.reset()
+    model, plain = RecurrentDepthModel(CONFIG), RecurrentDepthModel(CONFIG)
+    model.initialise(0)
+    plain.initialise(0)
+    counter = CompileCounterWithBackend("aot_eager")
+    core = model.transformer.core_block[0]
+    core.compile(backend=counter)
+    ids = torch.randint(0, 50, (2, 9))
+    for depth in [(0, 1), (3, 2), (1, 4), (6, 1), (0, 5)]:
+        actual = gradients(model, model(ids, num_steps=depth, labels=ids).loss)
+        expected = gradients(plain, plain(ids, num_steps=depth, labels=ids).loss)
+        for name in expected:
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-6)
+    assert counter.frame_count <= 2

@@ -1,0 +1,20 @@
+"""Twenty steps whose losses are known: a change to numerics does not pass unnoticed."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from support import losses, small_run
+
+from recurrent_depth.training.launch import train
+
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden_losses.json"
+
+
+@pytest.mark.parametrize("name", ["huginn", "adamw"])
+def test_golden_losses(tmp_path, name):
+    """To renew after a wanted change: write the losses of both optimizers to the fixture, and say why in docs."""
+    config = small_run(tmp_path / "run", steps=20)
+    train(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name=name)))
+    assert losses(tmp_path / "run") == pytest.approx(json.loads(GOLDEN.read_text())[name], rel=1e-4)
