@@ -9,6 +9,7 @@ import yaml
 
 from recurrent_depth.cli import main, parse_options
 from recurrent_depth.data.prepare import PrepareConfig
+from recurrent_depth.model.config import SHAPES
 from recurrent_depth.training.command import TrainCommand
 
 CONFIGS = sorted(Path(__file__).parents[1].glob("configs/pretrain/**/*.yaml"))
@@ -19,6 +20,13 @@ SHELL_GAME = next(path for path in CONFIGS if path.name == "shell-game.yaml")
 def test_every_shipped_configuration_parses(path):
     command = parse_options(TrainCommand, "test", ["--config", str(path)])
     assert command.run_config().steps == yaml.safe_load(path.read_text())["steps"]
+
+
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_model_files_are_the_named_shapes(name):
+    file = SHELL_GAME.parents[2] / "model" / f"{name}.yaml"
+    command = parse_options(TrainCommand, "test", ["--config", str(SHELL_GAME), "--model", str(file)])
+    assert command.model == SHAPES[name]
 
 
 def test_the_printed_configuration_reads_back(tmp_path, capsys):

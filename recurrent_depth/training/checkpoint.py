@@ -28,7 +28,7 @@ from recurrent_depth.runs import (
     read_details,
     verify,
 )
-from recurrent_depth.training.parallel import Ranks
+from recurrent_depth.training.parallel import Ranks, reshard
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class CheckpointConfig:
 
 def training_state(model: RecurrentDepthModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Flat names to tensors: model.NAME and optimizer.NAME.MOMENT. The tensors are the live ones."""
+    reshard(model)  # a validation leaves gathered weights, which are not the optimizer's
     state: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
         state[f"model.{name}"] = p.detach()

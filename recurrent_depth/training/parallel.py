@@ -155,6 +155,13 @@ def _initialise_shards(model: RecurrentDepthModel, config: ModelConfig, seed: in
         p.copy_(distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None))
 
 
+def reshard(model: nn.Module) -> None:
+    """Free gathered weights, so that parameters are the sharded ones again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def set_last_micro_step(model: nn.Module, last: bool) -> None:
     """Communicate gradients (and free gathered weights) only in the last micro-step of an optimizer step."""
     if isinstance(model, FSDPModule):

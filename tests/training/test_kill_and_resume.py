@@ -78,4 +78,5 @@ def test_kills_leave_no_trace(tmp_path, world_size):
         assert losses(out) == losses(tmp_path / "whole")
         expected, actual = final_tensors(tmp_path / "whole"), final_tensors(out)
         assert expected.keys() == actual.keys()
+        assert sum(name.endswith("adapter.weight.exp_avg") for name in actual) == world_size
         assert all(torch.equal(expected[name], actual[name]) for name in expected)
