@@ -1,5 +1,6 @@
 """The README tells the truth: its first Python block runs, its verbs and files exist."""
 
+import json
 import re
 from pathlib import Path
 
@@ -22,3 +23,10 @@ def test_verbs_and_paths_exist():
     assert verbs
     for path in re.findall(r"--config (\S+)", README):
         assert (ROOT / path).is_file(), path
+
+
+def test_the_table_is_the_benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from readme_table import RESULT, table
+
+    assert table(json.loads(RESULT.read_text())) in README
