@@ -6,8 +6,8 @@ On a CPU the bytes that autograd saves are counted; on a GPU the peak of allocat
 """
 
 import torch
-from common import write_result
 
+from common import write_result
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
 

@@ -18,7 +18,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from common import write_result
-
 from recurrent_depth.cli import parse_options
 from recurrent_depth.data.tasks import TASKS
 from recurrent_depth.evaluation.dense import evaluate_dense

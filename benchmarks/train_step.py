@@ -12,8 +12,8 @@ import time
 from typing import Any
 
 import torch
-from common import write_result
 
+from common import write_result
 from recurrent_depth.model.config import SHAPES, ModelConfig
 from recurrent_depth.model.flops import PEAK_FLOPS, training_flops
 from recurrent_depth.model.transformer import RecurrentDepthModel

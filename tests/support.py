@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from recurrent_depth.data.loader import TaskDataConfig
-
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.training.checkpoint import CheckpointConfig
 from recurrent_depth.training.optimizer import OptimizerConfig

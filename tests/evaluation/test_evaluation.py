@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from support import small_run
 
 from recurrent_depth.data.loader import TaskDataConfig
 from recurrent_depth.data.tasks import TASKS
@@ -14,6 +13,7 @@ from recurrent_depth.evaluation.dense import evaluate_dense, predict
 from recurrent_depth.evaluation.report import ReportConfig, report
 from recurrent_depth.runs import load_run_model
 from recurrent_depth.training.launch import train
+from support import small_run
 
 COLUMNS = ["model", "split", "task", "difficulty", "mode", "metric", "num_steps", "value", "stderr", "n"]
 

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from support import losses, small_run
 
 import recurrent_depth.training.checkpoint as checkpoint_module
 from recurrent_depth.model.transformer import RecurrentDepthModel
@@ -16,6 +15,7 @@ from recurrent_depth.training.launch import train
 from recurrent_depth.training.optimizer import OptimizerConfig
 from recurrent_depth.training.parallel import Ranks, build_model
 from recurrent_depth.training.trainer import Trainer
+from support import losses, small_run
 
 ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-from support import losses, small_run
 
 from recurrent_depth.training.launch import train
+from support import losses, small_run
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden_losses.json"
 

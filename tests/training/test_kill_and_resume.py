@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import losses, run_ranks, small_run
 
 import recurrent_depth.training.checkpoint as checkpoint_module
 from recurrent_depth.runs import checkpoints
 from recurrent_depth.training.launch import train
 from recurrent_depth.training.optimizer import HuginnAdam
 from recurrent_depth.training.trainer import Trainer
+from support import losses, run_ranks, small_run
 
 PHASES = {
     "data": (Trainer, "_batch"),

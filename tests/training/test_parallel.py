@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import losses, run_ranks, small_run
 
 from recurrent_depth.training.launch import train
 from recurrent_depth.training.optimizer import OptimizerConfig
 from recurrent_depth.training.parallel import RuntimeConfig
 from recurrent_depth.training.run import RunConfig
 from recurrent_depth.training.trainer import Trainer
+from support import losses, run_ranks, small_run
 
 CPU = RuntimeConfig(device="cpu", threads=1)
 

@@ -4,11 +4,11 @@ import os
 import signal
 
 import pytest
-from support import losses, run_ranks, small_run
 
 from recurrent_depth.runs import checkpoints
 from recurrent_depth.training.launch import train
 from recurrent_depth.training.trainer import Trainer
+from support import losses, run_ranks, small_run
 
 
 def train_with_signal(config, step: int, rank: int, number: int) -> None:

@@ -1,0 +1,49 @@
+"""Training that starts from somebody's weights."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from recurrent_depth.data.loader import TaskDataConfig
+from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.runs import CheckpointError, load_run_model
+from recurrent_depth.training.initialise import load_weights
+from recurrent_depth.training.launch import train
+from recurrent_depth.training.parallel import Ranks, build_model
+from support import small_run
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "huginn_tiny"
+ONE_RANK = Ranks(0, 1, torch.device("cpu"))
+
+
+def test_a_run_starts_from_another_run(tmp_path):
+    train(small_run(tmp_path / "first"))
+    still = small_run(tmp_path / "second", init_from=str(tmp_path / "first"), steps=1)
+    still = dataclasses.replace(still, optimizer=dataclasses.replace(still.optimizer, lr=1e-12, weight_decay=0.0))
+    train(still)
+    first, second = (load_run_model(tmp_path / name).state_dict() for name in ("first", "second"))
+    for name in first:
+        torch.testing.assert_close(second[name], first[name], rtol=1e-6, atol=1e-7)
+
+
+def test_a_huginn_folder_is_a_start(tmp_path):
+    raw = json.loads((FIXTURE / "config.json").read_text())
+    names = {field.name for field in dataclasses.fields(ModelConfig)} - {"state_init"}
+    config = ModelConfig(**{name: raw[name] for name in names & set(raw)})
+    run = small_run(tmp_path / "run", model=config, data=TaskDataConfig(name="shell_game", max_length=8))
+    model = build_model(config, run.runtime, ONE_RANK, seed=0)
+    load_weights(model, str(FIXTURE))
+    stored = load_file(FIXTURE / "model.safetensors")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, stored[name.replace("lm_head", "transformer.wte")]), name
+
+
+def test_another_shape_is_refused(tmp_path):
+    train(small_run(tmp_path / "first", steps=2))
+    config = small_run(tmp_path / "second", init_from=str(tmp_path / "first"))
+    with pytest.raises(CheckpointError, match=r"transformer.*wants"):
+        train(dataclasses.replace(config, model=dataclasses.replace(config.model, n_embd=48)))
