@@ -26,10 +26,6 @@ VERBS = {
 }
 
 
-class UsageError(Exception):
-    """What the user asked for cannot be done; the message says why and what to do."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -64,7 +60,7 @@ def run_verb(verb: Verb, prog: str, arguments: list[str]) -> int:
     try:
         options = parse_options(getattr(module, verb.options), prog, arguments)
         getattr(module, verb.function)(options)
-    except (ValueError, OSError, CheckpointError, TrainingAborted, UsageError) as error:
+    except (ValueError, OSError, CheckpointError, TrainingAborted) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -30,9 +30,9 @@ class Packer:
     Args:
         length: tokens of a row (a training row of T tokens needs T + 1).
         policy: `concat` cuts documents at row ends and continues them in the next row (only the last, unfilled row is
-            dropped); `huginn` drops the rest of a document at a row end; `best-fit` puts each document (cut into
-            pieces of at most `length`) whole into the open row with the least room that holds it, and pads nothing:
-            rows that cannot be filled to the end with whole pieces take the head of the next one, whose rest goes on.
+            dropped); `huginn` drops the rest of a document at a row end; `best-fit` keeps some documents
+            waiting and puts the longest that fits into the open row; where none fits, the shortest is cut at the row's
+            end and goes on in the next row.
     """
 
     length: int

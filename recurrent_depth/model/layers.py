@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from recurrent_depth.model.attention import Attend
 from recurrent_depth.model.config import ModelConfig
-from recurrent_depth.model.ops import TORCH_OPS, Ops
+from recurrent_depth.model.ops import TORCH_OPS
 
 Rotary = tuple[Tensor, Tensor]
 """cos and signed sin, each [B or 1, T, K] in fp32."""
@@ -77,13 +77,6 @@ class SandwichBlock(nn.Module):
         y = self.attn(self.norm_1(x), rotary, attend, slot)
         x, y = self.ops.add_norm_norm(x, y, self.norm_2.weight, self.norm_3.weight, self.norm_2.eps)
         return self.ops.add_norm(x, self.mlp(y), self.norm_4.weight, self.norm_4.eps)
-
-
-def set_ops(module: nn.Module, ops: Ops) -> None:
-    """Make every layer below `module` use this implementation of the element-wise operations."""
-    for layer in module.modules():
-        if isinstance(layer, RMSNorm | Attention | GatedMLP | SandwichBlock):
-            layer.ops = ops
 
 
 def rotary_table(config: ModelConfig) -> Tensor:

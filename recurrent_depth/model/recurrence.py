@@ -40,15 +40,13 @@ def split_steps(num_steps: NumSteps) -> tuple[int, int]:
     return without, with_gradient
 
 
-def sample_depth(
-    config: ModelConfig, *, seed: int, step: int, micro_step: int, mean: int | None = None
-) -> tuple[int, int]:
+def sample_depth(config: ModelConfig, *, seed: int, step: int, micro_step: int) -> tuple[int, int]:
     """Steps (without gradient, with gradient) of one micro-step: a pure function of its arguments, equal on all ranks.
 
     Log-normal Poisson (arXiv 2502.05171, section 3.3): tau ~ Normal(log m - sigma²/2, sigma), m = max(mean, k),
-    r ~ Poisson(exp tau) + 1; the last k steps carry gradient. `mean` overrides the config's, for a depth curriculum.
+    r ~ Poisson(exp tau) + 1; the last k steps carry gradient.
     """
-    mean = config.mean_recurrence if mean is None else mean
+    mean = config.mean_recurrence
     k = config.mean_backprop_depth
     if config.sampling_scheme == "fixed":
         total = mean

@@ -60,6 +60,8 @@ def _check_resume(trainer: Trainer, checkpoint: Path, accept_changed_data: bool)
     details = read_details(checkpoint)
     saved, current = details["trajectory"], json.loads(json.dumps(trainer.config.trajectory()))
     changed = sorted(name for name in {**saved, **current} if saved.get(name) != current.get(name))
+    if accept_changed_data:
+        changed = [name for name in changed if name != "data"]
     if changed:
         described = "; ".join(f"{name}: was {saved.get(name)}, is {current.get(name)}" for name in changed)
         raise CheckpointError(f"this configuration is not the one of {checkpoint} ({described}); restore it to resume")
