@@ -25,7 +25,12 @@ _SPELLINGS = {"num_attention_heads": "n_heads", "tie_word_embeddings": "tie_embe
 
 
 class RecurrentDepthConfig(PreTrainedConfig):
-    """Fields of `ModelConfig`, and `num_steps`: the steps of a forward pass unless a call says otherwise."""
+    """Fields of `ModelConfig`, and what a forward pass does unless a call says otherwise.
+
+    Args:
+        num_steps: steps of the core; null: mean_recurrence, and sampled depths in training.
+        state_seed: draw the initial state from (seed, position, channel); null: zeros.
+    """
 
     model_type = "huginn_raven"
     attribute_map = {  # noqa: RUF012 (the name and form are transformers')
@@ -33,9 +38,9 @@ class RecurrentDepthConfig(PreTrainedConfig):
         "max_position_embeddings": "block_size",
         "num_attention_heads": "n_heads",
     }
-    keys_to_ignore_at_inference = ["past_key_values", "state", "latent_states"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "last_state", "latent_states"]  # noqa: RUF012
 
-    def __init__(self, num_steps: int | None = None, **kwargs: Any) -> None:
+    def __init__(self, num_steps: int | None = None, state_seed: int | None = None, **kwargs: Any) -> None:
         for name, implemented in _FIXED.items():
             value = kwargs.pop(name, implemented)
             if value != implemented:
@@ -51,6 +56,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
         for field in fields(ModelConfig):
             setattr(self, field.name, kwargs.pop(field.name, defaults[field.name]))
         self.num_steps = num_steps
+        self.state_seed = state_seed
         for name, value in _FIXED.items():
             setattr(self, name, value)
         self.num_key_value_heads = self.n_heads

@@ -3,30 +3,38 @@
 Shapes: B batch, T tokens, D width, V vocabulary.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from recurrent_depth.hf.clock import DepthClock
 from recurrent_depth.hf.configuration import RecurrentDepthConfig
+from recurrent_depth.hf.slots import Slots, make_cache
 from recurrent_depth.model.attention import Attend
 from recurrent_depth.model.layers import RMSNorm, rotary_at, rotary_table
 from recurrent_depth.model.loss import wide
-from recurrent_depth.model.recurrence import NumSteps, split_steps
+from recurrent_depth.model.recurrence import NumSteps, random_state, sample_depth, split_steps
 from recurrent_depth.model.transformer import Transformer, initial_value
 
 
 @dataclass
 class RecurrentDepthOutput(CausalLMOutputWithPast):
-    """With `state` [B, T, D], the last state before ln_f, and `latent_states`, ln_f of it."""
+    """With `last_state` [B, T, D], before ln_f, and `latent_states`, ln_f of it.
 
-    state: Tensor | None = None
+    (A field called `state` would be taken for a cache by transformers' beam search.)
+    """
+
+    last_state: Tensor | None = None
     latent_states: Tensor | None = None
 
 
@@ -41,14 +49,18 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False
 
     def __init__(self, config: RecurrentDepthConfig) -> None:
         super().__init__(config)
-        model_config = config.to_model_config()
-        self.transformer = Transformer(model_config)
+        self.model_config = config.to_model_config()
+        self.transformer = Transformer(self.model_config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.register_buffer("freqs_cis", rotary_table(model_config))
+        self.register_buffer("freqs_cis", rotary_table(self.model_config))
         self.is_causal = True
+        self.clock = DepthClock()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -61,13 +73,13 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """Initial values of parameters that a folder does not hold."""
         if module is self:
-            init.copy_(self.freqs_cis, rotary_table(self.config.to_model_config()))
+            init.copy_(self.freqs_cis, rotary_table(self.model_config))
         prefix = next((name for name, m in self.named_modules() if m is module), "")
         for name, p in module.named_parameters(recurse=False):
             if isinstance(module, RMSNorm):
                 init.ones_(p)
             else:
-                init.copy_(p, initial_value(f"{prefix}.{name}", p.shape, self.config.to_model_config(), seed=0))
+                init.copy_(p, initial_value(f"{prefix}.{name}", p.shape, self.model_config, seed=0))
 
     def forward(
         self,
@@ -83,37 +95,38 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_steps: NumSteps | None = None,
         input_states: Tensor | None = None,
+        state_seed: int | None = None,
         **kwargs: Any,
     ) -> RecurrentDepthOutput | tuple[Any, ...]:
         """Run the model.
 
         Args:
-            num_steps: steps of the core, an int or (without, with) gradient; default: the config's num_steps, or its
-                mean_recurrence.
-            input_states: initial state [B, T, D]; default zeros.
-            output_hidden_states: return the state after every step, R tensors [B, T, D].
+            num_steps: steps of the core, an int or (without, with) gradient; default: in training a sampled depth
+                (see `DepthClock`), else the config's num_steps, or its mean_recurrence.
+            input_states: initial state [B, T, D]; default: in training the config's state_init, else zeros.
+            state_seed: draw the initial state from (seed, position, channel) instead; default: the config's.
+            output_hidden_states: return the embeddings and the output of every layer in the order of computation,
+                1 + unrolled layers tensors [B, T, D]; `core_states` arranges them by (step, layer).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        steps = num_steps or self.config.num_steps or self.config.mean_recurrence
-        split_steps(steps)
         x = inputs_embeds if input_ids is None else self.transformer.embed(input_ids)
         assert x is not None
         if use_cache and past_key_values is None and not self.training:
-            past_key_values = DynamicCache()
-        if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
+            past_key_values = make_cache(self.config, 1)
+        slots = None if past_key_values is None else Slots(past_key_values, self.config)
+        position_ids = self._positions(x, slots, attention_mask, position_ids)
+        steps, state = self._depth_and_state(x, position_ids, num_steps, input_states, state_seed)
         mask = create_causal_mask(self.config, x, attention_mask, past_key_values, position_ids)
-        attend = self._attend(mask, past_key_values, kwargs)
+        attend = self._attend(mask, slots, kwargs)
         rotary = rotary_at(self.freqs_cis, position_ids)
 
-        e = self.transformer.read(x, rotary, attend)
-        state = torch.zeros_like(e) if input_states is None else input_states.to(e.dtype)
-        states: list[Tensor] = []
-        record = (lambda step, s: states.append(s)) if output_hidden_states else None
-        state = self.transformer.think(state, e, steps, rotary, attend, on_step=record)
-        hidden = self.transformer.write(state, rotary, attend)
+        with _recorded(self.transformer, x, bool(output_hidden_states)) as hidden_states:
+            e = self.transformer.read(x, rotary, attend)
+            state = self.transformer.think(state, e, steps, rotary, attend)
+            hidden = self.transformer.write(state, rotary, attend)
+        if slots is not None:
+            slots.finish(sum(split_steps(steps)))
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = wide(self.lm_head(hidden[:, kept]))
@@ -124,43 +137,137 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=past_key_values,
-            hidden_states=tuple(states) if output_hidden_states else None,
-            state=state,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            last_state=state,
             latent_states=self.transformer.ln_f(state),
         )
         return output.to_tuple() if return_dict is False else output
 
-    def _attend(self, mask: Any, cache: Cache | None, kwargs: dict[str, Any]) -> Attend:
+    def core_states(self, hidden_states: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        """Outputs of the core's layers by step: result[i][j] [B, T, D] is layer j of step i + 1.
+
+        The state after step i + 1 is the last layer's, result[i][-1].
+        """
+        first = 1 + self.config.n_layers_in_prelude
+        core = hidden_states[first : len(hidden_states) - self.config.n_layers_in_coda]
+        width = self.config.n_layers_in_recurrent_block
+        return [tuple(core[i : i + width]) for i in range(0, len(core), width)]
+
+    def decode_state(
+        self, state: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, T, V] that the coda reads off a state [B, T, D] of any step (before ln_f, whole sequences)."""
+        position_ids = self._positions(state, None, attention_mask, position_ids)
+        mask = create_causal_mask(self.config, state, attention_mask, None, position_ids)
+        hidden = self.transformer.write(state, rotary_at(self.freqs_cis, position_ids), self._attend(mask, None, {}))
+        return wide(self.lm_head(hidden))
+
+    def _positions(self, x: Tensor, slots: Slots | None, mask: Tensor | None, given: Tensor | None) -> Tensor:
+        """Position ids [B or 1, T]: as given, else counted in the mask, else counted on from the cache."""
+        T = x.shape[1]
+        past = 0 if slots is None else slots.past
+        if given is not None:
+            positions = given
+        elif mask is not None and mask.ndim == 2:
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
+        else:
+            positions = (torch.arange(T, device=x.device) + past)[None]
+        limit = self.config.block_size
+        if isinstance(past, int) and past + T > limit and int(positions.max()) >= limit:
+            raise ValueError(
+                f"position {int(positions.max())} is beyond block_size {limit}, which the rotary table covers; "
+                "shorten the prompt or max_new_tokens"
+            )
+        return positions
+
+    def _depth_and_state(
+        self, x: Tensor, positions: Tensor, steps: NumSteps | None, state: Tensor | None, state_seed: int | None
+    ) -> tuple[NumSteps, Tensor]:
+        """How many steps this pass takes, and the state [B, T, D] it starts from."""
+        config = self.model_config
+        seed, step, micro_step = self.clock.read() if self.training else (0, 0, 0)
+        if steps is None and self.training and self.config.num_steps is None:
+            steps = sample_depth(config, seed=seed, step=step, micro_step=micro_step)
+        if steps is None:
+            steps = self.config.num_steps or self.config.mean_recurrence
+        split_steps(steps)
+        if state is not None:
+            return steps, state.to(x.dtype)
+        row = torch.arange(x.shape[0], device=x.device)
+        if self.training and config.state_init == "like-init":
+            rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+            row = row + (micro_step << 24) + rank * x.shape[0]
+            return steps, random_state(config, row, positions, seed=seed, step=step).to(x.dtype)
+        state_seed = self.config.state_seed if state_seed is None else state_seed
+        if state_seed is None:
+            return steps, torch.zeros_like(x)
+        state = random_state(config, torch.zeros_like(row), positions, seed=state_seed)
+        return steps, state.to(x.dtype)
+
+    def _attend(self, mask: Any, slots: Slots | None, kwargs: dict[str, Any]) -> Attend:
         """transformers' attention function and cache, in the form the blocks call."""
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        scaling = self.config.to_model_config().head_dim ** -0.5
+        scaling = self.model_config.head_dim**-0.5
 
         def attend(q: Tensor, k: Tensor, v: Tensor, slot: int) -> Tensor:
             self.layer_idx = slot  # paged attention reads it
-            if cache is not None:
-                k, v = cache.update(k, v, slot)
+            if slots is not None:
+                k, v = slots.update(k, v, slot)
             y, _ = function(self, q, k, v, mask, scaling=scaling, dropout=0.0, **kwargs)
             return y.transpose(1, 2)  # [B, H, T, K]
 
         return attend
 
-    def prepare_inputs_for_generation(
-        self, *args: Any, num_steps: NumSteps | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """transformers' inputs, and the number of steps: of the call, else of the generation config."""
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """transformers' inputs, with the number of steps and the seed of the state of the generation config."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        steps = num_steps or getattr(self.generation_config, "num_steps", None)
-        return inputs if steps is None else {**inputs, "num_steps": steps}
+        for name in ("num_steps", "state_seed"):
+            value = kwargs.get(name, getattr(self.generation_config, name, None))
+            if value is not None:
+                inputs[name] = value
+        return inputs
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
-        """A cache that grows by slot: its depth is the number of steps, whatever the configuration says."""
-        steps = model_kwargs.get("num_steps") or getattr(generation_config, "num_steps", None)
-        if steps is not None:
-            model_kwargs["num_steps"] = steps
-        plain = generation_config.cache_implementation in (None, "dynamic")
-        if plain and generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = DynamicCache()
+        """Caches of as many layers as this call takes steps, whatever the configuration says."""
+        for name in ("num_steps", "state_seed"):
+            if model_kwargs.get(name) is None and getattr(generation_config, name, None) is not None:
+                model_kwargs[name] = getattr(generation_config, name)
+        kind = generation_config.cache_implementation
+        wanted = generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None
+        if wanted and kind in (None, "dynamic", "static"):
+            steps = model_kwargs.get("num_steps") or self.config.num_steps or self.config.mean_recurrence
+            max_length = max(args[-1], getattr(generation_config, "max_cache_len", None) or 0)
+            model_kwargs["past_key_values"] = make_cache(
+                self.config, sum(split_steps(steps)), max_length if kind == "static" else None
+            )
+            return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        """Recompute the core's blocks in the backward pass; depth and noise are drawn outside of them."""
+        self.gradient_checkpointing = enable
+        self.transformer.core_block.activation_checkpointing = "block" if enable else "none"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RecurrentDepthForCausalLM":
+        """Moves the rotary table with the model, but never rounds it."""
+        table = self.freqs_cis
+        super()._apply(fn, recurse)
+        if self.freqs_cis.dtype != table.dtype:
+            self.freqs_cis = table.to(self.freqs_cis.device)
+        return self
+
+
+@contextmanager
+def _recorded(transformer: Transformer, x: Tensor, wanted: bool) -> Iterator[list[Tensor]]:
+    """Collects x and the output of every block that runs meanwhile."""
+    outputs = [x]
+    blocks = [*transformer.prelude, *transformer.core_block, *transformer.coda] if wanted else []
+    hooks = [block.register_forward_hook(lambda module, args, y: outputs.append(y)) for block in blocks]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def eager_attention(

@@ -14,8 +14,7 @@ from torch import Tensor
 from recurrent_depth.data.loader import Batch, open_source
 from recurrent_depth.model.flops import training_flops
 from recurrent_depth.model.loss import valid_targets
-from recurrent_depth.model.random import truncated_normal
-from recurrent_depth.model.recurrence import sample_depth
+from recurrent_depth.model.recurrence import random_state, sample_depth
 from recurrent_depth.training.checkpoint import load_checkpoint, save_checkpoint, training_state
 from recurrent_depth.training.health import HealthMonitor
 from recurrent_depth.training.logging import RunLog
@@ -137,8 +136,7 @@ class Trainer:
         device = self.ranks.device
         rows = torch.arange(B, device=device) + self._row_in_step(micro)
         positions = torch.arange(T, device=device)[None]
-        noise = truncated_normal(rows, positions, model.n_embd, seed=self.config.seed, step=self.step)
-        return noise * model.state_std
+        return random_state(model, rows, positions, seed=self.config.seed, step=self.step)
 
     def _agree(self, loss: Tensor, norm: Tensor) -> tuple[float, float, bool]:
         """Loss over all ranks, gradient norm, and whether any rank was asked to stop: one collective, one sync."""
