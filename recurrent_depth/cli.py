@@ -22,6 +22,9 @@ VERBS = {
     "prepare": Verb("turn text into packed rows", "recurrent_depth.data.prepare", "PrepareConfig", "prepare"),
     "train": Verb("pretrain or fine-tune", "recurrent_depth.training.command", "TrainCommand", "run"),
     "eval": Verb("accuracy over test-time steps", "recurrent_depth.evaluation", "EvalConfig", "evaluate"),
+    "export": Verb("write a Hugging Face folder", "recurrent_depth.hf.export", "ExportConfig", "export"),
+    "serve": Verb("OpenAI-compatible server", "recurrent_depth.serving.serve", "ServeConfig", "serve"),
+    "chat": Verb("talk to a model on a terminal", "recurrent_depth.serving.chat", "ChatConfig", "chat"),
     "report": Verb("one HTML page", "recurrent_depth.evaluation.report", "ReportConfig", "report"),
 }
 
@@ -67,8 +70,8 @@ def run_verb(verb: Verb, prog: str, arguments: list[str]) -> int:
 
 
 def _extra(verb: Verb) -> str:
-    names = {"recurrent_depth.evaluation": "eval", "recurrent_depth.data.prepare": "data"}
-    return names.get(verb.module, "hf")
+    parts = {"evaluation": "eval", "data": "data", "serving": "serve"}
+    return parts.get(verb.module.split(".")[1], "hf")
 
 
 def parse_options(options: type, prog: str, arguments: list[str]) -> Any:

@@ -20,7 +20,20 @@ _FIXED = {
 }
 """Fields of a Huginn folder that name parts of the architecture; these values are the ones implemented."""
 
-_DERIVED = ("n_layers", "num_hidden_layers", "head_dim", "init_values", "effective_expected_depth")
+_DERIVED = (
+    "n_layers",
+    "num_hidden_layers",
+    "head_dim",
+    "init_values",
+    "effective_expected_depth",
+    "padded_vocab_size",
+    "padding_multiple",
+    "activation_checkpoint_impl",
+    "init_orthogonal",
+    "test_time_noise_type",
+)
+"""Fields of a Huginn folder that follow from others or do not matter to a loaded model."""
+
 _SPELLINGS = {"num_attention_heads": "n_heads", "tie_word_embeddings": "tie_embeddings"}
 
 
@@ -70,6 +83,26 @@ class RecurrentDepthConfig(PreTrainedConfig):
     @num_hidden_layers.setter
     def num_hidden_layers(self, value: int) -> None:
         """Derived; a stored value is ignored."""
+
+    def released_fields(self) -> dict[str, Any]:
+        """The fields of a released config.json that ours leaves out because others give them."""
+        c = self.to_model_config()
+        return {
+            "n_layers": c.unrolled_layers(1),
+            "head_dim": c.head_dim,
+            "effective_expected_depth": c.effective_depth,
+            "init_values": {
+                "std": c.init_std,
+                "embedding": c.init_std,
+                "out_proj": c.output_std,
+                "embed_scale": c.embed_scale,
+            },
+            "padded_vocab_size": c.vocab_size,
+            "padding_multiple": 64,
+            "activation_checkpoint_impl": "per-iteration",
+            "init_orthogonal": False,
+            "test_time_noise_type": "fixed",
+        }
 
     def to_model_config(self) -> ModelConfig:
         """The architecture alone."""

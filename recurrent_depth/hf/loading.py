@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from recurrent_depth.hf import RecurrentDepthConfig, RecurrentDepthForCausalLM
+from recurrent_depth.hf.chat import CHAT_TEMPLATE, CHAT_TOKENS
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.runs import is_run, load_run_model, run_tokenizer
 
@@ -19,7 +20,7 @@ def load_model(
         model = wrap(load_run_model(path))
         tokenizer = _fast_tokenizer(run_tokenizer(path))
     else:
-        model = AutoModelForCausalLM.from_pretrained(str(path))
+        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype or torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(str(path)) if _has_tokenizer(path) else None
     return model.to(device=device, dtype=dtype).eval(), tokenizer
 
@@ -44,6 +45,8 @@ def _fast_tokenizer(file: Path | None) -> Any:
     known = tokenizer.get_vocab()
     names = {"bos_token": "<|begin_text|>", "eos_token": "<|end_text|>", "pad_token": "<|pad|>"}
     tokenizer.add_special_tokens({role: token for role, token in names.items() if token in known})
+    if all(token in known for token in CHAT_TOKENS):
+        tokenizer.chat_template = CHAT_TEMPLATE
     if tokenizer.eos_token is None:  # generated tasks have padding only; lm-eval wants an end of text
         tokenizer.eos_token = tokenizer.pad_token
     return tokenizer

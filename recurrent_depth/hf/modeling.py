@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from recurrent_depth.hf.clock import DepthClock
@@ -38,6 +38,13 @@ class RecurrentDepthOutput(CausalLMOutputWithPast):
     latent_states: Tensor | None = None
 
 
+@dataclass
+class BackboneOutput(BaseModelOutputWithPast):
+    """Hidden states [B, T, D] for the head, and `last_state` [B, T, D] of the core."""
+
+    last_state: Tensor | None = None
+
+
 class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     """A recurrent-depth transformer for causal language modelling."""
 
@@ -52,6 +59,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     _can_compile_fullgraph = True
     supports_gradient_checkpointing = True
     gradient_checkpointing = False
+    freqs_cis: Tensor
 
     def __init__(self, config: RecurrentDepthConfig) -> None:
         super().__init__(config)
@@ -62,6 +70,11 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         self.is_causal = True
         self.clock = DepthClock()
         self.post_init()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "transformer":  # libraries that bring their own head (TRL) call the base model alone
+            value.forward = self.backbone
 
     def get_input_embeddings(self) -> nn.Module:
         return self.transformer.wte
@@ -108,6 +121,50 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             output_hidden_states: return the embeddings and the output of every layer in the order of computation,
                 1 + unrolled layers tensors [B, T, D]; `core_states` arranges them by (step, layer).
         """
+        backbone = self.backbone(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            num_steps=num_steps,
+            input_states=input_states,
+            state_seed=state_seed,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = wide(self.lm_head(backbone.last_hidden_state[:, kept]))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = RecurrentDepthOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=backbone.past_key_values,
+            hidden_states=backbone.hidden_states,
+            last_state=backbone.last_state,
+            latent_states=self.transformer.ln_f(backbone.last_state),
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def backbone(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        *,
+        num_steps: NumSteps | None = None,
+        input_states: Tensor | None = None,
+        state_seed: int | None = None,
+        **kwargs: Any,
+    ) -> "BackboneOutput":
+        """Everything before the head; arguments as in `forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         x = inputs_embeds if input_ids is None else self.transformer.embed(input_ids)
@@ -127,21 +184,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             hidden = self.transformer.write(state, rotary, attend)
         if slots is not None:
             slots.finish(sum(split_steps(steps)))
-
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = wide(self.lm_head(hidden[:, kept]))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = RecurrentDepthOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=past_key_values,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            last_state=state,
-            latent_states=self.transformer.ln_f(state),
-        )
-        return output.to_tuple() if return_dict is False else output
+        recorded = tuple(hidden_states) if output_hidden_states else None
+        return BackboneOutput(hidden, past_key_values, recorded, last_state=state)
 
     def core_states(self, hidden_states: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
         """Outputs of the core's layers by step: result[i][j] [B, T, D] is layer j of step i + 1.

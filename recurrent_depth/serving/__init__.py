@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server and a chat on the terminal, by way of transformers' own."""
