@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +13,20 @@ import torch
 from recurrent_depth.data.tasks import TASKS
 from recurrent_depth.evaluation.dense import evaluate_dense
 from recurrent_depth.evaluation.export_tasks import export_task
-from recurrent_depth.evaluation.table import Result, markdown, plot, write_csv
+from recurrent_depth.evaluation.table import Published, Result, beside_published, markdown, plot, write_csv
 from recurrent_depth.runs import is_run, load_run_model
+
+
+@dataclass(frozen=True)
+class TaskGroup:
+    """lm-eval tasks that share a prompt format; fields as in `EvalConfig`."""
+
+    tasks: list[str]
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool = False
+    gen_kwargs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,11 @@ class EvalConfig:
         apply_chat_template: write prompts as chat.
         system_instruction: system message of the chat.
         fewshot_as_multiturn: examples as turns of the chat.
+        gen_kwargs: sampling options of generation tasks, as lm-eval writes them: temperature=0.2,top_p=0.95.
+        groups: further tasks, each group with a prompt format of its own (a protocol in a file).
+        published: values to print beside ours.
+        state_seeds: initial states: null for zeros, a number for a random state drawn from it; each is evaluated.
+        run_generated_code: let lm-eval execute the programs a model writes (HumanEval and the like).
         dtype: of the weights.
         device: cpu or cuda.
         name: of the model in the tables; null takes the folder's.
@@ -57,6 +74,11 @@ class EvalConfig:
     apply_chat_template: bool = False
     system_instruction: str | None = None
     fewshot_as_multiturn: bool = False
+    gen_kwargs: str | None = None
+    groups: list[TaskGroup] = field(default_factory=list)
+    published: list[Published] = field(default_factory=list)
+    state_seeds: list[int | None] = field(default_factory=lambda: [None])
+    run_generated_code: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
     name: str | None = None
@@ -64,8 +86,10 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if not self.num_steps or min(self.num_steps) < 1:
             raise ValueError(f"num_steps is {self.num_steps}; every entry must be at least 1")
-        if not self.tasks and not self.dense:
+        if not self.tasks and not self.dense and not self.groups:
             raise ValueError("nothing to evaluate: name --tasks or --dense")
+        if not self.state_seeds:
+            raise ValueError("state_seeds is empty; [null] evaluates from zeros")
         unknown = [name for name in self.dense if name not in TASKS]
         if unknown:
             raise ValueError(f"dense names {unknown}; known tasks are {', '.join(sorted(TASKS))}")
@@ -77,17 +101,18 @@ def evaluate(config: EvalConfig) -> list[Result]:
     out.mkdir(parents=True, exist_ok=True)
     name = config.name or Path(config.model).name
     results: list[Result] = []
-    settings: dict[str, Any] = {}
+    settings: list[dict[str, Any]] = []
     if config.dense:
         results += _dense(config, name)
-    if config.tasks:
+    if config.tasks or config.groups:
         found, settings = _harness(config, name, out)
         results += found
     write_csv(results, out / "results.csv")
-    _write(out / "results.md", markdown(results))
+    tables = markdown(results) + beside_published(results, config.published)
+    _write(out / "results.md", tables)
     _write(out / "results.json", json.dumps(_record(config, results, settings), indent=1))
     plot(results, out / "results.png", f"{name}: value over test-time steps")
-    print(markdown(results))
+    print(tables)
     return results
 
 
@@ -109,12 +134,14 @@ def _dense(config: EvalConfig, name: str) -> list[Result]:
     return results
 
 
-def _harness(config: EvalConfig, name: str, out: Path) -> tuple[list[Result], dict[str, Any]]:
-    from recurrent_depth.evaluation.harness import known_task_folder, run_harness
+def _harness(config: EvalConfig, name: str, out: Path) -> tuple[list[Result], list[dict[str, Any]]]:
+    from recurrent_depth.evaluation.harness import Harness, known_task_folder
     from recurrent_depth.hf.loading import load_model
 
     include = None if config.include_path is None else known_task_folder(config.include_path)
-    generated = [TASKS[t.removesuffix("_lm")] for t in config.tasks if t.removesuffix("_lm") in TASKS]
+    groups = _groups(config)
+    names = [task for group in groups for task in group.tasks]
+    generated = [TASKS[t.removesuffix("_lm")] for t in names if t.removesuffix("_lm") in TASKS]
     if generated:
         if include is not None:
             raise ValueError("generated tasks and include_path do not go together; evaluate them in two calls")
@@ -124,28 +151,30 @@ def _harness(config: EvalConfig, name: str, out: Path) -> tuple[list[Result], di
     model, tokenizer = load_model(config.model, getattr(torch, config.dtype), config.device)
     if tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer.json; lm-eval needs one")
-    return run_harness(
-        model,
-        tokenizer,
-        name,
-        config.tasks,
-        config.num_steps,
-        include_path=include,
-        batch_size=config.batch_size,
-        limit=config.limit,
-        num_fewshot=config.num_fewshot,
-        apply_chat_template=config.apply_chat_template,
-        system_instruction=config.system_instruction,
-        fewshot_as_multiturn=config.fewshot_as_multiturn,
-    )
+    harness = Harness(model, tokenizer, name, include, config.batch_size, config.limit, config.run_generated_code)
+    harness.check(names)
+    results: list[Result] = []
+    settings: list[dict[str, Any]] = []
+    for group in groups:
+        for seed in config.state_seeds:
+            found, used = harness.run(group, config.num_steps, seed)
+            results += found
+            settings.append(used)
+    return results, settings
 
 
-def _record(config: EvalConfig, results: list[Result], settings: dict[str, Any]) -> dict[str, Any]:
-    packages = ("torch", "transformers", "lm_eval", "datasets", "numpy")
+def _groups(config: EvalConfig) -> list[TaskGroup]:
+    """The tasks named directly as a group of their own, before those of the file."""
+    shared = {f.name: getattr(config, f.name) for f in fields(TaskGroup)}
+    return [*([TaskGroup(**shared)] if config.tasks else []), *config.groups]
+
+
+def _record(config: EvalConfig, results: list[Result], settings: list[dict[str, Any]]) -> dict[str, Any]:
+    packages = ("recurrent-depth", "torch", "transformers", "lm_eval", "datasets", "numpy")
     return {
         "config": asdict(config),
-        "initial_state": "zeros",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "initial_states": ["zeros" if seed is None else f"seed {seed}" for seed in config.state_seeds],
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "machine": platform.machine(),
         "lm_eval": settings,
         "results": [asdict(result) for result in results],

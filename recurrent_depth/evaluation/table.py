@@ -23,6 +23,16 @@ class Result:
     n: int
 
 
+@dataclass(frozen=True)
+class Published:
+    """A value that somebody reported, to print beside ours: a fraction, of a task, metric and number of steps."""
+
+    task: str
+    metric: str
+    num_steps: int
+    value: float
+
+
 def write_csv(results: Iterable[Result], path: Path) -> None:
     """One row a value, columns in the order of `Result`."""
     temporary = path.with_suffix(".tmp")
@@ -31,6 +41,22 @@ def write_csv(results: Iterable[Result], path: Path) -> None:
         writer.writeheader()
         writer.writerows(asdict(result) for result in results)
     os.replace(temporary, path)
+
+
+def beside_published(results: list[Result], published: list[Published]) -> str:
+    """A second table: each published value, ours in every mode, and the difference in points."""
+    if not published:
+        return ""
+    lines = ["", "", "| task | metric | r | published | ours | mode | difference |", "|---|---|---|---|---|---|---|"]
+    for entry in published:
+        key = (entry.task, entry.metric, entry.num_steps)
+        ours = [r for r in results if (r.task, r.metric, r.num_steps) == key]
+        start = f"| {entry.task} | {entry.metric} | {entry.num_steps} | {100 * entry.value:.2f} |"
+        lines += [
+            f"{start} {100 * r.value:.2f} ± {100 * r.stderr:.2f} | {r.mode} | {100 * (r.value - entry.value):+.2f} |"
+            for r in ours
+        ] or [f"{start} not measured | | |"]
+    return "\n".join(lines) + "\n"
 
 
 def markdown(results: list[Result]) -> str:

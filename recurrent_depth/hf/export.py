@@ -105,7 +105,7 @@ def copy_code(folder: Path) -> None:
 
 @torch.no_grad()
 def check(folder: Path, source: str, dtype: torch.dtype) -> float:
-    """Largest difference between the logits of the folder, by its own code, and the source's, relative to the latter."""
+    """How far the folder's logits, by its own code, are from the source's, relative to their largest."""
     shipped = get_class_from_dynamic_module(_AUTO_MAP["AutoModelForCausalLM"], str(folder))
     exported = shipped.from_pretrained(folder, dtype=dtype).eval()
     model: Any

@@ -66,7 +66,7 @@ def test_lm_eval_agrees_with_the_model_and_writes_its_tables(run, tmp_path):
             right += int(logits.argmax()) == document["answer"]
         assert float(row["value"]) == pytest.approx(right / len(documents))
     record = json.loads((tmp_path / "results.json").read_text())
-    assert record["initial_state"] == "zeros"
+    assert record["initial_states"] == ["zeros"]
     assert record["versions"]["lm_eval"]
     assert (tmp_path / "results.png").stat().st_size > 5000
     assert "| shell_game_lm | 5-8 |" in (tmp_path / "results.md").read_text()
