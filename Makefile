@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.recurrent-depth-ready
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup quickstart test slow wheel ci clean
+.PHONY: setup quickstart test slow oldest wheel ci clean
 
 setup: $(STAMP)
 
@@ -32,7 +32,14 @@ slow: setup
 wheel: setup
 	bash scripts/check_wheel.sh $(BIN)/python
 
-ci: test slow wheel
+# The oldest transformers that is supported, laid over the environment; the newest is in it.
+oldest: setup
+	rm -rf build/oldest
+	$(BIN)/pip install --quiet --target build/oldest --no-deps "transformers==5.4.0" "huggingface_hub>=1.3,<2" "tokenizers>=0.22,<0.23"
+	$(BIN)/pip install --quiet --target build/oldest httpx
+	PYTHONPATH=build/oldest $(BIN)/pytest -n 2 tests/hf --ignore tests/hf/test_finetuning.py
+
+ci: test slow oldest wheel
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -9,12 +9,12 @@ passes, so their work per token is nearly the same (the looped model adds its ad
 import argparse
 import time
 from dataclasses import asdict
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from common import machine, write_json
+import transformers
+from common import write_result
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recurrent_depth.hf.loading import wrap
@@ -53,7 +53,9 @@ def seconds(model: Any, ids: torch.Tensor, new_tokens: int, **options: Any) -> t
         pad_token_id=0, **options,
     )  # fmt: skip
     elapsed = time.perf_counter() - start
-    held = sum(t.untyped_storage().nbytes() for layer in output.past_key_values.layers for t in (layer.keys, layer.values))
+    held = sum(
+        t.untyped_storage().nbytes() for layer in output.past_key_values.layers for t in (layer.keys, layer.values)
+    )
     return elapsed, held
 
 
@@ -82,7 +84,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "generate_cpu.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -99,7 +100,7 @@ def main() -> None:
             f"{row['llama_cache_bytes'] / 2**20:.1f} |",
             flush=True,
         )
-    write_json(args.out, {"machine": machine(), "threads": 1, "shape": asdict(SHAPE), "rows": rows})
+    write_result("generate_cpu", {"transformers": transformers.__version__, "shape": asdict(SHAPE), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ VERBS = {
     "export": Verb("write a Hugging Face folder", "recurrent_depth.hf.export", "ExportConfig", "export"),
     "serve": Verb("OpenAI-compatible server", "recurrent_depth.serving.serve", "ServeConfig", "serve"),
     "chat": Verb("talk to a model on a terminal", "recurrent_depth.serving.chat", "ChatConfig", "chat"),
+    "plan": Verb("memory of fine-tuning", "recurrent_depth.planning", "PlanConfig", "plan"),
     "report": Verb("one HTML page", "recurrent_depth.evaluation.report", "ReportConfig", "report"),
 }
 

@@ -25,6 +25,9 @@ _CODE = {
 }
 """The files an export carries, so that it loads where this package is not installed."""
 
+_BELOW = {"config": "ModelConfig", "ops": "TORCH_OPS", "random": "philox"}
+"""Files (and a name in each) that modeling.py imports through others only; older transformers copy no such file."""
+
 _AUTO_MAP = {
     "AutoConfig": "configuration_recurrent_depth.RecurrentDepthConfig",
     "AutoModelForCausalLM": "modeling_recurrent_depth.RecurrentDepthForCausalLM",
@@ -97,6 +100,8 @@ def copy_code(folder: Path) -> None:
         for name in names:
             text = (package / part / f"{name}.py").read_text()
             text = re.sub(r"from recurrent_depth\.(?:model|hf)\.(\w+) import", r"from .\1_recurrent_depth import", text)
+            if name == "modeling":
+                text += "".join(f"\nfrom .{n}_recurrent_depth import {x}  # noqa" for n, x in _BELOW.items()) + "\n"
             (folder / f"{name}_recurrent_depth.py").write_text(text)
     licence = package.parent / "LICENSE"
     if licence.is_file():

@@ -174,7 +174,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         slots = None if past_key_values is None else Slots(past_key_values, self.config)
         position_ids = self._positions(x, slots, attention_mask, position_ids)
         steps, state = self._depth_and_state(x, position_ids, num_steps, input_states, state_seed)
-        mask = create_causal_mask(self.config, x, attention_mask, past_key_values, position_ids)
+        mask = self._mask(x, attention_mask, past_key_values, position_ids)
         attend = self._attend(mask, slots, kwargs)
         rotary = rotary_at(self.freqs_cis, position_ids)
 
@@ -202,9 +202,18 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """Logits [B, T, V] that the coda reads off a state [B, T, D] of any step (before ln_f, whole sequences)."""
         position_ids = self._positions(state, None, attention_mask, position_ids)
-        mask = create_causal_mask(self.config, state, attention_mask, None, position_ids)
+        mask = self._mask(state, attention_mask, None, position_ids)
         hidden = self.transformer.write(state, rotary_at(self.freqs_cis, position_ids), self._attend(mask, None, {}))
         return wide(self.lm_head(hidden))
+
+    def _mask(self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None, position_ids: Tensor) -> Any:
+        return create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids,
+        )
 
     def _positions(self, x: Tensor, slots: Slots | None, mask: Tensor | None, given: Tensor | None) -> Tensor:
         """Position ids [B or 1, T]: as given, else counted in the mask, else counted on from the cache."""

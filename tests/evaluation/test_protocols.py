@@ -43,7 +43,19 @@ def test_published_values_stand_beside_ours():
 def stock(folder, task, tasks_folder, out, *options):
     """The lm_eval command, in a process of its own that imports nothing of ours: the exported code runs."""
     model = f"pretrained={folder},trust_remote_code=True,num_steps=3,dtype=float32"
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", model, "--tasks", task, "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model",
+        "hf",
+        "--model_args",
+        model,
+        "--tasks",
+        task,
+        "--device",
+        "cpu",
+    ]
     command += ["--include_path", str(tasks_folder), "--output_path", str(out), *options]
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(out / "home"), "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, check=False)
