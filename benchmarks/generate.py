@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import transformers
-from common import write_result
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from common import write_result
 from recurrent_depth.hf.loading import wrap
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
@@ -95,7 +95,8 @@ def main() -> None:
         row = measure(model, batch, prompt, num_steps, args.new_tokens, args.repeats)
         rows.append(row)
         print(
-            f"| {batch} | {prompt} | {num_steps} | {row['looped_tokens_per_s']:.1f} | {row['llama_tokens_per_s']:.1f} | "
+            f"| {batch} | {prompt} | {num_steps} | "
+            f"{row['looped_tokens_per_s']:.1f} | {row['llama_tokens_per_s']:.1f} | "
             f"{row['time_over_llama']:.2f} | {row['looped_cache_bytes'] / 2**20:.1f}, "
             f"{row['llama_cache_bytes'] / 2**20:.1f} |",
             flush=True,

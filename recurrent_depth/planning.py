@@ -17,7 +17,7 @@ from recurrent_depth.model.transformer import RecurrentDepthModel
 
 Method = Literal["full-fp32", "full-bf16", "full-bf16-8bit", "lora"]
 
-BYTES_PER_PARAMETER: dict[str, tuple[int, int, int]] = {
+BYTES_PER_PARAMETER: dict[Method, tuple[int, int, int]] = {
     "full-fp32": (6, 4, 8),
     "full-bf16": (2, 2, 4),
     "full-bf16-8bit": (2, 2, 2),
@@ -168,7 +168,7 @@ def finetuning_table(config: PlanConfig) -> str:
                 tokens,
                 config.backprop_depth,
                 config.checkpointing,
-                config.lora_rank,  # type: ignore[arg-type]
+                config.lora_rank,
             )
             total = sum(parts.values())
             fixed = total - parts["activations"]

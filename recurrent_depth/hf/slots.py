@@ -1,4 +1,4 @@
-"""transformers' caches: their layers are the slots [prelude | coda | core step 0 | core step 1 | ...] of a looped model.
+"""transformers' caches: their layers are slots [prelude | coda | core step 0 | core step 1 | ...].
 
 Shapes: B batch, T new tokens, S cached tokens, H heads, K head size.
 """

@@ -10,13 +10,13 @@ import lm_eval
 import pytest
 import yaml
 from lm_eval.tasks import TaskManager
-from support import small_run
 
 from recurrent_depth.cli import parse_options
 from recurrent_depth.evaluation import EvalConfig, evaluate
 from recurrent_depth.evaluation.table import Published, Result, beside_published
 from recurrent_depth.hf.export import ExportConfig, export
 from recurrent_depth.training.launch import train
+from support import small_run
 
 ROOT = Path(__file__).parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
