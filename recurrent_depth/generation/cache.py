@@ -38,12 +38,14 @@ class RecurrentCache:
             raise ValueError(f"num_steps ({num_steps}) and budget ({budget}) must be at least 1")
         self.outer = config.n_layers_in_prelude + config.n_layers_in_coda
         self.core_layers = config.n_layers_in_recurrent_block
+        self.num_steps = num_steps
         self.budget = num_steps if budget is None else min(budget, num_steps)
         self.max_length = max_length
         slots = self.outer + self.core_layers * self.budget
         shape = (slots, 2, batch_size, config.n_heads, max_length, config.head_dim)
         self.entries = torch.empty(shape, dtype=dtype, device=device)
         self.filled = 0
+        self.depths = torch.full((batch_size, max_length), num_steps, dtype=torch.long, device=device)
 
     @property
     def num_bytes(self) -> int:
@@ -70,6 +72,43 @@ class RecurrentCache:
         kept[0, :, :, self.filled : end] = k
         kept[1, :, :, self.filled : end] = v
         return kept[0, :, :, :end], kept[1, :, :, :end]
+
+    def update_at_depth(
+        self, k: Tensor, v: Tensor, step: int, layer: int, active: Tensor, steps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `update` for a core step in which only the `active` tokens [B, T] take part.
+
+        Entries that are read follow slot(token, i) = min(i, depth(token) - 1), then modulo the budget. k and v hold the
+        deepest entry of a token that has left; `steps` [B, T] are the steps taken before this one.
+        """
+        slot = self.outer + step * self.core_layers + layer
+        if self.budget >= self.num_steps:  # every step has a slot: the entries left behind stand there already
+            return self.update(k, v, slot)
+        end = self.filled + k.shape[2]
+        if end > self.max_length:
+            self.update(k, v, slot)
+        kept = self.entries[self.place(slot)]
+        for new, old in ((k, kept[0]), (v, kept[1])):
+            column = old[:, :, self.filled : end]
+            column.copy_(torch.where(active[:, None, :, None], new, column))
+        taken = torch.where(active, step + 1, steps.clamp(min=1))
+        depths = torch.cat([self.depths[:, : self.filled], taken], dim=1)  # [B, S]
+        places = (depths - 1).clamp(max=step) % self.budget
+        core = self.entries[self.outer + layer :: self.core_layers, :, :, :, :end]  # [budget, 2, B, H, S, K]
+        index = places[None, None, :, None, :, None].expand(1, *core.shape[1:])
+        chosen = core.gather(0, index)[0]
+        return chosen[0], chosen[1]
+
+    def fill(self, deepest: dict[int, tuple[Tensor, Tensor]], first_step: int, depths: Tensor) -> None:
+        """After a pass that ended early: remember depths [B, T]; leave the deepest entries at steps nobody took."""
+        end = self.filled + depths.shape[1]
+        self.depths[:, self.filled : end] = depths.clamp(min=1)
+        if self.budget < self.num_steps:
+            return
+        for step in range(first_step, self.num_steps):
+            for layer, entries in deepest.items():
+                kept = self.entries[self.outer + step * self.core_layers + layer]
+                kept[0, :, :, self.filled : end], kept[1, :, :, self.filled : end] = entries
 
     def advance(self, tokens: int) -> None:
         self.filled += tokens

@@ -1,0 +1,157 @@
+"""Per-token exit against brute force: one token at a time, keys and values kept by (token, step, layer), fp64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recurrent_depth.generation.adaptive import adaptive_forward
+from recurrent_depth.generation.cache import RecurrentCache
+from recurrent_depth.generation.exits import RULES, StateChange, exit_rule
+from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.layers import rotary_at
+from recurrent_depth.model.transformer import RecurrentDepthModel
+
+CONFIG = ModelConfig(
+    n_embd=32, n_heads=2, intermediate_size=48, vocab_size=50, block_size=64, n_layers_in_recurrent_block=2
+)  # fmt: skip
+R = 6
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = RecurrentDepthModel(CONFIG).double()
+    model.initialise(seed=3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(1.0 if "norm" in name or "ln_f" in name else 2.5)  # tokens that converge at different steps
+    return model.eval()
+
+
+class Exactly:
+    """A rule that lets each position leave at a step of its own, for the tests."""
+
+    def __init__(self, depths):
+        self.depths, self.step = torch.as_tensor(depths), 0
+
+    def start(self, read):
+        self.step = 0
+
+        def converged(before, after):
+            self.step += 1
+            return self.step >= self.depths
+
+        return converged
+
+
+@torch.no_grad()
+def brute_force(model, ids, depths, budget):
+    """Logits of each token of one unpadded row, token after token, with the depths given."""
+    part, outer = model.transformer, model.transformer.first_core_slot
+    core, kept, logits = len(part.core_block), {}, []
+
+    for t, token in enumerate(ids):
+        rotary = rotary_at(model.freqs_cis, torch.tensor([[t]]))
+
+        def attend(q, k, v, slot, t=t):
+            step, layer = divmod(slot - outer, core) if slot >= outer else (None, slot)
+            kept[t, None if step is None else step % budget, layer] = (k, v)
+            entries = []
+            for past in range(t + 1):
+                seen = None if step is None else (step if past == t else min(step, depths[past] - 1)) % budget
+                entries.append(kept[past, seen, layer])
+            keys = torch.cat([k for k, _ in entries], dim=2)
+            values = torch.cat([v for _, v in entries], dim=2)
+            return torch.softmax(q @ keys.transpose(-1, -2) / q.shape[-1] ** 0.5, -1) @ values
+
+        e = part.read(part.embed(torch.tensor([[token]])), rotary, attend)
+        state = part.think(torch.zeros_like(e), e, int(depths[t]), rotary, attend)
+        logits.append(model.lm_head(part.write(state, rotary, attend))[0, 0])
+    return torch.stack(logits)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_decoding_in_a_ragged_batch_equals_brute_force(model, data):
+    budget = data.draw(st.sampled_from([1, 2, 3, 4, R]), "budget")
+    lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3), "lengths")
+    width = max(lengths)
+    ids = torch.randint(50, (len(lengths), width), generator=torch.Generator().manual_seed(width))
+    depths = torch.tensor([[data.draw(st.integers(1, R)) for _ in range(width)] for _ in lengths])
+    mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths])
+    cache = RecurrentCache(CONFIG, len(lengths), width, num_steps=R, budget=budget, dtype=torch.float64)
+    pieces = []
+    for t in range(width):
+        rule = Exactly(depths[:, t : t + 1])
+        output = adaptive_forward(model, ids[:, t : t + 1], mask[:, : t + 1], cache, rule, R)
+        assert torch.equal(output.depths[:, 0], depths[:, t] * mask[:, t])
+        pieces.append(output.logits)
+    logits = torch.cat(pieces, dim=1)
+    for row, n in enumerate(lengths):
+        expected = brute_force(model, ids[row, -n:], depths[row, -n:].tolist(), budget)
+        torch.testing.assert_close(logits[row, -n:], expected, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_parallel_prefill_with_a_full_cache_equals_token_by_token(model, data):
+    """With monotone depths, what a token sees of earlier tokens does not depend on when they were run."""
+    lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3), "lengths")
+    width = max(lengths)
+    ids = torch.randint(50, (len(lengths), width), generator=torch.Generator().manual_seed(7))
+    depths = torch.tensor([[data.draw(st.integers(1, R)) for _ in range(width)] for _ in lengths])
+    mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths])
+    cache = RecurrentCache(CONFIG, len(lengths), width, num_steps=R, dtype=torch.float64)
+    output = adaptive_forward(model, ids, mask, cache, Exactly(depths), R)
+    for row, n in enumerate(lengths):
+        monotone = depths[row, -n:].cummax(0).values
+        assert output.depths[row, -n:].tolist() == monotone.tolist()
+        expected = brute_force(model, ids[row, -n:], monotone.tolist(), R)
+        torch.testing.assert_close(output.logits[row, -n:], expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_decisions_in_a_batch_equal_those_alone(model, name):
+    threshold = {"state-change": 0.3, "kl": 0.02, "entropy": 0.05, "argmax": 2}[name]
+    prompts = [[5, 6, 7, 8, 9], [11, 12], [3]]
+    ids = torch.tensor([[0] * (5 - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (5 - len(p)) + [1] * len(p) for p in prompts])
+    rule = exit_rule(name, threshold)
+    cache = RecurrentCache(CONFIG, 3, 5, num_steps=12, dtype=torch.float64)
+    together = adaptive_forward(model, ids, mask, cache, rule, 12)
+    taken = set()
+    for row, prompt in enumerate(prompts):
+        alone_cache = RecurrentCache(CONFIG, 1, len(prompt), num_steps=12, dtype=torch.float64)
+        alone = adaptive_forward(
+            model, torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.long), alone_cache, rule, 12
+        )
+        assert together.depths[row, -len(prompt) :].tolist() == alone.depths[0].tolist()
+        torch.testing.assert_close(together.logits[row, -len(prompt) :], alone.logits[0], rtol=1e-10, atol=1e-10)
+        taken |= set(alone.depths[0].tolist())
+    assert min(taken) < 12
+
+
+def test_without_a_rule_it_is_the_plain_model(model):
+    ids = torch.tensor([[5, 6, 7, 8]])
+    cache = RecurrentCache(CONFIG, 1, 4, num_steps=R, dtype=torch.float64)
+    output = adaptive_forward(model, ids, torch.ones_like(ids), cache, None, R)
+    torch.testing.assert_close(output.logits, model(ids, num_steps=R).logits, rtol=1e-10, atol=1e-10)
+    assert output.depths.tolist() == [[R] * 4]
+    zero = adaptive_forward(
+        model, ids, torch.ones_like(ids), RecurrentCache(CONFIG, 1, 4, R, dtype=torch.float64), StateChange(0.0), R
+    )
+    assert zero.depths.tolist() == [[R] * 4]
+
+
+def test_bad_rules_and_steps_say_what_to_change(model):
+    ids = torch.tensor([[5]])
+    with pytest.raises(ValueError, match="known are state-change"):
+        exit_rule("sudden")
+    with pytest.raises(ValueError, match="must be 0"):
+        exit_rule("kl", -1.0)
+    with pytest.raises(ValueError, match="patience"):
+        exit_rule("argmax", 1)
+    with pytest.raises(ValueError, match="min_steps 3"):
+        adaptive_forward(model, ids, torch.ones_like(ids), RecurrentCache(CONFIG, 1, 1, 2), None, 2, min_steps=3)
+    with pytest.raises(ValueError, match="cache was made for, 2"):
+        adaptive_forward(model, ids, torch.ones_like(ids), RecurrentCache(CONFIG, 1, 1, 2), None, 4)
