@@ -22,6 +22,7 @@ VERBS = {
     "prepare": Verb("turn text into packed rows", "recurrent_depth.data.prepare", "PrepareConfig", "prepare"),
     "train": Verb("pretrain or fine-tune", "recurrent_depth.training.command", "TrainCommand", "run"),
     "eval": Verb("accuracy over test-time steps", "recurrent_depth.evaluation", "EvalConfig", "evaluate"),
+    "generate": Verb("write text", "recurrent_depth.serving.generate", "GenerateConfig", "generate"),
     "export": Verb("write a Hugging Face folder", "recurrent_depth.hf.export", "ExportConfig", "export"),
     "serve": Verb("OpenAI-compatible server", "recurrent_depth.serving.serve", "ServeConfig", "serve"),
     "chat": Verb("talk to a model on a terminal", "recurrent_depth.serving.chat", "ChatConfig", "chat"),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 STATE_STREAM = 1  # initial states
 DEPTH_STREAM = 2  # how many recurrences a micro-step runs
+SAMPLE_STREAM = 3  # which token is drawn
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -39,10 +40,10 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return product & _MASK, (product >> 32) & _MASK
 
 
-def truncated_normal(
+def uniform(
     rows: Tensor, positions: Tensor, channels: int, *, seed: int, step: int = 0, stream: int = STATE_STREAM
 ) -> Tensor:
-    """Standard normal truncated at 3 sigma, a pure function of (seed, stream, step, row, position, channel).
+    """Uniform numbers in (0, 1), a pure function of (seed, stream, step, row, position, channel).
 
     rows [B] and positions [B or 1, T] are int64; returns [B, T, channels] in fp32 on their device. The four words
     of one counter serve four neighbouring channels.
@@ -55,8 +56,15 @@ def truncated_normal(
     words = philox((c0, c1, c2, c3), _key(seed, stream))
     shape = torch.broadcast_shapes(*(word.shape for word in words))
     bits = torch.stack([word.expand(shape) for word in words], dim=-1).flatten(-2)[..., :channels]
-    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23  # exact in fp32
-    return torch.erfinv((2 * uniform - 1) * _ERF_BOUND) * math.sqrt(2)
+    return ((bits >> 9).float() + 0.5) * 2.0**-23  # exact in fp32
+
+
+def truncated_normal(
+    rows: Tensor, positions: Tensor, channels: int, *, seed: int, step: int = 0, stream: int = STATE_STREAM
+) -> Tensor:
+    """Standard normal numbers truncated at 3 sigma, named and shaped as those of `uniform`."""
+    u = uniform(rows, positions, channels, seed=seed, step=step, stream=stream)
+    return torch.erfinv((2 * u - 1) * _ERF_BOUND) * math.sqrt(2)
 
 
 def _key(seed: int, stream: int) -> tuple[int, int]:

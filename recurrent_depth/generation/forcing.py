@@ -1,0 +1,99 @@
+"""Budget forcing (s1, arXiv 2501.19393): at least and at most so many thinking tokens.
+
+A request thinks between two delimiters. When it would stop too early, its delimiter is replaced by "Wait"; when it has
+thought long enough, the delimiter is written for it.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ThinkingBudget:
+    """The budget of one request, in tokens.
+
+    Args:
+        begin: ids that open the thinking part; written at once if the prompt does not hold them already.
+        end: ids that close it; the first of them is what a model is stopped from writing.
+        wait: ids written in place of the end ("Wait").
+        at_most: thinking tokens (those of `wait` included) after which the end is written.
+        at_least: thinking tokens before which an end is always replaced, whatever `rounds` says.
+        rounds: ends that are replaced, if the budget allows.
+    """
+
+    begin: tuple[int, ...]
+    end: tuple[int, ...]
+    wait: tuple[int, ...] = ()
+    at_most: int = 256
+    at_least: int = 0
+    rounds: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.begin or not self.end:
+            raise ValueError("begin and end of thinking must each have at least one token")
+        if self.at_most < 0 or not 0 <= self.at_least <= self.at_most:
+            raise ValueError(
+                f"thinking tokens: at_least {self.at_least} must lie between 0 and at_most {self.at_most}; change one"
+            )
+        if self.rounds < 0:
+            raise ValueError(f"rounds is {self.rounds}; it must be 0 or more")
+        if (self.rounds or self.at_least) and not self.wait:
+            raise ValueError("rounds and at_least replace the end of thinking by `wait`; give its tokens")
+
+
+class Forcing:
+    """One request under a budget. Ask `forced` before a token is chosen, tell `choose` what the model chose."""
+
+    def __init__(self, budget: ThinkingBudget, prompt: list[int]) -> None:
+        self.budget = budget
+        self.thinking = True
+        self.tokens = 0
+        self.replaced = 0
+        opened = _ends_open(prompt, budget)
+        self.queue: list[int] = [] if opened else list(budget.begin)
+        self.opening = len(self.queue)
+
+    def forced(self) -> int | None:
+        """The next token, where it is not the model's to choose."""
+        if not self.queue and self.thinking and self.tokens >= self.budget.at_most:
+            self._close()
+        return self.queue[0] if self.queue else None
+
+    def choose(self, token: int) -> int:
+        """What is written when the model (or the queue) says `token`."""
+        if self.queue:
+            return self._from_queue()
+        if self.thinking and token == self.budget.end[0]:
+            if self._replaces():
+                self.replaced += 1
+                self.queue = list(self.budget.wait)
+            else:
+                self._close()
+            return self._from_queue()
+        self.tokens += self.thinking
+        return token
+
+    def _replaces(self) -> bool:
+        room = self.tokens + len(self.budget.wait) <= self.budget.at_most
+        wanted = self.tokens < self.budget.at_least or self.replaced < self.budget.rounds
+        return room and wanted
+
+    def _close(self) -> None:
+        self.thinking, self.queue = False, list(self.budget.end)
+
+    def _from_queue(self) -> int:
+        token = self.queue.pop(0)
+        if self.opening:
+            self.opening -= 1
+        else:
+            self.tokens += self.thinking
+        return token
+
+
+def _ends_open(prompt: list[int], budget: ThinkingBudget) -> bool:
+    """Whether the last delimiter of the prompt is a beginning."""
+
+    def last(ids: tuple[int, ...]) -> int:
+        places = [i for i in range(len(prompt) - len(ids) + 1) if tuple(prompt[i : i + len(ids)]) == ids]
+        return places[-1] if places else -1
+
+    return last(budget.begin) > last(budget.end)

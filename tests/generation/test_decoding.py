@@ -1,0 +1,166 @@
+"""Decoding in batches against decoding alone, sampling against its distribution, and budgets of thinking."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recurrent_depth.generation.decoding import Decoding, decode
+from recurrent_depth.generation.exits import OutputKL, StateChange
+from recurrent_depth.generation.forcing import Forcing, ThinkingBudget
+from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.flops import forward_flops
+from recurrent_depth.model.transformer import RecurrentDepthModel
+
+CONFIG = ModelConfig(
+    n_embd=32, n_heads=2, intermediate_size=48, vocab_size=50, block_size=64, n_layers_in_recurrent_block=2
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = RecurrentDepthModel(CONFIG).double()
+    model.initialise(seed=3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(1.0 if "norm" in name or "ln_f" in name else 2.5)
+    return model.eval()
+
+
+@torch.no_grad()
+def uncached_greedy(model, prompt, steps, n):
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(model(torch.tensor([ids]), num_steps=steps).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_greedy_equals_the_model_without_a_cache(model):
+    prompts = [[5, 6, 7, 8], [9], [1, 2]]
+    decoded = decode(model, prompts, Decoding(max_new_tokens=10, num_steps=4))
+    assert decoded.tokens == [uncached_greedy(model, prompt, 4, 10) for prompt in prompts]
+    assert decoded.core_steps == 4 * (7 + 3 * 9)
+    assert decoded.steps[0] == [4.0] * 10
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_a_request_does_not_depend_on_its_batch(model, data):
+    lengths = data.draw(st.lists(st.integers(1, 7), min_size=2, max_size=4))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    prompts = [torch.randint(50, (n,), generator=generator).tolist() for n in lengths]
+    options = Decoding(
+        max_new_tokens=8,
+        num_steps=data.draw(st.integers(1, 6)),
+        exit=data.draw(st.sampled_from([None, StateChange(0.3), OutputKL(0.02)])),
+        temperature=data.draw(st.sampled_from([0.0, 0.8])),
+        top_k=data.draw(st.sampled_from([None, 10])),
+        top_p=data.draw(st.sampled_from([1.0, 0.9])),
+        warm_start=data.draw(st.booleans()),
+        stop=(3, 4, 5),
+        seed=data.draw(st.integers(0, 9)),
+    )
+    together = decode(model, prompts, options)
+    total = 0
+    for row, prompt in enumerate(prompts):
+        alone = decode(model, [prompt], options, requests=[row])
+        assert together.tokens[row] == alone.tokens[0]
+        assert together.steps[row] == alone.steps[0]
+        total += alone.core_steps
+    assert together.core_steps == total
+    assert all(not set(written[:-1]) & {3, 4, 5} for written in together.tokens)
+
+
+def test_budgets_of_the_cache_change_bytes_and_a_full_one_nothing(model):
+    options = {"max_new_tokens": 6, "num_steps": 4}
+    full = decode(model, [[5, 6, 7]], Decoding(**options))
+    assert decode(model, [[5, 6, 7]], Decoding(cache_budget=9, **options)).tokens == full.tokens
+    one = decode(model, [[5, 6, 7]], Decoding(cache_budget=1, **options))
+    assert one.cache_bytes * (2 + 2 * 4) == full.cache_bytes * (2 + 2 * 1)
+
+
+def test_samples_follow_the_distribution(model):
+    n, prompt = 4000, [5, 6, 7]
+    options = Decoding(max_new_tokens=1, num_steps=2, temperature=1.5, top_k=8, seed=11)
+    counts = torch.zeros(50)
+    decoded = decode(model, [prompt] * n, options)
+    for (token,) in decoded.tokens:
+        counts[token] += 1
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt]), num_steps=2).logits[0, -1] / 1.5
+    best = logits.topk(8)
+    expected = torch.zeros(50, dtype=torch.float64)
+    expected[best.indices] = best.values.softmax(-1) * n
+    assert counts[expected == 0].sum() == 0
+    used = expected > 0
+    chi_square = ((counts[used] - expected[used]) ** 2 / expected[used]).sum()
+    assert chi_square < 24.3  # 7 degrees of freedom, p = 0.001
+    nucleus = decode(model, [prompt] * 200, Decoding(max_new_tokens=1, num_steps=2, temperature=1.5, top_p=1e-6))
+    assert {tokens[0] for tokens in nucleus.tokens} == {int(logits.argmax())}
+
+
+def test_streaming_gives_the_same_tokens(model):
+    seen = [[], []]
+    decoded = decode(
+        model, [[5, 6], [7]], Decoding(max_new_tokens=5), on_token=lambda row, token: seen[row].append(token)
+    )
+    assert seen == decoded.tokens
+
+
+BUDGET = {"begin": (40,), "end": (41,), "wait": (42, 43)}
+
+
+def test_thinking_stops_at_its_budget_and_waits_are_written(model):
+    """A model that always writes 7 is closed at the budget; one that would stop is made to wait."""
+    closed = decode(
+        model, [[5, 6]], Decoding(max_new_tokens=12, num_steps=2, thinking=ThinkingBudget(**BUDGET, at_most=4))
+    ).tokens[0]
+    assert closed[0] == 40
+    assert 41 in closed[1:6]
+    budget = ThinkingBudget(**BUDGET, at_most=9, at_least=3, rounds=2)
+    request = Forcing(budget, [1, 40])
+    written = []
+    for wanted in (8, 41, 9, 9, 41, 9, 41, 41, 9):
+        request.forced()
+        written.append(request.choose(wanted))
+    # 8; the end becomes two tokens (the second over a 9); 9; a second wait; then the end is let through
+    assert written == [8, 42, 43, 9, 42, 43, 41, 41, 9]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_stream_keeps_its_budget(data):
+    at_most = data.draw(st.integers(0, 12))
+    budget = ThinkingBudget(
+        **BUDGET, at_most=at_most, at_least=data.draw(st.integers(0, at_most)), rounds=data.draw(st.integers(0, 3))
+    )
+    request = Forcing(budget, data.draw(st.sampled_from([[1], [40], [40, 41], [40, 2]])))
+    written = []
+    for wanted in data.draw(st.lists(st.sampled_from([7, 8, 41]), min_size=30, max_size=30)):
+        forced = request.forced()
+        written.append(request.choose(wanted))
+        assert forced is None or written[-1] == forced
+    end = written.index(41)
+    thought = written[:end].count(7) + written[:end].count(8) + written[:end].count(42) + written[:end].count(43)
+    assert thought <= at_most
+    assert written[:end].count(42) <= max(budget.rounds, budget.at_least)
+    room = thought + len(budget.wait) <= at_most
+    assert thought >= budget.at_least or not room
+
+
+def test_bad_options_say_what_to_change(model):
+    with pytest.raises(ValueError, match="num_steps is 0"):
+        Decoding(num_steps=0)
+    with pytest.raises(ValueError, match="at least one token"):
+        decode(model, [[]])
+    with pytest.raises(ValueError, match="exceed block_size 64"):
+        decode(model, [[1] * 60], Decoding(max_new_tokens=5))
+    with pytest.raises(ValueError, match="at_least 5"):
+        ThinkingBudget(**BUDGET, at_most=4, at_least=5)
+    with pytest.raises(ValueError, match="give its tokens"):
+        ThinkingBudget(begin=(1,), end=(2,), rounds=1)
+
+
+def test_flops_are_those_of_the_closed_form(model):
+    decoded = decode(model, [[5, 6, 7, 8]], Decoding(max_new_tokens=1, num_steps=3))
+    assert decoded.flops == forward_flops(CONFIG, 4, 3)
