@@ -1,0 +1,109 @@
+"""What leaving the core early saves on the quickstart's model, and what it costs: rules, thresholds, both orders.
+
+    python benchmarks/early_exit.py [--model runs/quickstart/shell-game]
+
+Parallel prefill of whole shell games at up to 32 steps. Without --model the quickstart's model is trained first.
+Writes results/early_exit.json and results/early_exit.png.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, write_result
+
+from recurrent_depth.cli import parse_options
+from recurrent_depth.data.tasks import TASKS
+from recurrent_depth.evaluation.dense import VALIDATION_SPLIT
+from recurrent_depth.generation.adaptive import adaptive_forward
+from recurrent_depth.generation.cache import RecurrentCache
+from recurrent_depth.generation.exits import ExitRule, exit_rule
+from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.runs import load_run_model
+from recurrent_depth.training.command import TrainCommand
+from recurrent_depth.training.launch import train
+
+CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "quickstart" / "shell-game.yaml"
+CASES: list[tuple[str, float]] = [
+    *(("state-change", t) for t in (0.3, 0.1, 0.03, 0.01)),
+    *(("kl", t) for t in (1e-2, 5e-4, 1e-5)),
+    *(("entropy", t) for t in (1e-2, 1e-3, 1e-4)),
+    *(("argmax", t) for t in (2, 3, 5)),
+]
+MOST, LENGTH, ROWS = 32, 16, 512
+
+
+def trained() -> RecurrentDepthModel:
+    with tempfile.TemporaryDirectory() as scratch:
+        options = parse_options(TrainCommand, "train", ["--config", str(CONFIG), "--out", f"{scratch}/run"])
+        train(options.run_config())
+        return load_run_model(f"{scratch}/run")
+
+
+def measure(model: RecurrentDepthModel, rule: ExitRule | None, num_steps: int, monotone: bool) -> dict[str, Any]:
+    """Accuracy and steps over all swaps, and by the number of swaps before."""
+    ids, labels = TASKS["shell_game"].rows(0, ROWS, LENGTH, seed=0, split=VALIDATION_SPLIT)
+    cache = RecurrentCache(model.config, ROWS, ids.shape[1], num_steps)
+    output = adaptive_forward(model, ids, torch.ones_like(ids), cache, rule, num_steps, prefix_monotone=monotone)
+    correct = (output.logits.argmax(-1) == labels)[:, 1 : LENGTH + 1].double()
+    steps = output.depths[:, 1 : LENGTH + 1].double()
+    return {
+        "accuracy": correct.mean().item(),
+        "mean_steps": steps.mean().item(),
+        "accuracy_by_swaps": correct.mean(0).tolist(),
+        "steps_by_swaps": steps.mean(0).tolist(),
+    }
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for order in ("in order", "each token alone", "fixed"):
+        chosen = [row for row in rows if row["order"] == order]
+        left.plot([r["mean_steps"] for r in chosen], [100 * r["accuracy"] for r in chosen], "o", label=order)
+    left.set(xlabel="mean steps of a token", ylabel="accuracy, %", title="every rule and threshold")
+    left.legend()
+    for row in rows:
+        if row["order"] == "in order" and row["rule"] in ("state-change", "kl") and row["threshold"] in (0.03, 5e-4):
+            right.plot(range(1, LENGTH + 1), row["steps_by_swaps"], label=f"{row['rule']} < {row['threshold']}")
+    right.set(xlabel="swaps so far", ylabel="mean steps", title="harder positions take more steps")
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="run folder; default: train the quickstart's")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model = trained() if args.model is None else load_run_model(args.model)
+    rows = [
+        {"rule": "none", "threshold": r, "order": "fixed", **measure(model, None, r, True)}
+        for r in (1, 2, 4, 8, 12, 16, 32)
+    ]
+    for name, threshold in CASES:
+        for monotone in (True, False):
+            order = "in order" if monotone else "each token alone"
+            found = measure(model, exit_rule(name, threshold), MOST, monotone)
+            rows.append({"rule": name, "threshold": threshold, "order": order, **found})
+    print("| rule | threshold | order | accuracy | mean steps | steps after 1, 8, 16 swaps |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        by = row["steps_by_swaps"]
+        print(
+            f"| {row['rule']} | {row['threshold']} | {row['order']} | {100 * row['accuracy']:.1f} | "
+            f"{row['mean_steps']:.1f} | {by[0]:.1f}, {by[7]:.1f}, {by[15]:.1f} |"
+        )
+    write_result("early_exit", {"max_steps": MOST, "games": ROWS, "rows": rows})
+    plot(rows, RESULTS / "early_exit.png")
+
+
+if __name__ == "__main__":
+    main()
