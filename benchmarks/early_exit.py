@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, write_result
 
+from common import RESULTS, write_result
 from recurrent_depth.cli import parse_options
 from recurrent_depth.data.tasks import TASKS
 from recurrent_depth.evaluation.dense import VALIDATION_SPLIT

@@ -85,7 +85,7 @@ def adaptive_forward(
     real = attention_mask[:, -T:].bool()  # [B, T]
     positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
     rotary = rotary_at(model.freqs_cis, positions)
-    run = _Pass(cache, _mask(attention_mask, T), real.clone())
+    run = _Pass(cache, visible(attention_mask, T), real.clone())
 
     def read(state: Tensor) -> Tensor:
         return wide(model.lm_head(part.write(state, rotary, run.attend)))
@@ -111,7 +111,7 @@ def adaptive_forward(
     return AdaptiveOutput(logits, state, run.steps)
 
 
-def _mask(attention_mask: Tensor, T: int) -> Tensor:
+def visible(attention_mask: Tensor, T: int) -> Tensor:
     """Boolean [B, 1, T, S]: causal, padding hidden; a padded query sees itself, since nothing would give NaN."""
     S = attention_mask.shape[1]
     queries = torch.arange(S - T, S, device=attention_mask.device)[:, None]

@@ -113,6 +113,15 @@ class RecurrentCache:
     def advance(self, tokens: int) -> None:
         self.filled += tokens
 
+    def select_columns(self, columns: Tensor) -> None:
+        """Keep the columns [B, S'] of each row, in that order."""
+        S = columns.shape[1]
+        index = columns[None, :, None, :, None]
+        for slot in self.entries:  # [2, B, H, S, K]; one by one, so that no second cache is held
+            slot[:, :, :, :S] = slot.gather(3, index.expand(2, -1, slot.shape[2], -1, slot.shape[4]))
+        self.depths[:, :S] = self.depths.gather(1, columns)
+        self.filled = S
+
     def crop(self, length: int) -> None:
         """Forget all columns from `length` on."""
         if not 0 <= length <= self.filled:

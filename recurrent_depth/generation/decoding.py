@@ -13,6 +13,7 @@ from recurrent_depth.generation.adaptive import adaptive_forward
 from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.generation.exits import ExitRule
 from recurrent_depth.generation.forcing import Forcing, ThinkingBudget
+from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.flops import attention_flops, outer_flops, step_flops
 from recurrent_depth.model.random import SAMPLE_STREAM, uniform
 from recurrent_depth.model.transformer import RecurrentDepthModel
@@ -99,25 +100,13 @@ def decode(
         requests: names of the requests, for sampling; default 0, 1, ...
         on_token: for streaming.
     """
-    config = model.config
-    B, width = len(prompts), max((len(prompt) for prompt in prompts), default=0)
-    if B == 0 or min(len(prompt) for prompt in prompts) == 0:
-        raise ValueError("every prompt must have at least one token")
-    length = width + options.max_new_tokens
-    if length > config.block_size:
-        raise ValueError(
-            f"the longest prompt ({width} tokens) and max_new_tokens ({options.max_new_tokens}) exceed block_size "
-            f"{config.block_size}; shorten one"
-        )
-    steps = options.num_steps or config.mean_recurrence
+    ids, mask = padded(model, prompts, options)
+    B, width = ids.shape
+    steps = options.num_steps or model.config.mean_recurrence
     weight = model.lm_head.weight
-    cache = RecurrentCache(config, B, length, steps, options.cache_budget, weight.dtype, weight.device)
+    length = width + options.max_new_tokens
+    cache = RecurrentCache(model.config, B, length, steps, options.cache_budget, weight.dtype, weight.device)
     names = torch.tensor(list(requests) if requests is not None else list(range(B)), device=weight.device)
-    ids = torch.zeros(B, width, dtype=torch.long, device=weight.device)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
     forcing = [Forcing(options.thinking, list(prompt)) if options.thinking else None for prompt in prompts]
     result = Decoded([[] for _ in prompts], [[] for _ in prompts], cache_bytes=cache.num_bytes)
     running = [True] * B
@@ -127,7 +116,7 @@ def decode(
             model, ids, mask, cache, options.exit, steps, options.min_steps, options.prefix_monotone, state
         )
         _account(result, model, output.depths, mask, running)
-        tokens = _draw(output.logits[:, -1], options, names, mask.sum(1))
+        tokens = draw(output.logits[:, -1], options, names, mask.sum(1))
         for row, drawn in enumerate(tokens.tolist()):
             if running[row]:
                 running[row] = _write(result, row, drawn, forcing[row], options, on_token)
@@ -138,6 +127,25 @@ def decode(
         mask = torch.cat([mask, torch.tensor(running, device=ids.device).long()[:, None]], dim=1)
         state = output.state[:, -1:] if options.warm_start else None
     return result
+
+
+def padded(model: RecurrentDepthModel, prompts: Sequence[Sequence[int]], options: Decoding) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, T], padded on the left; checks that prompts and new tokens fit the model."""
+    width = max((len(prompt) for prompt in prompts), default=0)
+    if not prompts or min(len(prompt) for prompt in prompts) == 0:
+        raise ValueError("every prompt must have at least one token")
+    if width + options.max_new_tokens > model.config.block_size:
+        raise ValueError(
+            f"the longest prompt ({width} tokens) and max_new_tokens ({options.max_new_tokens}) exceed block_size "
+            f"{model.config.block_size}; shorten one"
+        )
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    device = model.lm_head.weight.device
+    return ids.to(device), mask.to(device)
 
 
 def _write(
@@ -153,7 +161,7 @@ def _write(
     return token not in options.stop and not told_to_stop
 
 
-def _draw(logits: Tensor, options: Decoding, names: Tensor, positions: Tensor) -> Tensor:
+def draw(logits: Tensor, options: Decoding, names: Tensor, positions: Tensor) -> Tensor:
     """logits [B, V] -> token [B]; sampling adds Gumbel noise that is a function of (seed, request, position)."""
     if options.temperature == 0:
         return logits.argmax(-1)
@@ -180,8 +188,14 @@ def _account(result: Decoded, model: RecurrentDepthModel, depths: Tensor, mask: 
         tokens, total = len(taken), int(taken.sum())
         result.steps[row].append(total / tokens)
         result.core_steps += total
-        layers = total * config.n_layers_in_recurrent_block + tokens * config.unrolled_layers(0)
         context = contexts[row] - (tokens - 1) / 2  # mean over the new tokens
-        linear = total * (step_flops(config, 1) - config.n_layers_in_recurrent_block * attention_flops(config, 1))
-        linear += tokens * (outer_flops(config, 1) - config.unrolled_layers(0) * attention_flops(config, 1))
-        result.flops += linear + round(4 * config.n_embd * layers * context)
+        result.flops += flops_of(config, tokens, total, context)
+
+
+def flops_of(config: ModelConfig, tokens: int, core_steps: int, context: float) -> int:
+    """Tokens through prelude, coda and head, and core steps over all of them, at a mean context."""
+    layers = core_steps * config.n_layers_in_recurrent_block + tokens * config.unrolled_layers(0)
+    once = attention_flops(config, 1)
+    linear = core_steps * (step_flops(config, 1) - config.n_layers_in_recurrent_block * once)
+    linear += tokens * (outer_flops(config, 1) - config.unrolled_layers(0) * once)
+    return linear + round(4 * config.n_embd * layers * context)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.generation.exits import exit_rule
 from recurrent_depth.generation.forcing import ThinkingBudget
+from recurrent_depth.generation.speculative import Speculation, decode_speculatively
 from recurrent_depth.hf.loading import load_model, unwrap
 
 
@@ -25,6 +26,8 @@ class GenerateConfig:
         exit_threshold: of the rule (steps in a row for argmax); null takes the published value.
         prefix_monotone: tokens of a prompt leave in order; false repeats a known failure.
         warm_start: start a token's state from its predecessor's.
+        draft_steps: draft tokens with so few steps and verify them with num_steps; the text is the same. Null: no.
+        draft_tokens: tokens drafted a round.
         temperature: 0 takes the likeliest token.
         top_k, top_p: limits of sampling.
         seed: of sampling.
@@ -48,6 +51,8 @@ class GenerateConfig:
     exit_threshold: float | None = None
     prefix_monotone: bool = True
     warm_start: bool = False
+    draft_steps: int | None = None
+    draft_tokens: int = 4
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
@@ -78,7 +83,12 @@ def generate(config: GenerateConfig) -> None:
         written[row].append(token)
         return any(text in tokenizer.decode(written[row]) for text in config.stop)
 
-    result = decode(unwrap(model), ids, _decoding(config, tokenizer), on_token=ends if config.stop else None)
+    options, on_token = _decoding(config, tokenizer), ends if config.stop else None
+    if config.draft_steps is None:
+        result = decode(unwrap(model), ids, options, on_token=on_token)
+    else:
+        speculation = Speculation(config.draft_steps, config.draft_tokens)
+        result = decode_speculatively(unwrap(model), ids, options, speculation, on_token=on_token)
     for prompt, tokens, steps in zip(prompts, result.tokens, result.steps, strict=True):
         text = _cut(tokenizer.decode(tokens, skip_special_tokens=True), config.stop)
         print(json.dumps({"prompt": prompt, "text": text, "steps": steps}, ensure_ascii=False))

@@ -36,6 +36,8 @@ def test_stop_texts_exits_and_thinking(chat_folder, capsys):
     stop = whole[5:8]
     cut = run(capsys, chat_folder, *options, "--stop", json.dumps([stop]))[0][0]["text"]
     assert cut == whole[: whole.find(stop)]
+    drafted = run(capsys, chat_folder, *options, "--draft-steps", "2")[0][0]["text"]
+    assert drafted == whole
     early = run(capsys, chat_folder, *options, "--exit", "state-change", "--exit-threshold", "0.5")[0][0]
     assert min(early["steps"]) < 4
     assert run(capsys, chat_folder, *options, "--think", "true", "--think-at-most", "3", "--waits", "1")

@@ -1,0 +1,213 @@
+"""Self-speculation: draft tokens with few steps of the core, then take the remaining steps for all of them at once.
+
+The draft's states and entries are reused, so a drafted token costs no step twice. Drafted and verified tokens are
+drawn with the same noise (a function of seed, request and position), so that what is written equals plain decoding
+with all steps token for token, sampling included; a draft that agrees is accepted.
+
+Shapes: B requests, G drafted tokens, D width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recurrent_depth.generation.adaptive import visible
+from recurrent_depth.generation.cache import RecurrentCache
+from recurrent_depth.generation.decoding import Decoded, Decoding, OnToken, draw, flops_of, padded
+from recurrent_depth.model.attention import Attend
+from recurrent_depth.model.layers import Rotary, rotary_at
+from recurrent_depth.model.loss import wide
+from recurrent_depth.model.transformer import RecurrentDepthModel
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """Draft `tokens` tokens a round with `steps` steps each."""
+
+    steps: int = 4
+    tokens: int = 4
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.tokens < 1:
+            raise ValueError(f"draft steps ({self.steps}) and tokens ({self.tokens}) must be at least 1")
+
+
+@dataclass
+class Speculated(Decoded):
+    """With the drafted tokens that were asked about and those that were accepted, over all requests."""
+
+    drafted: int = 0
+    accepted: int = 0
+
+
+@torch.inference_mode()
+def decode_speculatively(
+    model: RecurrentDepthModel,
+    prompts: Sequence[Sequence[int]],
+    options: Decoding,
+    speculation: Speculation,
+    *,
+    requests: Sequence[int] | None = None,
+    on_token: OnToken | None = None,
+) -> Speculated:
+    """As `decode`, with the same tokens; see there for the arguments."""
+    steps = options.num_steps or model.config.mean_recurrence
+    _check(options, speculation, steps)
+    return _Run(model, prompts, options, speculation, steps, requests, on_token).result()
+
+
+def _check(options: Decoding, speculation: Speculation, steps: int) -> None:
+    if speculation.steps >= steps:
+        raise ValueError(f"draft steps {speculation.steps} must be fewer than num_steps {steps}; lower them")
+    if options.cache_budget is not None and options.cache_budget < steps:
+        raise ValueError(
+            f"self-speculation reuses the entries of every step: cache_budget {options.cache_budget} must be at least "
+            f"num_steps {steps}, or none"
+        )
+    for name in ("exit", "thinking"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"self-speculation does not go together with {name}; leave one out")
+    if options.warm_start:
+        raise ValueError("self-speculation does not go together with warm_start; leave one out")
+
+
+class _Run:
+    """The state of one batch: cache, mask, the last token of each request, and what is written so far."""
+
+    def __init__(
+        self,
+        model: RecurrentDepthModel,
+        prompts: Sequence[Sequence[int]],
+        options: Decoding,
+        speculation: Speculation,
+        steps: int,
+        requests: Sequence[int] | None,
+        on_token: OnToken | None,
+    ) -> None:
+        self.model, self.options, self.speculation, self.steps = model, options, speculation, steps
+        self.on_token = on_token
+        ids, self.mask = padded(model, prompts, options)
+        B, width = ids.shape
+        weight = model.lm_head.weight
+        names = list(requests) if requests is not None else list(range(B))
+        self.names = torch.tensor(names, device=weight.device)
+        # Rejected columns stay as holes that the mask hides, until `_compact` closes them.
+        room = width + options.max_new_tokens + 4 * speculation.tokens
+        self.cache = RecurrentCache(model.config, B, room, steps, None, weight.dtype, weight.device)
+        self.running = [True] * B
+        self.written = Speculated([[] for _ in prompts], [[] for _ in prompts], cache_bytes=self.cache.num_bytes)
+        logits = self._prefill(ids)
+        for row, token in enumerate(draw(logits, options, self.names, self.mask.sum(1)).tolist()):
+            self._write(row, token)
+
+    def result(self) -> Speculated:
+        while any(self.running):
+            self._round()
+        return self.written
+
+    def _prefill(self, ids: Tensor) -> Tensor:
+        """All steps for the prompts; logits [B, V] of their last tokens."""
+        _, state, rotary = self._begin(ids, self.steps)
+        logits = self._finish(state, rotary, ids.shape[1])[:, -1]
+        self.cache.advance(ids.shape[1])
+        self._account(ids.shape[1], self.steps, [int(n) for n in self.mask.sum(1)])
+        return logits
+
+    def _round(self) -> None:
+        """Draft, verify, write what holds."""
+        G = self.speculation.tokens
+        if self.cache.length() + G > self.cache.max_length:
+            self._compact()
+        start = self.cache.length()
+        tokens = [torch.tensor([w[-1] for w in self.written.tokens], device=self.mask.device)]
+        new = torch.tensor(self.running, device=self.mask.device).long()[:, None]
+        drafts = []
+        for _ in range(G):
+            self.mask = torch.cat([self.mask, new], dim=1)
+            drafts.append(self._begin(tokens[-1][:, None], self.speculation.steps))
+            logits = self._finish(drafts[-1][1], drafts[-1][2], 1)[:, -1]
+            self.cache.advance(1)
+            tokens.append(draw(logits, self.options, self.names, self.mask.sum(1)))
+        self._account(G, self.speculation.steps, [G] * len(self.running))
+
+        self.cache.crop(start)
+        verified = self._verify(drafts)  # [B, G, V]
+        self.cache.advance(G)
+        self._account(G, self.steps - self.speculation.steps, [G] * len(self.running))
+        positions = self.mask.sum(1)[:, None] - torch.arange(G - 1, -1, -1, device=self.mask.device)
+        chosen = torch.stack(
+            [draw(verified[:, g], self.options, self.names, positions[:, g]) for g in range(G)], dim=1
+        )  # [B, G]
+        drafted = torch.stack(tokens[1:], dim=1)
+        agree = (drafted[:, : G - 1] == chosen[:, : G - 1]).long().cumprod(1).sum(1)  # drafts that were fed on
+        for row, count in enumerate(agree.tolist()):
+            if not self.running[row]:
+                continue
+            self.written.drafted += G - 1
+            self.written.accepted += count
+            for g in range(count + 1):
+                if self.running[row]:
+                    self._write(row, int(chosen[row, g]))
+            self.mask[row, start + count + 1 :] = 0
+        longest = int(agree.max()) + 1
+        self.mask = self.mask[:, : start + longest]
+        self.cache.crop(start + longest)
+
+    def _begin(self, ids: Tensor, steps: int) -> tuple[Tensor, Tensor, Rotary]:
+        """Prelude and the first steps of new tokens [B, T]: (e, state [B, T, D], rotary)."""
+        part, T = self.model.transformer, ids.shape[1]
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -T:]
+        rotary = rotary_at(self.model.freqs_cis, positions)
+        e = part.read(part.embed(ids), rotary, self._attend(T))
+        return e, part.think(torch.zeros_like(e), e, steps, rotary, self._attend(T)), rotary
+
+    def _verify(self, drafts: list[tuple[Tensor, Tensor, Rotary]]) -> Tensor:
+        """The remaining steps of all drafted tokens in parallel: logits [B, G, V]."""
+        e = torch.cat([e for e, _, _ in drafts], dim=1)
+        state = torch.cat([state for _, state, _ in drafts], dim=1)
+        cos = torch.cat([cos for _, _, (cos, _) in drafts], dim=1)
+        sin = torch.cat([sin for _, _, (_, sin) in drafts], dim=1)
+        T, first = len(drafts), self.speculation.steps
+        state = self.model.transformer.think(
+            state, e, self.steps - first, (cos, sin), self._attend(T), first_step=first
+        )
+        return self._finish(state, (cos, sin), T)
+
+    def _finish(self, state: Tensor, rotary: Rotary, T: int) -> Tensor:
+        return wide(self.model.lm_head(self.model.transformer.write(state, rotary, self._attend(T))))
+
+    def _attend(self, T: int) -> Attend:
+        mask = visible(self.mask, T)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, slot: int) -> Tensor:
+            k, v = self.cache.update(k, v, slot)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+        return attend
+
+    def _write(self, row: int, token: int) -> None:
+        written = self.written.tokens[row]
+        written.append(token)
+        told_to_stop = self.on_token is not None and bool(self.on_token(row, token))
+        full = len(written) >= self.options.max_new_tokens
+        self.running[row] = not (told_to_stop or full or token in self.options.stop)
+
+    def _compact(self) -> None:
+        """Close the holes: every row's real columns move to the right end of the longest row."""
+        longest = int(self.mask.sum(1).max())
+        order = self.mask.argsort(dim=1, stable=True)[:, -longest:]  # holes first, then columns in their order
+        self.cache.select_columns(order)
+        self.mask = self.mask.gather(1, order)
+
+    def _account(self, tokens: int, steps: int, real: list[int]) -> None:
+        """Steps and FLOPs of the requests that run: `tokens` new columns, `real` of them not padding."""
+        contexts = self.mask.sum(1).tolist()
+        for row, goes_on in enumerate(self.running):
+            if goes_on:
+                self.written.steps[row].append(steps)
+                self.written.core_steps += steps * real[row]
+                context = contexts[row] - (real[row] - 1) / 2
+                self.written.flops += flops_of(self.model.config, real[row], steps * real[row], context)

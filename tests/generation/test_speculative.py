@@ -1,0 +1,79 @@
+"""Self-speculation writes what plain decoding writes, whatever the draft, the batch and the sampling; fp64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recurrent_depth.generation.decoding import Decoding, decode
+from recurrent_depth.generation.exits import StateChange
+from recurrent_depth.generation.speculative import Speculation, decode_speculatively
+from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.transformer import RecurrentDepthModel
+
+CONFIG = ModelConfig(
+    n_embd=32, n_heads=2, intermediate_size=48, vocab_size=20, block_size=96, n_layers_in_recurrent_block=2
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = RecurrentDepthModel(CONFIG).double()
+    model.initialise(seed=3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(1.0 if "norm" in name or "ln_f" in name else 2.5)
+    return model.eval()
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_the_same_tokens_as_plain_decoding(model, data):
+    lengths = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=4))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    prompts = [torch.randint(20, (n,), generator=generator).tolist() for n in lengths]
+    options = Decoding(
+        max_new_tokens=data.draw(st.integers(1, 30)),
+        num_steps=data.draw(st.integers(3, 6)),
+        temperature=data.draw(st.sampled_from([0.0, 0.7, 1.5])),
+        top_k=data.draw(st.sampled_from([None, 5])),
+        stop=data.draw(st.sampled_from([(), (3, 4)])),
+        seed=data.draw(st.integers(0, 9)),
+    )
+    speculation = Speculation(steps=data.draw(st.integers(1, 2)), tokens=data.draw(st.integers(1, 6)))
+    plain = decode(model, prompts, options)
+    found = decode_speculatively(model, prompts, options, speculation)
+    assert found.tokens == plain.tokens
+    assert 0 <= found.accepted <= found.drafted
+
+
+def test_drafts_are_accepted_and_rounds_compact_the_cache(model):
+    prompts = [[5, 6, 7], [8], [9, 10]]
+    options = Decoding(max_new_tokens=60, num_steps=6)
+    found = decode_speculatively(model, prompts, options, Speculation(steps=3, tokens=5))
+    assert found.tokens == decode(model, prompts, options).tokens
+    assert 0 < found.accepted < found.drafted
+
+
+def test_streaming_can_end_a_request(model):
+    options = Decoding(max_new_tokens=20, num_steps=4)
+    whole = decode(model, [[5, 6, 7]], options).tokens[0]
+    seen = []
+
+    def third(row, token):
+        seen.append(token)
+        return len(seen) == 3
+
+    found = decode_speculatively(model, [[5, 6, 7]], options, Speculation(1, 4), on_token=third)
+    assert found.tokens[0] == seen == whole[:3]
+
+
+def test_what_does_not_go_together_is_refused(model):
+    with pytest.raises(ValueError, match="fewer than num_steps 4"):
+        decode_speculatively(model, [[1]], Decoding(num_steps=4), Speculation(4, 2))
+    with pytest.raises(ValueError, match="cache_budget 2"):
+        decode_speculatively(model, [[1]], Decoding(num_steps=4, cache_budget=2), Speculation(1, 2))
+    with pytest.raises(ValueError, match="exit"):
+        decode_speculatively(model, [[1]], Decoding(num_steps=4, exit=StateChange()), Speculation(1, 2))
+    with pytest.raises(ValueError, match="at least 1"):
+        Speculation(0, 2)
