@@ -9,8 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from recurrent_depth.data.loader import TaskDataConfig
 from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.training.checkpoint import CheckpointConfig
 from recurrent_depth.training.optimizer import OptimizerConfig
 from recurrent_depth.training.parallel import RuntimeConfig
@@ -36,6 +39,20 @@ def small_run(out: Path, **changes: Any) -> RunConfig:
         "validation": ValidationConfig(every=6, rows=8, num_steps=(1, 4)),
     }  # fmt: skip
     return RunConfig(out=str(out), **(defaults | changes))
+
+
+def lively_model(vocab_size: int = 50, block_size: int = 96) -> RecurrentDepthModel:
+    """A random model in fp64 with weights large enough that tokens differ and converge at different steps."""
+    config = ModelConfig(
+        n_embd=32, n_heads=2, intermediate_size=48, vocab_size=vocab_size, block_size=block_size,
+        n_layers_in_recurrent_block=2,
+    )  # fmt: skip
+    model = RecurrentDepthModel(config).double()
+    model.initialise(seed=3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(1.0 if "norm" in name or "ln_f" in name else 2.5)
+    return model.eval()
 
 
 def losses(run: Path) -> list[float]:

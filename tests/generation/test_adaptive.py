@@ -8,24 +8,15 @@ from hypothesis import strategies as st
 from recurrent_depth.generation.adaptive import adaptive_forward
 from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.generation.exits import RULES, StateChange, exit_rule
-from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.layers import rotary_at
-from recurrent_depth.model.transformer import RecurrentDepthModel
+from support import lively_model
 
-CONFIG = ModelConfig(
-    n_embd=32, n_heads=2, intermediate_size=48, vocab_size=50, block_size=64, n_layers_in_recurrent_block=2
-)  # fmt: skip
 R = 6
 
 
 @pytest.fixture(scope="module")
 def model():
-    model = RecurrentDepthModel(CONFIG).double()
-    model.initialise(seed=3)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.mul_(1.0 if "norm" in name or "ln_f" in name else 2.5)  # tokens that converge at different steps
-    return model.eval()
+    return lively_model(block_size=64)
 
 
 class Exactly:
@@ -79,7 +70,7 @@ def test_decoding_in_a_ragged_batch_equals_brute_force(model, data):
     ids = torch.randint(50, (len(lengths), width), generator=torch.Generator().manual_seed(width))
     depths = torch.tensor([[data.draw(st.integers(1, R)) for _ in range(width)] for _ in lengths])
     mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths])
-    cache = RecurrentCache(CONFIG, len(lengths), width, num_steps=R, budget=budget, dtype=torch.float64)
+    cache = RecurrentCache(model.config, len(lengths), width, num_steps=R, budget=budget, dtype=torch.float64)
     pieces = []
     for t in range(width):
         rule = Exactly(depths[:, t : t + 1])
@@ -101,7 +92,7 @@ def test_parallel_prefill_with_a_full_cache_equals_token_by_token(model, data):
     ids = torch.randint(50, (len(lengths), width), generator=torch.Generator().manual_seed(7))
     depths = torch.tensor([[data.draw(st.integers(1, R)) for _ in range(width)] for _ in lengths])
     mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths])
-    cache = RecurrentCache(CONFIG, len(lengths), width, num_steps=R, dtype=torch.float64)
+    cache = RecurrentCache(model.config, len(lengths), width, num_steps=R, dtype=torch.float64)
     output = adaptive_forward(model, ids, mask, cache, Exactly(depths), R)
     for row, n in enumerate(lengths):
         monotone = depths[row, -n:].cummax(0).values
@@ -117,11 +108,11 @@ def test_decisions_in_a_batch_equal_those_alone(model, name):
     ids = torch.tensor([[0] * (5 - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (5 - len(p)) + [1] * len(p) for p in prompts])
     rule = exit_rule(name, threshold)
-    cache = RecurrentCache(CONFIG, 3, 5, num_steps=12, dtype=torch.float64)
+    cache = RecurrentCache(model.config, 3, 5, num_steps=12, dtype=torch.float64)
     together = adaptive_forward(model, ids, mask, cache, rule, 12)
     taken = set()
     for row, prompt in enumerate(prompts):
-        alone_cache = RecurrentCache(CONFIG, 1, len(prompt), num_steps=12, dtype=torch.float64)
+        alone_cache = RecurrentCache(model.config, 1, len(prompt), num_steps=12, dtype=torch.float64)
         alone = adaptive_forward(
             model, torch.tensor([prompt]), torch.ones(1, len(prompt), dtype=torch.long), alone_cache, rule, 12
         )
@@ -133,12 +124,17 @@ def test_decisions_in_a_batch_equal_those_alone(model, name):
 
 def test_without_a_rule_it_is_the_plain_model(model):
     ids = torch.tensor([[5, 6, 7, 8]])
-    cache = RecurrentCache(CONFIG, 1, 4, num_steps=R, dtype=torch.float64)
+    cache = RecurrentCache(model.config, 1, 4, num_steps=R, dtype=torch.float64)
     output = adaptive_forward(model, ids, torch.ones_like(ids), cache, None, R)
     torch.testing.assert_close(output.logits, model(ids, num_steps=R).logits, rtol=1e-10, atol=1e-10)
     assert output.depths.tolist() == [[R] * 4]
     zero = adaptive_forward(
-        model, ids, torch.ones_like(ids), RecurrentCache(CONFIG, 1, 4, R, dtype=torch.float64), StateChange(0.0), R
+        model,
+        ids,
+        torch.ones_like(ids),
+        RecurrentCache(model.config, 1, 4, R, dtype=torch.float64),
+        StateChange(0.0),
+        R,
     )
     assert zero.depths.tolist() == [[R] * 4]
 
@@ -152,6 +148,6 @@ def test_bad_rules_and_steps_say_what_to_change(model):
     with pytest.raises(ValueError, match="patience"):
         exit_rule("argmax", 1)
     with pytest.raises(ValueError, match="min_steps 3"):
-        adaptive_forward(model, ids, torch.ones_like(ids), RecurrentCache(CONFIG, 1, 1, 2), None, 2, min_steps=3)
+        adaptive_forward(model, ids, torch.ones_like(ids), RecurrentCache(model.config, 1, 1, 2), None, 2, min_steps=3)
     with pytest.raises(ValueError, match="cache was made for, 2"):
-        adaptive_forward(model, ids, torch.ones_like(ids), RecurrentCache(CONFIG, 1, 1, 2), None, 4)
+        adaptive_forward(model, ids, torch.ones_like(ids), RecurrentCache(model.config, 1, 1, 2), None, 4)

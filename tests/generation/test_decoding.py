@@ -8,23 +8,13 @@ from hypothesis import strategies as st
 from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.generation.exits import OutputKL, StateChange
 from recurrent_depth.generation.forcing import Forcing, ThinkingBudget
-from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.flops import forward_flops
-from recurrent_depth.model.transformer import RecurrentDepthModel
-
-CONFIG = ModelConfig(
-    n_embd=32, n_heads=2, intermediate_size=48, vocab_size=50, block_size=64, n_layers_in_recurrent_block=2
-)  # fmt: skip
+from support import lively_model
 
 
 @pytest.fixture(scope="module")
 def model():
-    model = RecurrentDepthModel(CONFIG).double()
-    model.initialise(seed=3)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.mul_(1.0 if "norm" in name or "ln_f" in name else 2.5)
-    return model.eval()
+    return lively_model(block_size=64)
 
 
 @torch.no_grad()
@@ -163,4 +153,4 @@ def test_bad_options_say_what_to_change(model):
 
 def test_flops_are_those_of_the_closed_form(model):
     decoded = decode(model, [[5, 6, 7, 8]], Decoding(max_new_tokens=1, num_steps=3))
-    assert decoded.flops == forward_flops(CONFIG, 4, 3)
+    assert decoded.flops == forward_flops(model.config, 4, 3)

@@ -8,22 +8,12 @@ from hypothesis import strategies as st
 from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.generation.exits import StateChange
 from recurrent_depth.generation.speculative import Speculation, decode_speculatively
-from recurrent_depth.model.config import ModelConfig
-from recurrent_depth.model.transformer import RecurrentDepthModel
-
-CONFIG = ModelConfig(
-    n_embd=32, n_heads=2, intermediate_size=48, vocab_size=20, block_size=96, n_layers_in_recurrent_block=2
-)  # fmt: skip
+from support import lively_model
 
 
 @pytest.fixture(scope="module")
 def model():
-    model = RecurrentDepthModel(CONFIG).double()
-    model.initialise(seed=3)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.mul_(1.0 if "norm" in name or "ln_f" in name else 2.5)
-    return model.eval()
+    return lively_model(vocab_size=20)
 
 
 @settings(max_examples=40, deadline=None)

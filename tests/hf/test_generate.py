@@ -178,3 +178,16 @@ def test_bf16_keeps_the_rotary_table(model):
     assert half.freqs_cis.dtype == torch.float32
     assert torch.equal(half.freqs_cis, model.freqs_cis.float())
     assert model.bfloat16().freqs_cis.dtype == model.double().freqs_cis.dtype
+
+
+def test_pipeline(chat_folder):
+    from transformers import AutoTokenizer, pipeline
+
+    write = pipeline("text-generation", model=str(chat_folder))
+    messages = [{"role": "user", "content": "how many apples?"}]
+    answer = write(messages, num_steps=2, max_new_tokens=8, do_sample=False)[0]["generated_text"][-1]
+    tokenizer, model = AutoTokenizer.from_pretrained(chat_folder), AutoModelForCausalLM.from_pretrained(chat_folder)
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    ids = model.generate(**inputs, num_steps=2, max_new_tokens=8, do_sample=False)
+    assert answer["role"] == "assistant"
+    assert answer["content"] == tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -78,6 +78,20 @@ def test_what_a_folder_may_lack_or_hold(tmp_path, expected):
     assert torch.equal(outputs[2], outputs[1])
 
 
+def test_a_bf16_rotary_table_keeps_its_rounded_values(tmp_path, expected):
+    tensors = load_file(FIXTURE / "model.safetensors")
+    tensors["freqs_cis"] = tensors["freqs_cis"].bfloat16()
+    shutil.copy(FIXTURE / "config.json", tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(rounded.freqs_cis.float(), tensors["freqs_cis"].float())
+    exact = AutoModelForCausalLM.from_pretrained(FIXTURE)
+    ids = expected["input_ids"]
+    assert not torch.equal(rounded(ids).logits, exact(ids).logits)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.isfinite(half(ids).logits).all()
+
+
 def test_another_architecture_is_refused(tmp_path):
     text = (FIXTURE / "config.json").read_text().replace('"injection_type": "linear"', '"injection_type": "add"')
     (tmp_path / "config.json").write_text(text)

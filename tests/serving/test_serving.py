@@ -61,33 +61,11 @@ def test_chat_completions_with_steps_per_request(server, chat_folder):
     assert answers[0] != answers[1]
 
 
-def test_chat_talks_to_the_server(server, chat_folder):
-    command = [
-        sys.executable,
-        "-m",
-        "recurrent_depth.cli",
-        "chat",
-        "--model",
-        str(chat_folder),
-        "--url",
-        f"{server}/v1",
-    ]
+@pytest.mark.parametrize("own_server", [False, True])
+def test_chat_on_a_terminal(server, chat_folder, own_server):
+    command = [sys.executable, "-m", "recurrent_depth.cli", "chat", "--model", str(chat_folder)]
     options = ["--num-steps", "6", "--max-new-tokens", "12"]
-    done = subprocess.run(
-        [*command, *options],
-        input=MESSAGES[0]["content"] + "\n",
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == expected(chat_folder, 6).strip()
-
-
-def test_chat_starts_a_server_of_its_own(chat_folder):
-    command = [sys.executable, "-m", "recurrent_depth.cli", "chat", "--model", str(chat_folder), "--device", "cpu"]
-    options = ["--num-steps", "6", "--max-new-tokens", "12"]
+    options += ["--device", "cpu"] if own_server else ["--url", f"{server}/v1"]
     done = subprocess.run(
         [*command, *options],
         input=MESSAGES[0]["content"] + "\n",
