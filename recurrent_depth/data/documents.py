@@ -70,9 +70,9 @@ def _is_conversation(value: Any) -> bool:
 
 def _text(value: Any, field: str) -> str:
     if isinstance(value, str):
-        return value
+        return _clean(value)
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return "\n".join(value)
+        return _clean("\n".join(value))
     if _is_conversation(value):
         return "\n\n".join(text for _, text in map(_turn, value))
     raise FieldError(f"no text in field {field!r} but {type(value).__name__}")
@@ -82,4 +82,13 @@ def _turn(message: dict[str, Any]) -> tuple[str, str]:
     role, text = message.get("role", message.get("from")), message.get("content", message.get("value"))
     if not isinstance(role, str) or not isinstance(text, str):
         raise FieldError(f"a message needs role and content, or from and value (it has {sorted(message)})")
-    return ROLES.get(role, role), text
+    return ROLES.get(role, role), _clean(text)
+
+
+def _clean(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON may hold and UTF-8 may not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode(errors="replace").decode()
+    return text

@@ -95,8 +95,9 @@ def datatrove_executors(job: Job) -> "list[PipelineExecutor]":
             "tasks": phase.tasks,
             "workers": min(job.config.workers, phase.tasks),
             "logging_dir": str(job.work.path("logs", phase.name)),
-            "depends": executors[-1] if executors else None,
         }
+        if executors and job.config.executor == "slurm":  # the others are run one after the other
+            options["depends"] = executors[-1]
         executors.append(_executor(job, phase.name, options))
     return executors
 

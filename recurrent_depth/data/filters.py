@@ -4,6 +4,7 @@ Duplicates are found by datatrove (hashes and MinHash signatures sorted on disk)
 and for billions of documents; its steps run here as tasks, one for each part or range of hashes.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -68,8 +69,11 @@ class Duplicates:
     """datatrove's steps for one preparation, with their files under `folder`."""
 
     def __init__(self, config: FilterConfig, folder: Path) -> None:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # one progress display is enough
         try:
             from datatrove.pipeline.dedup import exact_dedup, minhash
+            from datatrove.utils.hashing import HashConfig
+            from datatrove.utils.text import TextNormConfig
             from loguru import logger
         except ImportError as error:
             raise DataError(
@@ -78,9 +82,13 @@ class Duplicates:
         logger.disable("datatrove")
         self.exact, self.minhash = exact_dedup, minhash
         self.folder = folder
-        self.exact_config = exact_dedup.ExactDedupConfig(content_getter=_text)
+        hashes = HashConfig(hash_fc="sha1")  # its default, xxhash, takes no text since xxhash 4
+        self.exact_config = exact_dedup.ExactDedupConfig(content_getter=_text, hash_config=hashes)
         self.minhash_config = minhash.MinhashConfig(
-            num_buckets=config.buckets, hashes_per_bucket=config.hashes_per_bucket
+            num_buckets=config.buckets,
+            hashes_per_bucket=config.hashes_per_bucket,
+            hash_config=hashes,
+            norm_config=TextNormConfig(norm_numbers=False),  # exercises that differ in their numbers are no copies
         )
 
     def hash_part(self, documents: Iterable[Document], part: int) -> None:
@@ -148,7 +156,7 @@ def _word_tokenizer() -> Any:
     from datatrove.utils.word_tokenizers import WordTokenizer
 
     class Words(WordTokenizer):
-        """After datatrove's normalisation, which takes out case, punctuation and numbers."""
+        """After datatrove's normalisation, which takes out case and punctuation."""
 
         def word_tokenize(self, text: str) -> list[str]:
             return text.split()

@@ -241,7 +241,7 @@ def pack_part(job: Job, part: int) -> Result:
         encoder = DocumentEncoder(_tokenizer(_tokenizer_file(job), job.work.result("tokenizer")["sha256"]))
         for batch in _batches(_kept(job, part, counts)):
             for document, ids in zip(batch, encoder.encode(batch), strict=True):
-                content = document.text.encode(errors="replace")
+                content = document.text.encode()
                 held_out = _held_out(document.origin, content, job.config.validation_share)
                 splits["validation" if held_out else "train"].add(ids, len(content))
         reports = {name: split.finish() for name, split in splits.items()}

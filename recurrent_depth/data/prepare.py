@@ -52,7 +52,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any] | None:
         return None
     shutil.rmtree(job.work.folder)
     manifest = json.loads((job.out / MANIFEST).read_text())
-    Console(stderr=True).print(summary(job.out, manifest))
+    Console(stderr=True).print(summary(job.out, manifest), soft_wrap=True)
     return manifest
 
 
