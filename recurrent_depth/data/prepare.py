@@ -39,7 +39,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any] | None:
     with _alone(job):
         _begin(job)
         try:
-            waiting = _run(job)
+            waiting = not job.out.exists() and _run(job)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -65,7 +65,8 @@ def _run(job: Job) -> bool:
     if job.config.executor == "slurm":
         executors[-1].run()  # launches those it depends on first
         Console(stderr=True).print(
-            f"handed to Slurm; {job.out} appears when all jobs are done (logs: {job.work.folder / 'logs'})"
+            f"handed to Slurm; when all jobs are done, {job.out} is there and the same command cleans up "
+            f"(logs: {job.work.folder / 'logs'})"
         )
         return True
     for executor in executors:
