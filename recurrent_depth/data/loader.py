@@ -84,17 +84,20 @@ class TaskDataConfig:
 
 @dataclass(frozen=True)
 class PackedDataConfig:
-    """Packed rows on disk, as `recurrent-depth prepare` writes them; Huginn's released parquet rows work as well.
+    """Packed rows, as `recurrent-depth prepare` writes them; Huginn's released parquet rows work as well.
 
     Args:
-        path: folder of parquet files, or one with the subfolders train/ and validation/.
-        validation_path: folder of held-out rows; null takes the subfolder validation/ of `path`.
+        path: folder of parquet files, or one with the subfolders train/ and validation/; or the name of such a data set
+            on the Hugging Face hub (tomg-group-umd/huginn-dataset), which is downloaded to its cache.
+        validation_path: folder or name of held-out rows; null takes the subfolder validation/ of `path`.
+        revision: commit or tag of a data set on the hub; pin it for a run that is to be resumed.
         document_masking: tokens see only their own document (needs the column doc_starts).
         restart_positions: count positions anew in every document; only with document_masking.
     """
 
     path: str
     validation_path: str | None = None
+    revision: str | None = None
     document_masking: bool = False
     restart_positions: bool = False
 

@@ -18,7 +18,8 @@ import torch
 from recurrent_depth.data.loader import Batch, PackedDataConfig, Split
 
 MANIFEST = "manifest.json"
-_CACHED_GROUPS = 8
+TOKENIZER = "tokenizer.json"
+_CACHED_GROUPS = 2  # rows are read in order, so the one in use and the next
 
 
 class DataError(ValueError):
@@ -48,6 +49,7 @@ class PackedSource:
         self.sequence_length = first.shape[1] - 1
         self.vocab_size = self.manifest["vocab_size"] if self.manifest else int(first.max()) + 1
         self.order: tuple[int, np.ndarray, np.ndarray] | None = None
+        self.shuffled: tuple[int, int, np.ndarray] | None = None
         if config.document_masking and "doc_starts" not in self._read_group(*self.groups[0][:2]):
             raise DataError(f"{self.files[0]} has no column doc_starts; set data.document_masking to false")
 
@@ -58,7 +60,7 @@ class PackedSource:
 
     def tokenizer_json(self) -> str | None:
         """The tokenizer beside the rows; one that is not the manifest's is an error."""
-        candidates = [self.folder / "tokenizer.json", self.folder.parent / "tokenizer.json"]
+        candidates = [self.folder / TOKENIZER, self.folder.parent / TOKENIZER]
         file = next((file for file in candidates if file.is_file()), None)
         if file is None:
             return None
@@ -84,11 +86,10 @@ class PackedSource:
         epoch, offset = divmod(number, self.rows_per_epoch)
         order, ends = self._order(epoch)
         place = int(np.searchsorted(ends, offset, side="right"))
-        file, group, rows = self.groups[order[place]]
-        inside = offset - (int(ends[place]) - rows)
-        shuffled = self._generator(epoch, int(order[place]) + 1).permutation(rows)[inside]
-        table = self._read_group(file, group)
-        return {name: column[shuffled] for name, column in table.items()}
+        number_of_group = int(order[place])
+        file, group, rows = self.groups[number_of_group]
+        row = self._order_within(epoch, number_of_group)[offset - (int(ends[place]) - rows)]
+        return {name: column[row] for name, column in self._read_group(file, group).items()}
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Row groups in the order of this epoch, and the row number at which each ends."""
@@ -97,6 +98,12 @@ class PackedSource:
             ends = np.cumsum([self.groups[index][2] for index in order])
             self.order = (epoch, order, ends)
         return self.order[1], self.order[2]
+
+    def _order_within(self, epoch: int, group: int) -> np.ndarray:
+        """Rows of a row group in the order of this epoch."""
+        if self.shuffled is None or self.shuffled[:2] != (epoch, group):
+            self.shuffled = (epoch, group, self._generator(epoch, group + 1).permutation(self.groups[group][2]))
+        return self.shuffled[2]
 
     def _generator(self, epoch: int, what: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, epoch, what])
@@ -112,16 +119,36 @@ class PackedSource:
 
 
 def _folder(config: PackedDataConfig, split: Split) -> Path:
-    path = Path(config.path)
-    if split == "validation" and config.validation_path is not None:
-        path = Path(config.validation_path)
-    elif (path / split).is_dir():
-        path = path / split
-    elif split == "validation":
+    apart = config.validation_path if split == "validation" else None
+    path = _local(apart or config.path, split, config.revision)
+    if (path / split).is_dir():
+        return path / split
+    if split == "validation" and apart is None:
         raise DataError(f"{path} has no folder validation/; set data.validation_path")
-    if not path.is_dir():
-        raise DataError(f"{path} does not exist; run recurrent-depth prepare, or mend data.path")
     return path
+
+
+def _local(name: str, split: Split, revision: str | None) -> Path:
+    """The folder of this name; that of a data set on the hub, which has a folder for each split, is in its cache."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise DataError(f"{path} does not exist; run recurrent-depth prepare, or mend data.path")
+    try:
+        from huggingface_hub import snapshot_download
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"{name} is no folder; for a data set on the hub: pip install 'recurrent-depth[data]'"
+        ) from error
+    wanted = [f"{split}/*", MANIFEST, TOKENIZER]
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{name} is neither a folder nor a data set that the Hugging Face hub gives ({type(error).__name__}: "
+            f"{error}); run recurrent-depth prepare, mend data.path, or log in"
+        ) from error
 
 
 def _row_groups(file: Path) -> list[tuple[int, int]]:

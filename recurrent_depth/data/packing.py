@@ -17,10 +17,22 @@ class Row:
 
 @dataclass
 class PackingCounts:
-    """What became of the tokens."""
+    """What became of the tokens.
+
+    Attributes:
+        kept: in rows.
+        rests: dropped because their document did not end with its row (policy `huginn`).
+        unfilled: dropped because they did not fill a last row.
+    """
 
     kept: int = 0
-    dropped: int = 0
+    rests: int = 0
+    unfilled: int = 0
+
+    @property
+    def dropped(self) -> int:
+        """All that is in no row."""
+        return self.rests + self.unfilled
 
 
 @dataclass
@@ -58,7 +70,7 @@ class Packer:
             if len(self._ids) == self.length:
                 yield self._take()
                 if self.policy == "huginn":
-                    self.counts.dropped += len(rest)
+                    self.counts.rests += len(rest)
                     return
 
     def _take(self) -> Row:
@@ -90,7 +102,7 @@ class Packer:
         """Place what waits; what does not fill a row is dropped and counted."""
         while self._waiting:
             yield from self._place_one()
-        self.counts.dropped += len(self._ids)
+        self.counts.unfilled += len(self._ids)
         self._ids, self._starts = [], []
 
 

@@ -1,0 +1,78 @@
+"""Packed rows in files: one Arrow file per part while a set is prepared, parquet when it is done."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recurrent_depth.data.packing import Packer, PackingCounts, Policy, Row
+
+ROWS_PER_GROUP = 1000
+
+
+def row_schema(vocab_size: int) -> pa.Schema:
+    """Columns of packed rows: 16-bit ids while the vocabulary fits."""
+    ids = pa.uint16() if vocab_size <= 2**16 else pa.int32()
+    return pa.schema([("input_ids", pa.list_(ids)), ("doc_starts", pa.list_(pa.int32()))])
+
+
+def row_batch(rows: Sequence[Row], schema: pa.Schema) -> pa.RecordBatch:
+    """Rows as an Arrow batch."""
+    lists = ([row.input_ids for row in rows], [row.doc_starts for row in rows])
+    columns = [_list_array(column, field.type) for column, field in zip(lists, schema, strict=True)]
+    return pa.record_batch(columns, schema=schema)
+
+
+def _list_array(lists: Sequence[Sequence[int]], kind: pa.ListType) -> pa.ListArray:
+    """By way of numpy: several times faster than Arrow's conversion of Python lists."""
+    dtype = kind.value_type.to_pandas_dtype()
+    ends = np.cumsum([0, *map(len, lists)])
+    values = np.empty(ends[-1], dtype=dtype)
+    for items, start, stop in zip(lists, ends, ends[1:], strict=False):
+        values[start:stop] = items
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values))
+
+
+class RowFile:
+    """Packs documents and writes rows as they become full; memory stays at one group of rows."""
+
+    def __init__(self, file: Path, length: int, policy: Policy, schema: pa.Schema) -> None:
+        self.schema, self.packer = schema, Packer(length, policy)
+        self.writer = pa.ipc.new_file(str(file), schema)
+        self.waiting: list[Row] = []
+        self.rows = 0
+
+    def add(self, ids: list[int]) -> None:
+        """Pack one document."""
+        self._keep(self.packer.add(ids))
+
+    def finish(self) -> PackingCounts:
+        """Write what is left; returns what became of the tokens."""
+        self._keep(self.packer.finish())
+        self._write(self.waiting)
+        self.writer.close()
+        return self.packer.counts
+
+    def _keep(self, rows: Iterable[Row]) -> None:
+        self.waiting.extend(rows)
+        while len(self.waiting) >= ROWS_PER_GROUP:
+            self._write(self.waiting[:ROWS_PER_GROUP])
+            self.waiting = self.waiting[ROWS_PER_GROUP:]
+
+    def _write(self, rows: Sequence[Row]) -> None:
+        if rows:
+            self.writer.write_batch(row_batch(rows, self.schema))
+            self.rows += len(rows)
+
+
+def take_rows(file: Path, numbers: np.ndarray) -> pa.Table:
+    """Some rows of an Arrow file, by number; the file is mapped, so only these are read."""
+    with pa.memory_map(str(file)) as content:
+        return pa.ipc.open_file(content).read_all().take(numbers)
+
+
+def write_parquet(table: pa.Table, file: Path) -> None:
+    """Rows as they are trained on."""
+    pq.write_table(table, file, compression="zstd", row_group_size=ROWS_PER_GROUP)
