@@ -1,0 +1,77 @@
+"""Measured launch configurations, kept on disk.
+
+The cache is one JSON file a machine writes for itself: best settings by (op, width, dtype, device name, triton
+version). It is read on a GPU only; without an entry the table in `tuning` decides. Remove the file to forget it.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import triton
+
+from recurrent_depth_kernels import targets
+
+Settings = dict[str, int]
+
+
+def cache_file() -> Path:
+    """RECURRENT_DEPTH_CACHE, or the user's cache folder."""
+    root = os.environ.get("RECURRENT_DEPTH_CACHE")
+    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "recurrent-depth"
+    return base / "kernels.json"
+
+
+def key(op: str, width: int, dtype: torch.dtype, device_name: str) -> str:
+    return f"{op}|{width}|{str(dtype).removeprefix('torch.')}|{device_name}|triton {triton.__version__}"
+
+
+def measured(op: str, width: int, dtype: torch.dtype, device: torch.device) -> Settings:
+    """The settings measured for this op on this GPU; empty where there are none."""
+    name = targets.device_name(device)
+    return {} if name is None else _load(cache_file()).get(key(op, width, dtype, name), {})
+
+
+@lru_cache
+def _load(path: Path) -> dict[str, Settings]:
+    return read(path)
+
+
+def read(path: Path) -> dict[str, Settings]:
+    """The entries of a cache file; none where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        entries = json.loads(path.read_text())
+    except json.JSONDecodeError as fault:
+        raise ValueError(f"{path} is not JSON ({fault}); remove it, and tune again if you wish") from fault
+    return entries["settings"]
+
+
+def write(path: Path, entries: dict[str, Settings]) -> None:
+    """Add entries to a cache file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    merged = {"settings": read(path) | entries}
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        json.dump(merged, file, indent=1, sort_keys=True)
+    Path(file.name).replace(path)
+    _load.cache_clear()
+
+
+def best(candidates: list[Settings], seconds: Callable[[Settings], float]) -> tuple[Settings, float]:
+    """The fastest candidate and its time; `seconds` measures one, and raises where it does not compile or launch."""
+    times = []
+    faults = []
+    for candidate in candidates:
+        try:
+            times.append((seconds(candidate), candidate))
+        except (RuntimeError, triton.CompilationError, triton.runtime.errors.OutOfResources) as fault:
+            faults.append(f"{candidate}: {fault}")
+    if not times:
+        raise RuntimeError("no configuration ran: " + "; ".join(faults))
+    time, chosen = min(times, key=lambda pair: pair[0])
+    return chosen, time

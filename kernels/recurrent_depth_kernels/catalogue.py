@@ -1,0 +1,45 @@
+"""Every launch the kernels make at the shape of the 3.5B model: what a check has to compile, and a tuner to time."""
+
+import torch
+from torch import Tensor
+
+from recurrent_depth_kernels import exit_metric, gated_mlp, noise, norm, rope
+from recurrent_depth_kernels.launch import Launch, planned
+
+WIDTH, HEADS, INNER = 5280, 55, 17_920
+"""Of the published 3.5B model (arXiv 2502.05171)."""
+
+
+def launches(arch: str, rows: int = 4096, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    """The launches on a GPU of `arch` (see `targets.ARCHITECTURES`), forward and backward; works without a GPU."""
+    with planned(arch) as found:
+        _norms(rows, dtype)
+        _rope(rows, dtype)
+        gated_mlp.swiglu(_meta(rows, 2 * INNER, dtype=dtype)).sum().backward()
+        noise.truncated_normal(_indices(1), _indices(1, rows), WIDTH, seed=0)
+    return found
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+
+def _indices(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int64, device="meta")
+
+
+def _norms(rows: int, dtype: torch.dtype) -> None:
+    x, y, weight = _meta(rows, WIDTH, dtype=dtype), _meta(rows, WIDTH, dtype=dtype), _meta(WIDTH, dtype=dtype)
+    norm.rms_norm(x, weight, 1e-6).sum().backward()
+    norm.add_norm(x, y, weight, 1e-6).sum().backward()
+    a, b = norm.add_norm_norm(x, y, weight, weight, 1e-6)
+    (a + b).sum().backward()
+    exit_metric.add_norm_change(x, y, weight, 1e-6, x)
+
+
+def _rope(rows: int, dtype: torch.dtype) -> None:
+    K = WIDTH // HEADS
+    table = torch.empty(1, rows, K, device="meta")
+    qkv, bias = _meta(1, rows, 3 * WIDTH, dtype=dtype), _meta(2, 1, HEADS, K, dtype=dtype)
+    q, k, v = rope.bias_rope(qkv, bias, table, table, HEADS)
+    torch.autograd.backward([q, k, v], [torch.empty_like(x) for x in (q, k, v)])

@@ -1,0 +1,58 @@
+"""Launch configurations: a table by op and architecture, overridden by what `autotune` measured on this machine.
+
+Row ops hold a whole row in one program: `elements` are what a thread holds of it, and warps follow from that. Column
+ops cut rows into blocks of `block` columns.
+"""
+
+import torch
+import triton
+
+from recurrent_depth_kernels import autotune, targets
+
+Settings = dict[str, int]
+
+_NVIDIA = ("sm_80", "sm_90", "sm_100")
+_AMD = ("gfx90a", "gfx942", "gfx950")
+
+
+def _table(nvidia: Settings, amd: Settings, **exceptions: Settings) -> dict[str, Settings]:
+    rows = dict.fromkeys(_NVIDIA, nvidia) | dict.fromkeys(_AMD, amd)
+    return rows | exceptions
+
+
+TABLE: dict[str, dict[str, Settings]] = {
+    "norm": _table({"elements": 16}, {"elements": 16}, sm_100={"elements": 32}),
+    "norm_backward": _table({"elements": 16}, {"elements": 16}),
+    "norm_norm_backward": _table({"elements": 16}, {"elements": 16}, sm_100={"elements": 32}),  # 16 would spill
+    "rope": _table({"block": 1024, "num_warps": 4}, {"block": 2048, "num_warps": 4}),
+    "rope_backward": _table({"block": 1024, "num_warps": 4}, {"block": 2048, "num_warps": 4}),
+    "swiglu": _table({"block": 1024, "num_warps": 4}, {"block": 2048, "num_warps": 4}),
+    "noise": _table({"block": 1024, "num_warps": 4}, {"block": 1024, "num_warps": 4}),
+}
+"""Chosen by compilation (16 bytes a load, no spills at width 5280), not by measurement: no GPU has run them yet."""
+
+MAX_WIDTH = 32_768
+"""Widest row that a row op takes: it is held in registers."""
+
+
+def settings(op: str, width: int, dtype: torch.dtype, device: torch.device) -> Settings:
+    """The configuration of `op` for rows of `width` columns."""
+    chosen = TABLE[op][targets.architecture(device)]
+    return chosen | autotune.measured(op, width, dtype, device)
+
+
+def row_settings(op: str, width: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    """(block, num_warps) of a row op: the block is the whole row, as a power of two."""
+    if width > MAX_WIDTH:
+        raise ValueError(f"rows of {width} columns are wider than {MAX_WIDTH}, the most {op} holds; use kernels: torch")
+    block = triton.next_power_of_2(width)
+    threads = block // settings(op, width, dtype, device)["elements"]
+    warp = targets.warp_size(targets.architecture(device))
+    return block, min(max(threads // warp, 1), 1024 // warp)
+
+
+def candidates(op: str) -> list[Settings]:
+    """What `autotune` tries."""
+    if "norm" in op:
+        return [{"elements": n} for n in (4, 8, 16, 32)]
+    return [{"block": b, "num_warps": w} for b in (512, 1024, 2048, 4096) for w in (2, 4, 8)]
