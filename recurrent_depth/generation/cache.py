@@ -77,7 +77,7 @@ class RecurrentCache:
         self.num_steps = num_steps
         self.budget = num_steps if budget is None else min(budget, num_steps)
         self.max_length = max_length
-        # Zeros: a hidden column has weight 0 in attention, and 0 times what memory happens to hold may be NaN.
+        # Zeros, since masked columns are read too: a weight of 0 does not hide a NaN left in fresh memory.
         self.entries = torch.zeros(shape, dtype=dtype, device=device)
         self.filled = 0
         self.uniform = True  # no token has left early yet
