@@ -59,9 +59,7 @@ class _Pass:
         self.first = 0
         if not plain:
             heads, size = cache.entries.shape[3], cache.entries.shape[5]
-            self.deepest = cache.entries.new_zeros(
-                cache.core_layers, 2, active.shape[0], heads, active.shape[1], size
-            )
+            self.deepest = cache.entries.new_zeros(cache.core_layers, 2, active.shape[0], heads, active.shape[1], size)
         self.narrow()
 
     def narrow(self) -> None:
@@ -141,7 +139,7 @@ def adaptive_forward(
     input_ids: Tensor,
     attention_mask: Tensor,
     cache: RecurrentCache,
-    rule: ExitRule | None | Sequence[ExitRule | None],
+    rule: ExitRule | Sequence[ExitRule | None] | None,
     num_steps: int | Sequence[int],
     min_steps: int | Sequence[int] = 1,
     prefix_monotone: bool = True,
