@@ -161,16 +161,22 @@ def name_tensor(requests: Sequence[int] | None, B: int, device: torch.device) ->
     return torch.tensor(per_row(list(range(B)) if requests is None else requests, B, "requests"), device=device)
 
 
-def padded(model: RecurrentDepthModel, prompts: Sequence[Sequence[int]], options: Decoding) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, T], padded on the left; checks that prompts and new tokens fit the model."""
+def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], options: Decoding) -> int:
+    """The longest prompt's length, once all prompts and new tokens fit the model."""
     width = max((len(prompt) for prompt in prompts), default=0)
     if not prompts or min(len(prompt) for prompt in prompts) == 0:
         raise ValueError("every prompt must have at least one token")
-    if width + options.max_new_tokens > model.config.block_size:
+    if width + options.max_new_tokens > config.block_size:
         raise ValueError(
             f"the longest prompt ({width} tokens) and max_new_tokens ({options.max_new_tokens}) exceed block_size "
-            f"{model.config.block_size}; shorten one"
+            f"{config.block_size}; shorten one"
         )
+    return width
+
+
+def padded(model: RecurrentDepthModel, prompts: Sequence[Sequence[int]], options: Decoding) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, T], padded on the left; checks that prompts and new tokens fit the model."""
+    width = check_prompts(model.config, prompts, options)
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
