@@ -78,8 +78,8 @@ class SourceConfig:
         path: a file (.jsonl, .parquet), a folder of them, or the name of a Hugging Face data set, NAME or NAME:SUBSET.
         name: of the source; null takes the path's last part.
         split: of a data set.
-        fields: column of `Example` -> field of the source. A dot goes inside lists and objects: `traces.0.text`. Columns
-            not named keep their name. The questions of an evaluation set need `question` alone.
+        fields: column of `Example` -> field of the source. A dot goes inside lists and objects: `traces.0.text`.
+            Columns not named keep their name. The questions of an evaluation set need `question` alone.
         answer_format: `gsm8k` splits its field `answer` into the trace and the final answer behind `####`.
         keep_calculator_marks: keep the marks `<<48/2=24>>` of gsm8k.
         limit: rows to read; null reads all.

@@ -39,8 +39,8 @@ _IMAGE = re.compile(r"!\[[^\]]*\]\([^)]*\)?|!\[Image\]", re.IGNORECASE)
 _PAGE = re.compile(r"\bp<?\d+>?\.(?=\s|$)|p<i>\.")
 _BOLD_NUMBER = re.compile(r"\*\*\s*(\d{1,3})\s*[.)]")
 _ERROR = re.compile(
-    r"^\s*(?:error\b|exception\b|traceback \(most recent call last\)|internal server error|\[?generation (?:failed|error))"
-    r"|as an ai language model",
+    r"^\s*(?:(?:api )?error\s*[:(\d]|exception:|traceback \(most recent call last\)|internal server error)"
+    r"|^\s*\[?generation (?:failed|error)|as an ai language model",
     re.IGNORECASE,
 )
 _REPEATED = re.compile(r"(.{20,200}?)\1{4,}", re.DOTALL)
