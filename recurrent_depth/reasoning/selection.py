@@ -18,7 +18,7 @@ class Seed:
     """Rows that are taken before any is drawn: those of a source, if correct and long enough.
 
     Args:
-        source: name of a source; case is ignored, and `AIME` also means `AIME 2023`.
+        source: part of the source's name, whatever its case: `AIME` means `AIME 2023` too.
         longer_than: tokens of the trace; null for any length.
         correct: only rows whose trace is known to be correct.
     """
@@ -30,7 +30,7 @@ class Seed:
     def holds(self, example: Example) -> bool:
         length = example.trace_tokens or 0
         return (
-            example.source.lower().startswith(self.source.lower())
+            self.source.lower() in example.source.lower()
             and (example.trace_correct is True or not self.correct)
             and (self.longer_than is None or length > self.longer_than)
         )
