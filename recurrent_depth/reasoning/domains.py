@@ -12,7 +12,7 @@ from recurrent_depth.reasoning.duplicates import evaluation_questions
 from recurrent_depth.reasoning.endpoint import EndpointConfig
 from recurrent_depth.reasoning.local import LocalConfig
 from recurrent_depth.reasoning.pool import Example, SourceConfig
-from recurrent_depth.reasoning.stages import Context, Outcome, Stage, source_inputs, stage
+from recurrent_depth.reasoning.stages import Context, Outcome, Stage, needed_version, source_inputs, stage
 from recurrent_depth.reasoning.teacher import ask, check_prompt, fill
 
 
@@ -46,9 +46,7 @@ class Clusters:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
     def fingerprint(self) -> Any:
-        from importlib.metadata import version
-
-        return ["clusters", version("scikit-learn")]
+        return ["clusters", needed_version("scikit-learn")]
 
     def label(self, pool: Sequence[str], others: Sequence[str], context: Context) -> tuple[list[str | None], ...]:
         from sklearn.cluster import KMeans

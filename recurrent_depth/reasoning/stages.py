@@ -5,6 +5,7 @@ import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -138,6 +139,14 @@ def file_digest(path: Path) -> str:
 def source_inputs(sources: Sequence[SourceConfig], root: Path) -> list[Any]:
     """Sources with the hashes of their files."""
     return [[asdict(source), [file_digest(file) for file in source_files(source, root)]] for source in sources]
+
+
+def needed_version(package: str) -> str:
+    """The version of a package that a stage cannot do without."""
+    try:
+        return version(package)
+    except PackageNotFoundError as error:
+        raise DataError(f"this stage needs {package}: pip install 'recurrent-depth[curate]'") from error
 
 
 def existing(path: str, root: Path) -> Path:
