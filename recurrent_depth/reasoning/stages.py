@@ -4,7 +4,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from recurrent_depth.data.packed import DataError
+from recurrent_depth.reasoning.options import build
 from recurrent_depth.reasoning.pool import Drop, Example, SourceConfig, source_files
 
 BUILT_IN = ("duplicates", "quality", "teacher", "grading", "difficulty", "lengths", "domains", "selection")
@@ -98,24 +99,7 @@ def build_stage(description: Mapping[str, Any]) -> Stage:
     kind = description.get("stage")
     if kind not in STAGES:
         raise ValueError(f"unknown stage {kind!r}; known are {', '.join(sorted(STAGES))}")
-    unknown = sorted(set(options) - {option.name for option in fields(STAGES[kind])})
-    if unknown:
-        known = ", ".join(option.name for option in fields(STAGES[kind])) or "none"
-        raise ValueError(f"stage {kind}: unknown options {unknown}; known are {known}")
-    return _instance(STAGES[kind], kind, options)
-
-
-def _instance(cls: type[Stage], kind: str, options: dict[str, Any]) -> Stage:
-    """jsonargparse checks the types and builds nested dataclasses."""
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, as_group=False)
-    try:
-        built = parser.instantiate(parser.parse_object(options))
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise ValueError(f"stage {kind}: {error}") from error
-    return cls(**{option.name: built[option.name] for option in fields(cls)})
+    return build(STAGES[kind], options, f"stage {kind}")
 
 
 def digest(value: Any) -> str:
