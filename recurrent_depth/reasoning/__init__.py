@@ -1,0 +1,1 @@
+"""Small reasoning sets: curation of (question, reasoning trace, answer) rows."""

@@ -1,0 +1,123 @@
+"""Whether two answers are the same: numbers, fractions, LaTeX (the library math-verify), letters of multiple choice.
+
+Imports little, since a process of its own runs the comparisons.
+"""
+
+import logging
+import multiprocessing
+import re
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+_LETTER = re.compile(r"\(?([A-H])\)?\.?")
+_LONE_LETTER = re.compile(r"(?<![A-Za-z])\(?([A-H])\)?(?![A-Za-z])")
+_LATEX = re.compile(r"[\\^_{}]|[A-Za-z]")
+_START_S = 120.0  # of the worker, which imports sympy
+
+
+def agree(reference: str, attempt: str) -> bool:
+    """Whether the final answer of `attempt` equals the reference. No time limit: see `Checker`."""
+    letter = _LETTER.fullmatch(final_part(reference))
+    if letter is not None:
+        return letter.group(1) == _chosen_letter(final_part(attempt))
+    from math_verify import verify
+
+    gold = _parsed(final_part(reference))
+    return bool(gold) and verify(gold, _parsed(final_part(attempt)), timeout_seconds=None)
+
+
+def final_part(text: str) -> str:
+    """What follows the last `####` on its line (GSM8K's mark), or the whole text; the library finds boxes itself."""
+    _, mark, final = text.rpartition("####")
+    return final.strip().split("\n")[0].strip() if mark else text.strip()
+
+
+def _chosen_letter(text: str) -> str | None:
+    """The letter of multiple choice: the whole text, or the first one behind the last "answer" or box."""
+    whole = _LETTER.fullmatch(text)
+    marks = [mark.end() for mark in re.finditer(r"answer|\\boxed|\\text", text, re.IGNORECASE)]
+    chosen = whole or (_LONE_LETTER.search(text, marks[-1]) if marks else None)
+    return None if chosen is None else chosen.group(1)
+
+
+def _parsed(text: str) -> list[Any]:
+    """Expressions in a text: as it is, and, where a short text looks like bare LaTeX or algebra, as a formula."""
+    from math_verify import parse
+
+    bare = len(text) < 200 and "$" not in text and r"\boxed" not in text and _LATEX.search(text)
+    formula = parse(f"${text}$", parsing_timeout=None) if bare else []
+    return [*formula, *parse(text, parsing_timeout=None)]
+
+
+class Checker:
+    """Compares in another process, since computer algebra can take forever on an odd expression.
+
+    A context manager. A comparison that takes too long is given up, and the process replaced.
+
+    Args:
+        timeout_s: of one comparison.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.process: BaseProcess | None = None
+
+    def __enter__(self) -> "Checker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def check(self, reference: str, attempt: str) -> tuple[bool | None, str]:
+        """Whether they agree, None where that could not be told; and a note."""
+        if not attempt.strip():
+            return False, "no answer"
+        if final_part(attempt) == final_part(reference):
+            return True, ""
+        if self.process is None:
+            self._start()
+        self.pipe.send((reference, attempt))
+        if not self.pipe.poll(self.timeout_s):
+            self._stop()
+            return None, f"no verdict within {self.timeout_s:g} s"
+        try:
+            return self.pipe.recv(), ""
+        except EOFError:
+            self._stop()
+            return None, "the comparison crashed"
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=_compare_forever, args=(other,), daemon=True)
+        self.process.start()
+        other.close()
+        try:
+            started = self.pipe.poll(_START_S) and self.pipe.recv()
+        except EOFError:
+            started = False
+        if not started:
+            self._stop()
+            raise ValueError("the answer checker did not start; it needs: pip install 'recurrent-depth[curate]'")
+
+    def _stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.pipe.close()
+            self.process = None
+
+
+def _compare_forever(pipe: Connection) -> None:
+    """In the other process: answer each (reference, attempt) with whether they agree."""
+    import math_verify  # noqa: F401
+
+    logging.disable(logging.WARNING)  # it warns that timeouts are ours to handle; they are, in the parent
+    pipe.send(True)
+    while True:
+        try:
+            reference, attempt = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(agree(reference, attempt))
