@@ -14,9 +14,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from recurrent_depth.data.tasks import TASKS
+from recurrent_depth.data.report import REPORTS, ReportTask
+from recurrent_depth.data.tasks import TASKS, StateTask
 
 IGNORE_INDEX = -100
+GENERATED: dict[str, StateTask | ReportTask] = {**TASKS, **REPORTS}
 Split = Literal["train", "validation"]
 
 
@@ -63,7 +65,7 @@ class TaskDataConfig:
     """A generated task.
 
     Args:
-        name: shell_game, permutation_automaton or modular_arithmetic.
+        name: shell_game, permutation_automaton, modular_arithmetic or rotation_report.
         min_length, max_length: instructions of a row at the start and at the end of the length curriculum.
         curriculum_fraction: share of the run's steps over which the length grows; 0 starts at max_length.
     """
@@ -74,10 +76,13 @@ class TaskDataConfig:
     curriculum_fraction: float = 0.6
 
     def __post_init__(self) -> None:
-        if self.name not in TASKS:
-            raise ValueError(f"data.name is {self.name!r}; known tasks are {', '.join(sorted(TASKS))}")
+        if self.name not in GENERATED:
+            raise ValueError(f"data.name is {self.name!r}; known tasks are {', '.join(sorted(GENERATED))}")
         if not 1 <= self.min_length <= self.max_length:
             raise ValueError("data.min_length must be at least 1 and at most data.max_length")
+        if self.name in REPORTS and self.max_length > len(REPORTS[self.name].game.instructions):
+            most = len(REPORTS[self.name].game.instructions)
+            raise ValueError(f"data.max_length is {self.max_length}; {self.name} has {most} different instructions")
         if not 0 <= self.curriculum_fraction <= 1:
             raise ValueError("data.curriculum_fraction must lie between 0 and 1")
 
@@ -110,10 +115,10 @@ class TaskSource:
     """Rows of a generated task, longer as training proceeds."""
 
     def __init__(self, config: TaskDataConfig, split: Split, seed: int, total_steps: int) -> None:
-        self.config, self.task = config, TASKS[config.name]
+        self.config, self.task = config, GENERATED[config.name]
         self.split, self.seed, self.total_steps = split, seed, total_steps
         self.vocab_size = len(self.task.vocabulary)
-        self.sequence_length = 1 + config.max_length
+        self.sequence_length = self.task.row_length(config.max_length)
 
     def fingerprint(self) -> str:
         return _hash({"config": asdict(self.config), "moves": self.task.moves, "seed": self.seed})
