@@ -70,8 +70,10 @@ def test_the_loader_grows_the_rows_and_knows_the_longest():
     config = TaskDataConfig(name="rotation_report", min_length=2, max_length=10, curriculum_fraction=0.5)
     source = open_source(config, "train", seed=3, total_steps=40)
     widths = [source.batch(0, 2, step).input_ids.shape[1] for step in range(40)]
-    assert widths[0] == 8 and widths == sorted(widths) and set(widths[20:]) == {32}
-    assert source.sequence_length == 32 and source.vocab_size == 28
+    assert widths[0] == 8
+    assert widths == sorted(widths)
+    assert set(widths[20:]) == {32}
+    assert (source.sequence_length, source.vocab_size) == (32, 28)
     batch = open_source(config, "validation", 3, 40).batch(4, 3, 0)
     assert torch.equal(batch.input_ids, TASK.rows(4, 3, 10, seed=3, split=1)[0])
     assert source.fingerprint() != open_source(config, "train", seed=4, total_steps=40).fingerprint()
@@ -86,7 +88,7 @@ def test_the_tokenizer_reads_what_the_task_writes():
 def test_too_many_instructions_name_the_limit():
     with pytest.raises(ValueError, match="20 different instructions"):
         TASK.rows(0, 1, 21, seed=0, split=0)
-    with pytest.raises(ValueError, match="max_length.*20"):
+    with pytest.raises(ValueError, match=r"max_length.*20"):
         TaskDataConfig(name="rotation_report", max_length=21)
 
 
