@@ -59,9 +59,7 @@ class _Pass:
         self.first = 0
         if not plain:
             heads, size = cache.entries.shape[3], cache.entries.shape[5]
-            self.deepest = cache.entries.new_zeros(
-                cache.core_layers, 2, active.shape[0], heads, active.shape[1], size
-            )
+            self.deepest = cache.entries.new_zeros(cache.core_layers, 2, active.shape[0], heads, active.shape[1], size)
         self.narrow()
 
     def narrow(self) -> None:

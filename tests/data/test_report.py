@@ -94,3 +94,15 @@ def test_too_many_instructions_name_the_limit():
 
 def test_other_tasks_keep_their_rows():
     assert [TASKS[name].row_length(16) for name in sorted(TASKS)] == [17, 17, 17]
+
+
+def test_mixed_lengths_are_drawn_up_to_the_curriculums():
+    config = TaskDataConfig(name="rotation_report", min_length=2, max_length=12, mixed_lengths=True)
+    source = open_source(config, "train", seed=0, total_steps=500)
+    lengths = [(source.batch(0, 1, step).input_ids.shape[1] - 2) // 3 for step in range(500)]
+    assert lengths == [source.length(step) for step in range(500)]
+    assert max(lengths[:30]) == 2
+    assert max(lengths[:150]) == 6
+    assert set(lengths[300:]) == set(range(2, 13))
+    assert lengths != [open_source(config, "train", seed=1, total_steps=500).length(step) for step in range(500)]
+    assert open_source(config, "validation", 0, 500).length(0) == 12
