@@ -34,7 +34,7 @@ ROWS = 128
 
 @dataclass
 class Exam:
-    """Prompts, and what should be written after each: 2 tokens an instruction, then `end`."""
+    """Prompts, and what should be written after each: the start, 2 tokens an instruction, `end`."""
 
     prompts: list[list[int]]
     expected: list[list[int]]
@@ -46,19 +46,20 @@ class Exam:
 def exam(rows: int, length: int, first_row: int = 0) -> Exam:
     """Held-out rows with `length` instructions."""
     ids, labels = TASK.rows(first_row, rows, length, seed=0, split=VALIDATION_SPLIT)
-    return Exam(ids[:, : length + 2].tolist(), labels[:, length + 1 :].tolist())
+    read = TASK.prompt_length(length)
+    return Exam(ids[:, :read].tolist(), labels[:, read - 1 :].tolist())
 
 
 def score(written: list[list[int]], expected: list[list[int]]) -> dict[str, float]:
-    """Shares: reports that are right to the last token, tokens, and answers (the tokens that need depth)."""
-    exact, tokens, answers = [], [], []
+    """Shares: reports that are right to the last token, tokens, and colours (the tokens that need depth)."""
+    exact, tokens, colours = [], [], []
     for mine, right in zip(written, expected, strict=True):
         exact.append(mine == right)
         mine = mine[: len(right)] + [-1] * (len(right) - len(mine))
         hits = [a == b for a, b in zip(mine, right, strict=True)]
         tokens += hits
-        answers += hits[1:-1:2]
-    return {name: sum(v) / len(v) for name, v in (("exact", exact), ("tokens", tokens), ("answers", answers))}
+        colours += hits[2:-1:2]
+    return {name: sum(v) / len(v) for name, v in (("exact", exact), ("tokens", tokens), ("colours", colours))}
 
 
 def trained(seed: int | None = None, out: str | None = None) -> RecurrentDepthModel:
@@ -78,7 +79,7 @@ def accuracies(model: RecurrentDepthModel) -> list[dict[str, Any]]:
     for length in LENGTHS:
         test = exam(ROWS, length)
         for r in DEPTHS:
-            options = Decoding(max_new_tokens=2 * length + 1, num_steps=r, stop=(TASK.end_id,))
+            options = Decoding(max_new_tokens=2 * length + 2, num_steps=r, stop=(TASK.end_id,))
             written = decode(model, test.prompts, options)
             found.append({"length": length, "num_steps": r, **score(written.tokens, test.expected)})
     return found
@@ -97,12 +98,11 @@ def main() -> None:
         seconds = time.perf_counter() - began
         rows = accuracies(model)
         runs.append({"seed": seed, "training_seconds": None if args.model else seconds, "rows": rows})
-        print(
-            f"seed {seed}: {model.num_parameters} parameters, {seconds:.0f} s\n\n| instructions | r | exact | tokens | answers |"
-        )
+        print(f"seed {seed}: {model.num_parameters} parameters, {seconds:.0f} s\n")
+        print("| instructions | r | exact | tokens | colours |")
         print("|---|---|---|---|---|")
         for row in rows:
-            shares = " | ".join(f"{100 * row[k]:.1f}" for k in ("exact", "tokens", "answers"))
+            shares = " | ".join(f"{100 * row[k]:.1f}" for k in ("exact", "tokens", "colours"))
             print(f"| {row['length']} | {row['num_steps']} | {shares} |", flush=True)
     write_result("generative", {"rows_per_length": ROWS, "runs": runs})
 

@@ -1,9 +1,10 @@
-"""A generated task whose written tokens need depth: follow a ball, then say where it was, in another order.
+"""A generated task whose written tokens need depth: read moves, then write them in another order, with what they do.
 
-A row reads `cup2 turn013 turn420 ... report`, and the model writes `turn013 cup4 turn021 cup0 ... end`: every
-instruction of the row in the order of the vocabulary, each followed by the place of the ball after it. Instructions of
-a row differ, so each names one moment. The moments are asked in an order that has nothing to do with time: an answer
-does not follow from the answers before it, and needs the composition of all instructions up to its moment.
+A row reads `cup2 turn142 turn013 ... report`, and the model writes `cup2 turn013 red turn142 blue ... end`: the start,
+then every instruction of the row in the order of the vocabulary, each followed by the colour of the cup under which the
+ball is by then. Instructions of a row differ, so that their order is fixed. While they are read nothing can be known of
+the written order, and several cups share a colour, so that a colour does not follow from the colours before it: it
+needs the composition of all instructions written so far.
 """
 
 import itertools
@@ -25,11 +26,15 @@ class ReportTask:
     """State tracking that ends in a written report.
 
     Attributes:
-        game: what is tracked; its token ids stay as they are, `report`, `end` and padding follow.
+        game: what is tracked; its token ids stay as they are; colours, `report`, `end` and padding follow.
+        colours: names of the colours.
+        colour_of: colour of each state, as a place in `colours`.
     """
 
     name: str
     game: StateTask
+    colours: tuple[str, ...]
+    colour_of: tuple[int, ...]
 
     @property
     def moves(self) -> tuple[tuple[int, ...], ...]:
@@ -38,7 +43,7 @@ class ReportTask:
     @property
     def vocabulary(self) -> tuple[str, ...]:
         """Token names in the order of their ids; the last one is padding."""
-        return (*self.game.states, *self.game.instructions, REPORT, END, PAD)
+        return (*self.game.states, *self.game.instructions, *self.colours, REPORT, END, PAD)
 
     @property
     def report_id(self) -> int:
@@ -55,28 +60,32 @@ class ReportTask:
         """Token ids as words."""
         return " ".join(self.vocabulary[index] for index in ids)
 
+    def prompt_length(self, length: int) -> int:
+        """Tokens that are read: start, instructions, `report`."""
+        return length + 2
+
     def row_length(self, length: int) -> int:
-        """Tokens of a row with `length` instructions: start, instructions, `report`, two written for each."""
-        return 2 + 3 * length
+        """Tokens of a row with `length` instructions: those read, the start again, two written for each."""
+        return self.prompt_length(length) + 1 + 2 * length
 
     def rows(self, first_row: int, count: int, length: int, *, seed: int, split: int) -> tuple[Tensor, Tensor]:
         """Rows `first_row` ... of an endless sequence fixed by (seed, split).
 
-        Returns input_ids and labels, each [count, 2 + 3 length]. While a row is read its label is the state, from
-        `report` on it is the next token, `end` the last. A shorter `length` reads a prefix of the same instructions.
+        Returns input_ids and labels, each [count, 3 + 3 length]. While a row is read its label is the state in the
+        order of reading; from `report` on it is the next token, `end` the last. A shorter `length` reads a prefix of
+        the same instructions.
         """
         if length > len(self.game.instructions):
             raise ValueError(f"{self.name} has {len(self.game.instructions)} different instructions, not {length}")
         start, chosen = self._draw(first_row, count, length, seed, split)
-        states = self.game.run(start, chosen)  # [count, 1 + length]
-        order = chosen.argsort(axis=1)
         first = len(self.game.states)
-        written = np.stack(
-            [np.take_along_axis(chosen, order, 1) + first, np.take_along_axis(states[:, 1:], order, 1)], axis=2
-        ).reshape(count, 2 * length)
-        report, end = np.full((count, 1), self.report_id), np.full((count, 1), self.end_id)
-        input_ids = np.concatenate([start[:, None], chosen + first, report, written], axis=1)
-        labels = np.concatenate([states, written, end], axis=1)
+        column = np.ones((count, 1), dtype=np.int64)
+        ordered = np.sort(chosen, axis=1)
+        colours = np.array(self.colour_of)[self.game.run(start, ordered)[:, 1:]] + first + len(self.game.instructions)
+        pairs = np.stack([ordered + first, colours], axis=2).reshape(count, 2 * length)
+        written = np.concatenate([start[:, None], pairs], axis=1)
+        input_ids = np.concatenate([start[:, None], chosen + first, self.report_id * column, written], axis=1)
+        labels = np.concatenate([self.game.run(start, chosen), written, self.end_id * column], axis=1)
         return torch.from_numpy(input_ids), torch.from_numpy(labels)
 
     def _draw(self, first_row: int, count: int, length: int, seed: int, split: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,4 +110,4 @@ def _next(circle: tuple[int, ...], cup: int) -> int:
     return circle[(circle.index(cup) + 1) % 3] if cup in circle else cup
 
 
-REPORTS = {"rotation_report": ReportTask("rotation_report", rotations())}
+REPORTS = {"rotation_report": ReportTask("rotation_report", rotations(), ("red", "green", "blue"), (0, 0, 1, 1, 2))}

@@ -16,16 +16,26 @@ def turn(table, word):
     table[b], table[c], table[a] = table[a], table[b], table[c]
 
 
+COLOURS = {"cup0": "red", "cup1": "red", "cup2": "green", "cup3": "green", "cup4": "blue"}
+
+
+def follow(start, words):
+    """The cup that hides the ball after each word."""
+    table, places = [f"cup{i}" == start for i in range(5)], []
+    for word in words:
+        turn(table, word)
+        places.append(f"cup{table.index(True)}")
+    return places
+
+
 def report(words):
     """Labels and the written part of a row, from its first words (start and instructions)."""
-    table = [f"cup{i}" == words[0] for i in range(5)]
-    places, after = [words[0]], {}
-    for word in words[1:]:
-        turn(table, word)
-        places.append(after.setdefault(word, f"cup{table.index(True)}"))
-    assert len(after) == len(words) - 1, "an instruction came twice"
-    written = [w for word in TASK.game.instructions if word in after for w in (word, after[word])]
-    return [*places, *written, "<|end|>"], written
+    start, moves = words[0], words[1:]
+    assert len(set(moves)) == len(moves), "an instruction came twice"
+    ordered = [word for word in TASK.game.instructions if word in moves]
+    colours = [COLOURS[cup] for cup in follow(start, ordered)]
+    written = [start, *(word for pair in zip(ordered, colours, strict=True) for word in pair)]
+    return [start, *follow(start, moves), *written, "<|end|>"], written
 
 
 @pytest.mark.parametrize("length", [1, 7, 16, 20])
@@ -50,30 +60,35 @@ def test_rows_depend_on_their_number_and_read_prefixes():
 
 def test_starts_instructions_and_answers_are_balanced():
     ids, labels = TASK.rows(0, 4000, 16, seed=0, split=0)
-    for column, first, n in ((ids[:, 0], 0, 5), (ids[:, 9], 5, 20), (labels[:, 16], 0, 5)):
-        shares = torch.bincount(column - first, minlength=n) / len(column)
-        assert (shares - 1 / n).abs().max() < 0.03
+    last_colour = labels[:, -2] - 25
+    for column, shares in (
+        (ids[:, 0], [0.2] * 5),
+        (ids[:, 9] - 5, [0.05] * 20),
+        (labels[:, 16], [0.2] * 5),
+        (last_colour, [0.4, 0.4, 0.2]),
+    ):
+        found = torch.bincount(column, minlength=len(shares)) / len(column)
+        assert (found - torch.tensor(shares)).abs().max() < 0.03
 
 
-def test_answers_are_asked_out_of_order():
-    """The moment of an answer says nothing about the moment of the next one: no running state to be carried on."""
-    ids, _ = TASK.rows(0, 2000, 16, seed=0, split=0)
-    read, asked = ids[:, 1:17], ids[:, 18::2]
-    moments = (asked[:, :, None] == read[:, None]).int().argmax(-1)  # [row, question]
-    follows = (moments[:, 1:] == moments[:, :-1] + 1).double().mean()
-    assert abs(follows - 1 / 16) < 0.01
-    correlation = torch.corrcoef(torch.stack([moments[:, :-1].flatten(), moments[:, 1:].flatten()]).double())[0, 1]
-    assert abs(correlation + 1 / 15) < 0.03  # drawn without replacement
+def test_a_colour_does_not_follow_from_the_last_colour_and_the_move():
+    """The best guess from both is right about half the time: a running answer cannot be carried on."""
+    _, labels = TASK.rows(0, 4000, 16, seed=0, split=0)
+    written = labels[:, 18:-1].unflatten(1, (16, 2))  # [row, move, (instruction, colour)]
+    before, move, after = written[:, 8, 1] - 25, written[:, 9, 0] - 5, written[:, 9, 1] - 25
+    counts = torch.zeros(3, 20, 3)
+    counts.index_put_((before, move, after), torch.ones(()), accumulate=True)
+    assert counts.amax(-1).sum() / counts.sum() < 0.65
 
 
 def test_the_loader_grows_the_rows_and_knows_the_longest():
     config = TaskDataConfig(name="rotation_report", min_length=2, max_length=10, curriculum_fraction=0.5)
     source = open_source(config, "train", seed=3, total_steps=40)
     widths = [source.batch(0, 2, step).input_ids.shape[1] for step in range(40)]
-    assert widths[0] == 8
+    assert widths[0] == 9
     assert widths == sorted(widths)
-    assert set(widths[20:]) == {32}
-    assert (source.sequence_length, source.vocab_size) == (32, 28)
+    assert set(widths[20:]) == {33}
+    assert (source.sequence_length, source.vocab_size) == (33, 31)
     batch = open_source(config, "validation", 3, 40).batch(4, 3, 0)
     assert torch.equal(batch.input_ids, TASK.rows(4, 3, 10, seed=3, split=1)[0])
     assert source.fingerprint() != open_source(config, "train", seed=4, total_steps=40).fingerprint()
@@ -99,7 +114,7 @@ def test_other_tasks_keep_their_rows():
 def test_mixed_lengths_are_drawn_up_to_the_curriculums():
     config = TaskDataConfig(name="rotation_report", min_length=2, max_length=12, mixed_lengths=True)
     source = open_source(config, "train", seed=0, total_steps=500)
-    lengths = [(source.batch(0, 1, step).input_ids.shape[1] - 2) // 3 for step in range(500)]
+    lengths = [(source.batch(0, 1, step).input_ids.shape[1] - 3) // 3 for step in range(500)]
     assert lengths == [source.length(step) for step in range(500)]
     assert max(lengths[:30]) == 2
     assert max(lengths[:150]) == 6
