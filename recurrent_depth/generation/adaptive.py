@@ -139,7 +139,7 @@ def adaptive_forward(
     input_ids: Tensor,
     attention_mask: Tensor,
     cache: RecurrentCache,
-    rule: ExitRule | None | Sequence[ExitRule | None],
+    rule: ExitRule | Sequence[ExitRule | None] | None,
     num_steps: int | Sequence[int],
     min_steps: int | Sequence[int] = 1,
     prefix_monotone: bool = True,

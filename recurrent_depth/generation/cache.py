@@ -162,6 +162,15 @@ class RecurrentCache:
                 rows = (reached == step).nonzero()[:, 0]
                 self.core[step:, :, :, rows, :, self.filled : end] = deepest[:, :, rows]
 
+    def leave(self, rows: list[int], columns: list[int], depths: list[int]) -> None:
+        """As `fill` for single tokens: each has left the core after so many steps."""
+        for row, column, depth in zip(rows, columns, depths, strict=True):
+            self.depths[row, column] = depth
+            if depth < self.num_steps:
+                self.uniform = False
+                if self.is_full:
+                    self.core[depth:, :, :, row, :, column] = self.core[depth - 1, :, :, row, :, column]
+
     def advance(self, tokens: int) -> None:
         self.filled += tokens
 
@@ -189,17 +198,6 @@ class RecurrentCache:
         for slot in self.entries:
             slot[:, :, :, : self.filled] = slot[:, rows, :, : self.filled]
         self.depths.copy_(self.depths[rows])
-
-    def adopt(self, row: int, other: "RecurrentCache", source: int, columns: int) -> None:
-        """Row `row` becomes the last `columns` filled columns of a row of a cache of the same shape of model."""
-        last = slice(other.filled - columns, other.filled)
-        if other.budget != self.budget or columns > self.max_length:
-            raise ValueError(
-                f"cannot take {columns} tokens of budget {other.budget} into a cache of {self.max_length} tokens "
-                f"and budget {self.budget}; make both with the same budget, and this one long enough"
-            )
-        self.entries[:, :, row, :, :columns] = other.entries[:, :, source, :, last]
-        self.depths[row, :columns] = other.depths[source, last]
 
     def crop(self, length: int) -> None:
         """Forget all columns from `length` on."""

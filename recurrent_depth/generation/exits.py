@@ -158,11 +158,17 @@ class Exits:
         self.rules, self.tokens, self.vocab_size = list(rules), tokens, vocab_size
         self.memory: dict[ExitRule, Tensor] = {}  # rule -> [rows, T, M]
 
-    def restart(self, row: int, rule: ExitRule | None) -> None:
-        """The row holds new tokens, under this rule."""
-        self.rules[row] = rule
-        for memory in self.memory.values():
-            memory[row] = torch.nan
+    def keep(self, rows: list[int]) -> None:
+        """Forget all other rows."""
+        self.rules = [self.rules[row] for row in rows]
+        self.memory = {rule: memory[rows] for rule, memory in self.memory.items()}
+
+    def extend(self, rules: Sequence[ExitRule | None]) -> None:
+        """Further rows, of tokens that have taken no step."""
+        self.rules += rules
+        for rule, memory in self.memory.items():
+            new = torch.full((len(rules), *memory.shape[1:]), torch.nan, dtype=memory.dtype, device=memory.device)
+            self.memory[rule] = torch.cat([memory, new])
 
     def converged(self, rows: Sequence[int], before: Tensor, after: Tensor, read: ReadRows, first: int = 0) -> Tensor:
         """Which tokens have converged, bool [N, T']: states [N, T', D] of `rows`, of the tokens from `first` on."""
