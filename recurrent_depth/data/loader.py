@@ -14,9 +14,12 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from recurrent_depth.data.tasks import TASKS
+from recurrent_depth.data.report_task import REPORTS, ReportTask
+from recurrent_depth.data.tasks import TASKS, StateTask
+from recurrent_depth.model.random import LENGTH_STREAM, generator
 
 IGNORE_INDEX = -100
+GENERATED: dict[str, StateTask | ReportTask] = {**TASKS, **REPORTS}
 Split = Literal["train", "validation"]
 
 
@@ -63,21 +66,27 @@ class TaskDataConfig:
     """A generated task.
 
     Args:
-        name: shell_game, permutation_automaton or modular_arithmetic.
+        name: shell_game, permutation_automaton, modular_arithmetic or rotation_report.
         min_length, max_length: instructions of a row at the start and at the end of the length curriculum.
         curriculum_fraction: share of the run's steps over which the length grows; 0 starts at max_length.
+        mixed_lengths: every step draws a length between min_length and the curriculum's; otherwise all rows have the
+            curriculum's, and a model that writes forgets how shorter rows end.
     """
 
     name: str
     min_length: int = 4
     max_length: int = 16
     curriculum_fraction: float = 0.6
+    mixed_lengths: bool = False
 
     def __post_init__(self) -> None:
-        if self.name not in TASKS:
-            raise ValueError(f"data.name is {self.name!r}; known tasks are {', '.join(sorted(TASKS))}")
+        if self.name not in GENERATED:
+            raise ValueError(f"data.name is {self.name!r}; known tasks are {', '.join(sorted(GENERATED))}")
         if not 1 <= self.min_length <= self.max_length:
             raise ValueError("data.min_length must be at least 1 and at most data.max_length")
+        if self.name in REPORTS and self.max_length > len(REPORTS[self.name].game.instructions):
+            most = len(REPORTS[self.name].game.instructions)
+            raise ValueError(f"data.max_length is {self.max_length}; {self.name} has {most} different instructions")
         if not 0 <= self.curriculum_fraction <= 1:
             raise ValueError("data.curriculum_fraction must lie between 0 and 1")
 
@@ -113,10 +122,10 @@ class TaskSource:
     """Rows of a generated task, longer as training proceeds."""
 
     def __init__(self, config: TaskDataConfig, split: Split, seed: int, total_steps: int) -> None:
-        self.config, self.task = config, TASKS[config.name]
+        self.config, self.task = config, GENERATED[config.name]
         self.split, self.seed, self.total_steps = split, seed, total_steps
         self.vocab_size = len(self.task.vocabulary)
-        self.sequence_length = 1 + config.max_length
+        self.sequence_length = self.task.row_length(config.max_length)
 
     def fingerprint(self) -> str:
         return _hash({"config": asdict(self.config), "moves": self.task.moves, "seed": self.seed})
@@ -128,9 +137,13 @@ class TaskSource:
         """Instructions of a row at a step of the run."""
         config = self.config
         growing = config.curriculum_fraction * self.total_steps
-        if self.split == "validation" or step >= growing:
+        if self.split == "validation":
             return config.max_length
-        return config.min_length + int((config.max_length - config.min_length) * step / growing)
+        share = step / growing if step < growing else 1.0
+        longest = config.min_length + int((config.max_length - config.min_length) * share)
+        if not config.mixed_lengths:
+            return longest
+        return int(generator(self.seed, LENGTH_STREAM, step).integers(config.min_length, longest + 1))
 
     def batch(self, first_row: int, count: int, step: int) -> Batch:
         split = 1 if self.split == "validation" else 0

@@ -51,15 +51,15 @@ class StateTask:
 
     def tokenizer(self) -> Tokenizer:
         """Words to ids, so that rows can be written as text: `cup0 swap01 swap24`."""
-        words = models.WordLevel({word: index for index, word in enumerate(self.vocabulary)}, unk_token=PAD)
-        tokenizer = Tokenizer(words)
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        tokenizer.add_special_tokens([PAD])
-        return tokenizer
+        return word_tokenizer(self.vocabulary)
 
     def text(self, ids: list[int]) -> str:
         """Token ids as words."""
         return " ".join(self.vocabulary[index] for index in ids)
+
+    def row_length(self, length: int) -> int:
+        """Tokens of a row with `length` instructions."""
+        return 1 + length
 
     def rows(self, first_row: int, count: int, length: int, *, seed: int, split: int) -> tuple[Tensor, Tensor]:
         """Rows `first_row` ... of an endless sequence fixed by (seed, split).
@@ -74,16 +74,26 @@ class StateTask:
         bits = philox((positions, rows & 0xFFFFFFFF, rows >> 32, zero), key)[0]  # [count, 1 + length]
         start = (bits[:, 0] % len(self.states)).numpy()
         chosen = (bits[:, 1:] % len(self.instructions)).numpy()
-        labels = self._run(start, chosen)
+        labels = self.run(start, chosen)
         input_ids = np.concatenate([start[:, None], chosen + len(self.states)], axis=1)
         return torch.from_numpy(input_ids), torch.from_numpy(labels)
 
-    def _run(self, start: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    def run(self, start: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        """The states [B, 1 + T] of starts [B] and instructions [B, T], numbered from 0."""
         moves = np.array(self.moves)
         states = [start]
         for column in chosen.T:
             states.append(moves[column, states[-1]])
         return np.stack(states, axis=1)
+
+
+def word_tokenizer(vocabulary: tuple[str, ...]) -> Tokenizer:
+    """Words between spaces to their places in the vocabulary, which ends in padding."""
+    words = models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token=PAD)
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([PAD])
+    return tokenizer
 
 
 def shell_game(cups: int = 5) -> StateTask:
