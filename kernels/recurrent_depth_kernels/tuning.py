@@ -1,7 +1,8 @@
 """Launch configurations: a table by op and architecture, overridden by what `autotune` measured on this machine.
 
 Row ops hold a whole row in one program: `elements` are what a thread holds of it, and warps follow from that. Column
-ops cut rows into blocks of `block` columns.
+ops cut rows into blocks of `block` columns. Decode attention reads `block` cached columns at a time and starts `waves`
+programs a processor.
 """
 
 import torch
@@ -28,6 +29,8 @@ TABLE: dict[str, dict[str, Settings]] = {
     "rope_backward": _table({"block": 1024, "num_warps": 4}, {"block": 1024, "num_warps": 4}),
     "swiglu": _table({"block": 1024, "num_warps": 4}, {"block": 1024, "num_warps": 4}),
     "noise": _table({"block": 1024, "num_warps": 4}, {"block": 1024, "num_warps": 4}),
+    "attend_one": _table({"block": 32, "waves": 4, "num_warps": 4}, {"block": 32, "waves": 4, "num_warps": 4}),
+    "attend_many": _table({"block": 64, "waves": 4, "num_warps": 4}, {"block": 64, "waves": 4, "num_warps": 4}),
 }
 """Starting points by arithmetic and compilation (registers, spills), not by measurement: no GPU has run them yet."""
 
@@ -55,4 +58,6 @@ def candidates(op: str) -> list[Settings]:
     """What `autotune` tries."""
     if "norm" in op:
         return [{"elements": n} for n in (4, 8, 16, 32)]
+    if op.startswith("attend"):
+        return [{"block": b, "waves": n, "num_warps": w} for b in (16, 32, 64) for n in (2, 4, 8) for w in (2, 4)]
     return [{"block": b, "num_warps": w} for b in (512, 1024, 2048, 4096) for w in (2, 4, 8)]
