@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from recurrent_depth_kernels import norm
+from recurrent_depth_kernels import exit_metric, gated_mlp, noise, norm, rope
 from recurrent_depth_kernels.decode_attention import decode_attention
 from recurrent_depth_kernels.launch import Launch, planned
 from recurrent_depth_kernels.rope_into_cache import rope_into_cache
@@ -16,6 +16,9 @@ def launches(arch: str, rows: int = 4096, dtype: torch.dtype = torch.bfloat16) -
     """The launches on a GPU of `arch` (see `targets.ARCHITECTURES`), forward and backward; works without a GPU."""
     with planned(arch) as found:
         _norms(rows, dtype)
+        _rope(rows, dtype)
+        gated_mlp.swiglu(_meta(rows, 2 * INNER, dtype=dtype)).sum().backward()
+        noise.truncated_normal(_indices(1), _indices(1, rows), WIDTH, seed=0)
     return found
 
 
@@ -31,7 +34,7 @@ def decode_launches(arch: str, dtype: torch.dtype = torch.bfloat16, context: int
 def _attention(B: int, T: int, G: int, R: int, S: int, dtype: torch.dtype) -> None:
     K = WIDTH // HEADS
     entries = torch.empty((R, 2, B, G, S, K), dtype=dtype, device="meta")
-    by_row, by_column = (torch.empty(shape, dtype=torch.long, device="meta") for shape in ((B,), (B, S)))
+    by_row, by_column = _indices(B), _indices(B, S)
     active = torch.empty((B, T), dtype=torch.bool, device="meta")
     qkv = torch.empty((B, T, (HEADS + 2 * G) * K), dtype=dtype, device="meta")
     biases = (torch.empty((n, K), dtype=dtype, device="meta") for n in (HEADS, G))
@@ -44,9 +47,22 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
 
 
+def _indices(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int64, device="meta")
+
+
 def _norms(rows: int, dtype: torch.dtype) -> None:
     x, y, weight = _meta(rows, WIDTH, dtype=dtype), _meta(rows, WIDTH, dtype=dtype), _meta(WIDTH, dtype=dtype)
     norm.rms_norm(x, weight, 1e-6).sum().backward()
     norm.add_norm(x, y, weight, 1e-6).sum().backward()
     a, b = norm.add_norm_norm(x, y, weight, weight, 1e-6)
     (a + b).sum().backward()
+    exit_metric.add_norm_change(x, y, weight, 1e-6, x)
+
+
+def _rope(rows: int, dtype: torch.dtype) -> None:
+    K = WIDTH // HEADS
+    table = torch.empty(1, rows, K, device="meta")
+    qkv, bias = _meta(1, rows, 3 * WIDTH, dtype=dtype), _meta(2, 1, HEADS, K, dtype=dtype)
+    q, k, v = rope.bias_rope(qkv, bias, table, table, HEADS)
+    torch.autograd.backward([q, k, v], [torch.empty_like(x) for x in (q, k, v)])

@@ -2,7 +2,7 @@
 
     rms_norm            y = norm(x)
     add_norm            y = norm(x + branch)
-    add_norm_norm       a = norm_a(x + branch), b = norm_b(a): norm_2 and norm_3 of a block, or norm_4 and the next norm_1
+    add_norm_norm       a = norm_a(x + branch), b = norm_b(a): norm_2 and norm_3, or norm_4 and the next block's norm_1
 
 Everything is computed in fp32 and rounded once, to the inputs' dtype. With `released_rounding` the sum, the normalised
 row and a are rounded as well, as released checkpoints had it in training (arXiv 2502.05171).
@@ -135,7 +135,7 @@ def norm_rows_backward(
     x: Tensor, branch: Tensor | None, weight_a: Tensor, weight_b: Tensor | None, scale_a: Tensor, scale_b: Tensor,
     grad_a: Tensor, grad_b: Tensor, released_rounding: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x + branch [..., D], of weight_a and of weight_b [D] (empty without weight_b), in fp32 the latter."""
+    """Gradients of x + branch [..., D], and in fp32 of weight_a and weight_b [D] (empty without weight_b)."""
     x, branch = x.contiguous(), None if branch is None else branch.contiguous()
     width, rows = x.shape[-1], scale_a.numel()
     programs = min(rows, 2 * processors(x.device))

@@ -27,7 +27,7 @@ def assumed(arch: str) -> Iterator[None]:
 
 
 def architecture(device: torch.device) -> str:
-    """The tuning table's row for `device`; a GPU that has none takes its vendor's oldest, a CPU (interpreter) sm_90's."""
+    """The tuning table's row for `device`: a GPU that has none takes its vendor's oldest, the interpreter sm_90's."""
     arch = _assumed.get()
     if arch is not None:
         return arch

@@ -1,0 +1,168 @@
+"""Bias of q and k and rotary embedding of interleaved pairs, forward and backward.
+
+One pass over the fused projection: p * cos + flip(p) * sin for q and k, where `sin` carries the sign of its pair
+(-, +, -, +, ...) and flip swaps the two of a pair; v is copied, so that the projection can be freed.
+
+Shapes: B batch, T tokens, H heads, K head size, D = H K.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from recurrent_depth_kernels.launch import Launch
+from recurrent_depth_kernels.registry import op, refuse_fp64
+from recurrent_depth_kernels.targets import processors
+from recurrent_depth_kernels.tuning import settings
+
+
+@triton.jit
+def flipped(x, BLOCK: tl.constexpr):
+    """Swap the two of every pair (0, 1), (2, 3), ...: within a thread's registers."""
+    even, odd = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
+    return tl.reshape(tl.join(odd, even), (BLOCK,))
+
+
+@triton.jit
+def rope_forward(
+    qkv_ptr, bias_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, tokens, width, rotary_batch,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token and BLOCK columns of its q, k and v. `rotary_batch` is how far the tables of two rows are apart."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < width
+    turn = row // tokens * rotary_batch + row % tokens * K + column % K
+    cos = tl.load(cos_ptr + turn, mask=mask, other=0)
+    sin = tl.load(sin_ptr + turn, mask=mask, other=0)
+    source, target = qkv_ptr + row * 3 * width + column, row * width + column
+    q = tl.load(source, mask=mask, other=0).to(tl.float32)
+    k = tl.load(source + width, mask=mask, other=0).to(tl.float32)
+    if HAS_BIAS:
+        q += tl.load(bias_ptr + column, mask=mask, other=0).to(tl.float32)
+        k += tl.load(bias_ptr + width + column, mask=mask, other=0).to(tl.float32)
+    q = q * cos + flipped(q, BLOCK) * sin
+    k = k * cos + flipped(k, BLOCK) * sin
+    tl.store(q_ptr + target, q.to(q_ptr.dtype.element_ty), mask=mask)
+    tl.store(k_ptr + target, k.to(k_ptr.dtype.element_ty), mask=mask)
+    tl.store(v_ptr + target, tl.load(source + 2 * width, mask=mask, other=0), mask=mask)
+
+
+@triton.jit
+def rope_backward(
+    grad_q_ptr, grad_k_ptr, grad_v_ptr, cos_ptr, sin_ptr, grad_qkv_ptr, grad_bias_ptr, rows, tokens, width,
+    rotary_batch, stride_b, stride_t, stride_h, K: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK columns of tokens program, program + programs, ...: the projection's gradient, and a part of the bias's.
+
+    The rotation's transpose: dp = dy * cos + flip(dy * sin).
+    """
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < width
+    place = column // K * stride_h + column % K
+    total_q = tl.zeros((BLOCK,), tl.float32)
+    total_k = tl.zeros((BLOCK,), tl.float32)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        b, t = (row // tokens).to(tl.int64), row % tokens
+        turn = b * rotary_batch + t * K + column % K
+        cos = tl.load(cos_ptr + turn, mask=mask, other=0)
+        sin = tl.load(sin_ptr + turn, mask=mask, other=0)
+        at = b * stride_b + t * stride_t + place
+        q = tl.load(grad_q_ptr + at, mask=mask, other=0).to(tl.float32)
+        k = tl.load(grad_k_ptr + at, mask=mask, other=0).to(tl.float32)
+        q = q * cos + flipped(q * sin, BLOCK)
+        k = k * cos + flipped(k * sin, BLOCK)
+        total_q += q
+        total_k += k
+        target = grad_qkv_ptr + (b * tokens + t) * 3 * width + column
+        tl.store(target, q.to(grad_qkv_ptr.dtype.element_ty), mask=mask)
+        tl.store(target + width, k.to(grad_qkv_ptr.dtype.element_ty), mask=mask)
+        tl.store(target + 2 * width, tl.load(grad_v_ptr + at, mask=mask, other=0), mask=mask)
+    if HAS_BIAS:
+        part = grad_bias_ptr + tl.program_id(0).to(tl.int64) * 2 * width + column
+        tl.store(part, total_q, mask=mask)
+        tl.store(part + width, total_k, mask=mask)
+
+
+@op
+def rope(
+    qkv: Tensor, qk_bias: Tensor | None, cos: Tensor, sin: Tensor, n_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k, v, each [B, T, H, K] and contiguous."""
+    refuse_fp64(qkv, "rope")
+    B, T, triple = qkv.shape
+    width, K = triple // 3, triple // 3 // n_heads
+    q, k, v = (qkv.new_empty((B, T, n_heads, K)) for _ in range(3))
+    chosen = settings("rope", width, qkv.dtype, qkv.device)
+    arguments = {
+        "qkv_ptr": qkv.contiguous(), "bias_ptr": qkv if qk_bias is None else qk_bias.contiguous(),
+        "cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous(), "q_ptr": q, "k_ptr": k, "v_ptr": v, "tokens": T,
+        "width": width, "rotary_batch": _rotary_batch(cos),
+    }  # fmt: skip
+    constants = {"K": K, "HAS_BIAS": qk_bias is not None, "BLOCK": chosen["block"]}
+    grid = (B * T, triton.cdiv(width, chosen["block"]))
+    Launch(rope_forward, grid, arguments, constants, chosen["num_warps"], 1).run()
+    return q, k, v
+
+
+@op
+def rope_gradient(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Of gradients [B, T, H, K]: the projection's [B, T, 3 D], and the bias's [2, 1, H, K] in fp32 (else empty)."""
+    B, T, H, K = grad_q.shape
+    width, rows = H * K, B * T
+    grads = grad_q, grad_k, grad_v
+    if any(g.stride() != grad_q.stride() or g.stride(-1) != 1 for g in grads):
+        grads = grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()
+    programs = min(rows, 2 * processors(grad_q.device))
+    grad_qkv = grad_q.new_empty((B, T, 3 * width))
+    part = grad_q.new_empty((programs if has_bias else 0, 2, 1, H, K), dtype=torch.float32)
+    chosen = settings("rope_backward", width, grad_q.dtype, grad_q.device)
+    stride_b, stride_t, stride_h, _ = grads[0].stride()
+    arguments = {
+        "grad_q_ptr": grads[0], "grad_k_ptr": grads[1], "grad_v_ptr": grads[2], "cos_ptr": cos.contiguous(),
+        "sin_ptr": sin.contiguous(), "grad_qkv_ptr": grad_qkv, "grad_bias_ptr": part, "rows": rows, "tokens": T,
+        "width": width, "rotary_batch": _rotary_batch(cos), "stride_b": stride_b, "stride_t": stride_t,
+        "stride_h": stride_h,
+    }  # fmt: skip
+    constants = {"K": K, "HAS_BIAS": has_bias, "BLOCK": chosen["block"]}
+    grid = (programs, triton.cdiv(width, chosen["block"]))
+    Launch(rope_backward, grid, arguments, constants, chosen["num_warps"], 1).run()
+    return grad_qkv, part.sum(0)
+
+
+def _rotary_batch(cos: Tensor) -> int:
+    """Elements from one row's table [T, K] to the next's; 0 where all rows share one."""
+    return 0 if cos.shape[0] == 1 else cos.shape[1] * cos.shape[2]
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, qk_bias, cos, sin, _ = inputs
+    ctx.bias_dtype = None if qk_bias is None else qk_bias.dtype
+    ctx.save_for_backward(cos, sin)
+
+
+def _differentiate(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
+    cos, sin = ctx.saved_tensors
+    has_bias = ctx.bias_dtype is not None
+    grad_qkv, grad_bias = rope_gradient(grad_q, grad_k, grad_v, cos, sin, has_bias)
+    return grad_qkv, grad_bias.to(ctx.bias_dtype) if has_bias else None, None, None, None
+
+
+rope.register_autograd(_differentiate, setup_context=_remember)
+
+
+def bias_rope(
+    qkv: Tensor, qk_bias: Tensor | None, cos: Tensor, sin: Tensor, n_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Split, add the q/k bias, rotate interleaved pairs.
+
+    qkv [B, T, 3 H K], qk_bias [2, 1, H, K] or None, cos and sin [B or 1, T, K] in fp32, where `sin` carries the sign
+    of its pair. Returns q, k, v, each [B, H, T, K] over memory [B, T, H, K].
+    """
+    q, k, v = rope(qkv, qk_bias, cos, sin, n_heads)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
