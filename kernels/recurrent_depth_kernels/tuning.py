@@ -30,7 +30,7 @@ TABLE: dict[str, dict[str, Settings]] = {
     "swiglu": _table({"block": 1024, "num_warps": 4}, {"block": 2048, "num_warps": 4}),
     "noise": _table({"block": 1024, "num_warps": 4}, {"block": 1024, "num_warps": 4}),
     "attend_one": _table({"block": 32, "waves": 4, "num_warps": 4}, {"block": 32, "waves": 4, "num_warps": 4}),
-    "attend_many": _table({"block": 64, "waves": 4, "num_warps": 4}, {"block": 64, "waves": 4, "num_warps": 4}),
+    "attend_many": _table({"block": 32, "waves": 4, "num_warps": 4}, {"block": 32, "waves": 4, "num_warps": 4}),
 }
 """Chosen by compilation (16 bytes a load, no spills at width 5280), not by measurement: no GPU has run them yet."""
 
