@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.recurrent-depth-ready
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup quickstart test slow kernels-check oldest wheel ci clean
+.PHONY: setup quickstart test kernels-test kernels-check slow oldest wheel ci clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,10 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"
 
+# Every kernel in Triton's interpreter, which needs a process of its own.
+kernels-test: setup
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels -m "not gpu"
+
 slow: setup
 	$(BIN)/pytest -n 2 -m "slow and not gpu"
 
@@ -44,7 +48,7 @@ oldest: setup
 	$(BIN)/pip install --quiet --target build/oldest httpx
 	PYTHONPATH=build/oldest $(BIN)/pytest -n 2 tests/hf --ignore tests/hf/test_finetuning.py
 
-ci: test slow kernels-check oldest wheel
+ci: test kernels-test kernels-check slow oldest wheel
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

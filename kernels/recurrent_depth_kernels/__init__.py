@@ -2,8 +2,18 @@
 
 from recurrent_depth_kernels.exit_metric import add_norm_change
 from recurrent_depth_kernels.gated_mlp import swiglu
+from recurrent_depth_kernels.launch import INTERPRETED
 from recurrent_depth_kernels.noise import truncated_normal
 from recurrent_depth_kernels.norm import add_norm, add_norm_norm, rms_norm
 from recurrent_depth_kernels.rope import bias_rope
 
-__all__ = ["add_norm", "add_norm_change", "add_norm_norm", "bias_rope", "rms_norm", "swiglu", "truncated_normal"]
+__all__ = [
+    "INTERPRETED",
+    "add_norm",
+    "add_norm_change",
+    "add_norm_norm",
+    "bias_rope",
+    "rms_norm",
+    "swiglu",
+    "truncated_normal",
+]

@@ -14,6 +14,7 @@ from recurrent_depth.data.tasks import TASKS
 from recurrent_depth.evaluation.dense import evaluate_dense
 from recurrent_depth.evaluation.export_tasks import export_task
 from recurrent_depth.evaluation.table import Published, Result, beside_published, markdown, plot, write_csv
+from recurrent_depth.model.ops import Kernels
 from recurrent_depth.runs import is_run, load_run_model
 
 
@@ -56,6 +57,7 @@ class EvalConfig:
         run_generated_code: let lm-eval execute the programs a model writes (HumanEval and the like).
         dtype: of the weights.
         device: cpu or cuda.
+        kernels: who computes the element-wise operations of lm-eval tasks: auto, triton, torch.
         name: of the model in the tables; null takes the folder's.
     """
 
@@ -81,6 +83,7 @@ class EvalConfig:
     run_generated_code: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
+    kernels: Kernels = "auto"
     name: str | None = None
 
     def __post_init__(self) -> None:
@@ -148,7 +151,7 @@ def _harness(config: EvalConfig, name: str, out: Path) -> tuple[list[Result], li
         include = str(out / "tasks")
         for task in generated:
             export_task(task, out / "tasks", length=config.length)
-    model, tokenizer = load_model(config.model, getattr(torch, config.dtype), config.device)
+    model, tokenizer = load_model(config.model, getattr(torch, config.dtype), config.device, config.kernels)
     if tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer.json; lm-eval needs one")
     harness = Harness(model, tokenizer, name, include, config.batch_size, config.limit, config.run_generated_code)

@@ -25,7 +25,7 @@ _CODE = {
 }
 """The files an export carries, so that it loads where this package is not installed."""
 
-_BELOW = {"config": "ModelConfig", "ops": "TORCH_OPS", "random": "philox"}
+_BELOW = {"config": "ModelConfig", "random": "philox"}
 """Files (and a name in each) that modeling.py imports through others only; older transformers copy no such file."""
 
 _AUTO_MAP = {

@@ -8,12 +8,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from recurrent_depth.hf import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from recurrent_depth.hf.chat import CHAT_TEMPLATE, CHAT_TOKENS
+from recurrent_depth.model.ops import Kernels
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.runs import is_run, load_run_model, run_tokenizer
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    kernels: Kernels = "auto",
 ) -> tuple[RecurrentDepthForCausalLM, Any]:
     """Model (in evaluation mode) and tokenizer (None where the folder has none)."""
     if is_run(path):
@@ -22,7 +26,9 @@ def load_model(
     else:
         model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype or torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(str(path)) if _has_tokenizer(path) else None
-    return model.to(device=device, dtype=dtype).eval(), tokenizer
+    model = model.to(device=device, dtype=dtype).eval()
+    model.set_kernels(kernels)
+    return model, tokenizer
 
 
 def wrap(model: RecurrentDepthModel) -> RecurrentDepthForCausalLM:

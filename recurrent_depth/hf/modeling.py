@@ -23,6 +23,7 @@ from recurrent_depth.hf.slots import Slots, make_cache
 from recurrent_depth.model.attention import Attend
 from recurrent_depth.model.layers import RMSNorm, rotary_at, rotary_table
 from recurrent_depth.model.loss import wide
+from recurrent_depth.model.ops import Kernels, choose_ops, use_ops
 from recurrent_depth.model.recurrence import NumSteps, random_state, sample_depth, split_steps
 from recurrent_depth.model.transformer import Transformer, initial_value
 
@@ -75,6 +76,15 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         super().__setattr__(name, value)
         if name == "transformer":  # libraries that bring their own head (TRL) call the base model alone
             value.forward = self.backbone
+
+    def set_kernels(self, kernels: Kernels, released_rounding: bool = False) -> None:
+        """Choose who computes the element-wise operations, for the device the model is on now.
+
+        Args:
+            kernels: `triton` (fused kernels), `torch` (what a new model has), `auto` (triton on a GPU).
+            released_rounding: in bfloat16, round inside the norms as the released code does.
+        """
+        use_ops(self, choose_ops(kernels, self.device, released_rounding))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.transformer.wte

@@ -1,35 +1,44 @@
 """The element-wise operations of a block, behind one dispatch.
 
-A block never asks which implementation runs: it holds an `Ops`. Each function accumulates in fp32 and rounds
-once, to the dtype of its input.
+A block never asks which implementation runs: it holds an `Ops`, set by `use_ops`. Each function accumulates in fp32
+and rounds once, to the dtype of its input; with `released_rounding` the norms round before the weight as well, as the
+code of released checkpoints does (in fp32 both are the same).
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+Kernels = Literal["auto", "triton", "torch"]
+"""Who computes the element-wise operations: `auto` is triton on a GPU (CUDA or ROCm) and torch elsewhere."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, released_rounding: bool = False) -> Tensor:
     """x [..., D], weight [D] -> [..., D]: x / sqrt(mean(x²) + eps) * weight, computed in fp32 (or fp64)."""
     wide = x if x.dtype == torch.float64 else x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale * weight).to(x.dtype)
+    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if released_rounding:
+        normal = normal.to(x.dtype)
+    return (normal * weight).to(x.dtype)
 
 
-def add_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: float) -> Tensor:
+def add_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: float, released_rounding: bool = False) -> Tensor:
     """rms_norm(residual + branch): the sandwich norm wraps the residual sum (arXiv 2502.05171, section 3.2)."""
-    return rms_norm(residual + branch, weight, eps)
+    return rms_norm(residual + branch, weight, eps, released_rounding)
 
 
 def add_norm_norm(
-    residual: Tensor, branch: Tensor, weight_a: Tensor, weight_b: Tensor, eps: float
+    residual: Tensor, branch: Tensor, weight_a: Tensor, weight_b: Tensor, eps: float, released_rounding: bool = False
 ) -> tuple[Tensor, Tensor]:
     """a = rms_norm(residual + branch, weight_a) and b = rms_norm(a, weight_b), both [..., D]."""
-    a = add_norm(residual, branch, weight_a, eps)
-    return a, rms_norm(a, weight_b, eps)
+    a = add_norm(residual, branch, weight_a, eps, released_rounding)
+    return a, rms_norm(a, weight_b, eps, released_rounding)
 
 
 def bias_rope(
@@ -73,3 +82,41 @@ class Ops:
 
 
 TORCH_OPS = Ops()
+
+
+def choose_ops(kernels: Kernels, device: torch.device, released_rounding: bool = False) -> Ops:
+    """The implementation for tensors on `device`.
+
+    `triton` where it cannot run is an error; `auto` on a GPU without Triton warns and takes torch's.
+    """
+    if kernels == "torch" or (kernels == "auto" and device.type != "cuda"):
+        return _rounding(Ops(), released_rounding)
+    try:
+        import recurrent_depth_kernels as fused
+    except ImportError as missing:
+        advice = f"the Triton kernels cannot be imported ({missing}); pip install triton, or set kernels: torch"
+        if kernels == "triton":
+            raise ValueError(advice) from missing
+        warnings.warn(f"kernels: auto runs torch's operations, because {advice}", stacklevel=2)
+        return _rounding(Ops(), released_rounding)
+    if device.type != "cuda" and not fused.INTERPRETED:
+        raise ValueError(
+            f"kernels: triton needs a CUDA or ROCm device, and the model is on {device.type}; set kernels: auto or "
+            "torch (for tests on a CPU, set TRITON_INTERPRET=1 before the start)"
+        )
+    norms = fused.rms_norm, fused.add_norm, fused.add_norm_norm
+    return _rounding(Ops(*norms, fused.bias_rope, fused.swiglu), released_rounding)
+
+
+def _rounding(ops: Ops, released: bool) -> Ops:
+    if not released:
+        return ops
+    norms = (partial(norm, released_rounding=True) for norm in (ops.rms_norm, ops.add_norm, ops.add_norm_norm))
+    return Ops(*norms, ops.bias_rope, ops.swiglu)
+
+
+def use_ops(model: nn.Module, ops: Ops) -> None:
+    """Let every module of a model compute by `ops`."""
+    for module in model.modules():
+        if isinstance(getattr(module, "ops", None), Ops):
+            module.ops = ops

@@ -10,6 +10,7 @@ from recurrent_depth.generation.exits import exit_rule
 from recurrent_depth.generation.forcing import ThinkingBudget
 from recurrent_depth.generation.speculative import Speculation, decode_speculatively
 from recurrent_depth.hf.loading import load_model, unwrap
+from recurrent_depth.model.ops import Kernels
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class GenerateConfig:
         wait: text written instead of the end.
         chat: write prompts as chat.
         device: cpu or cuda.
+        kernels: who computes the element-wise operations: auto, triton, torch.
     """
 
     model: str
@@ -68,11 +70,12 @@ class GenerateConfig:
     wait: str = "Wait"
     chat: bool = False
     device: str = "cpu"
+    kernels: Kernels = "auto"
 
 
 def generate(config: GenerateConfig) -> None:
     """Decode all prompts in one batch."""
-    model, tokenizer = load_model(config.model, device=config.device)
+    model, tokenizer = load_model(config.model, device=config.device, kernels=config.kernels)
     if tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer; decode ids with recurrent_depth.generation.decoding")
     prompts = config.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]

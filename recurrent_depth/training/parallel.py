@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.layers import rotary_table
+from recurrent_depth.model.ops import Kernels, choose_ops, use_ops
 from recurrent_depth.model.recurrence import Checkpointing
 from recurrent_depth.model.transformer import RecurrentDepthModel, initial_value
 
@@ -30,6 +31,7 @@ class RuntimeConfig:
         reshard_after_forward: free gathered weights after the forward pass (ZeRO-3) instead of keeping them (ZeRO-2).
         activation_checkpointing: recompute single `block`s or whole `step`s of the core in the backward pass.
         compile: torch.compile each block (never the loop).
+        kernels: who computes the element-wise operations; `auto` is `triton` on a GPU and `torch` on a CPU.
         loss_chunk_size: tokens whose logits exist at one time; null: all.
         threads: CPU threads of each process; null leaves torch's choice.
     """
@@ -40,6 +42,7 @@ class RuntimeConfig:
     reshard_after_forward: bool = False
     activation_checkpointing: Checkpointing = "none"
     compile: bool = False
+    kernels: Kernels = "auto"
     loss_chunk_size: int | None = None
     threads: int | None = None
 
@@ -107,6 +110,7 @@ def build_model(config: ModelConfig, runtime: RuntimeConfig, ranks: Ranks, seed:
         _shard(model, runtime, ranks, dtype)
         model.to_empty(device=ranks.device)
         _initialise_shards(model, config, seed)
+    use_ops(model, choose_ops(runtime.kernels, ranks.device))
     model.transformer.core_block.activation_checkpointing = runtime.activation_checkpointing
     if runtime.compile:
         for block in blocks(model):

@@ -1,0 +1,125 @@
+"""A model with kernels is the model without: logits and gradients of the reference vectors, eager and compiled."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.ops import choose_ops, use_ops
+from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth_kernels.launch import watched
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "huginn_tiny"
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return load_file(FIXTURE / "expected.safetensors")
+
+
+def build(device, kernels, dtype=torch.float32):
+    raw = json.loads((FIXTURE / "config.json").read_text())
+    fields = {f.name for f in dataclasses.fields(ModelConfig)} - {"state_init"}
+    model = RecurrentDepthModel(ModelConfig(**{key: value for key, value in raw.items() if key in fields}))
+    model.load_state_dict(load_file(FIXTURE / "model.safetensors"), strict=False)
+    table = model.freqs_cis
+    model = model.to(device, dtype)
+    model.freqs_cis = table.to(device)
+    use_ops(model, choose_ops(kernels, torch.device(device)))
+    return model
+
+
+def close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+def blocks(model):
+    parts = model.transformer
+    return [*parts.prelude, *parts.core_block, *parts.coda]
+
+
+@pytest.mark.parametrize("backend", [None, "inductor"])
+def test_reference_vectors(vectors, device, backend):
+    model = build(device, "triton")
+    if backend is not None:
+        torch._dynamo.reset()
+        for block in blocks(model):
+            block.compile(backend=backend, fullgraph=True)
+    ids, state = (vectors[name].to(device) for name in ("input_ids", "input_states"))
+    out = model(ids, num_steps=(2, 2), input_states=state, labels=ids)
+    close(out.loss, vectors["loss_n2_k2"].to(device))
+    out.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    for key, expected in vectors.items():
+        if key.startswith("grad_n2_k2."):
+            close(gradients[key.removeprefix("grad_n2_k2.")], expected.to(device))
+    if backend is None:
+        with torch.no_grad():
+            close(model(ids, num_steps=2, input_states=state).logits, vectors["logits_s2"].to(device))
+
+
+def test_every_gradient_is_the_plain_models(vectors, device):
+    ids = vectors["input_ids"][:1, :7].to(device)
+    plain, fused = build(device, "torch"), build(device, "triton")
+    for model in (plain, fused):
+        model(ids, num_steps=(0, 2), labels=ids).loss.backward()
+    wanted = dict(plain.named_parameters())
+    for name, p in fused.named_parameters():
+        close(p.grad, wanted[name].grad)
+
+
+def test_bfloat16_is_as_near_to_the_truth_as_without_kernels(vectors, device):
+    ids = vectors["input_ids"][:1].to(device)
+    exact = build(device, "torch", torch.float64)(ids, num_steps=2).logits
+    errors = {}
+    for kernels in ("torch", "triton"):
+        logits = build(device, kernels, torch.bfloat16)(ids, num_steps=2).logits
+        errors[kernels] = (logits.double() - exact).norm() / exact.norm()
+    assert errors["triton"] < max(1.5 * errors["torch"], 0.01)
+
+
+def test_launches_of_a_core_step(vectors, device):
+    """Five kernels a block, forward; backward as many: whoever loses a fusion finds it here."""
+    model = build(device, "triton")
+    ids = vectors["input_ids"][:1, :4].to(device)
+    depth = len(model.transformer.core_block)
+
+    def launches(num_steps):
+        with watched() as seen:
+            loss = model(ids, num_steps=num_steps, labels=ids).loss
+            forward = Counter(launch.name for launch in seen)
+            seen.clear()
+            loss.backward()
+            return forward, Counter(launch.name for launch in seen)
+
+    one, two = launches(1), launches(2)
+    assert two[0] - one[0] == {"norm_forward": 3 * depth, "rope_forward": depth, "swiglu_forward": depth}
+    assert two[1] - one[1] == {"norm_backward": 3 * depth, "rope_backward": depth, "swiglu_backward": depth}
+
+
+def test_the_flop_counter_sees_the_same_products(vectors, device):
+    ids = vectors["input_ids"][:1, :4].to(device)
+    counts = []
+    for kernels in ("torch", "triton"):
+        model = build(device, kernels)
+        with FlopCounterMode(display=False) as counter:
+            model(ids, num_steps=1, labels=ids).loss.backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_checkpointed_steps_give_the_same_gradients(vectors, device):
+    ids = vectors["input_ids"][:1, :4].to(device)
+    gradients = []
+    for checkpointing in ("none", "block"):
+        model = build(device, "triton")
+        model.transformer.core_block.activation_checkpointing = checkpointing
+        model(ids, num_steps=2, labels=ids).loss.backward()
+        gradients.append(model.transformer.adapter.weight.grad)
+    assert torch.equal(*gradients)

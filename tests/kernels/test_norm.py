@@ -1,0 +1,98 @@
+"""Residual add and RMS norms."""
+
+import pytest
+import torch
+from reference import DTYPES, TOLERANCE, check, error, random, scattered
+
+import recurrent_depth_kernels as kernels
+from recurrent_depth.model import ops
+from recurrent_depth_kernels.norm import norm_rows, norm_rows_backward
+
+EPS = 1e-6
+SHAPES = [(2, 3, 264), (5, 7), (1, 1, 96), (3, 5280), pytest.param((4096, 5280), marks=pytest.mark.gpu)]
+
+
+def weights(width, count, dtype, device):
+    return [
+        (random(width, seed=5 + i, gradient=False).abs() + 0.5).to(device, dtype).requires_grad_() for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_norms_and_their_gradients(shape, dtype, device):
+    x, y = (random(*shape, dtype=dtype, device=device, seed=s) for s in (1, 2))
+    a, b = weights(shape[-1], 2, dtype, device)
+    check(lambda x, w: kernels.rms_norm(x, w, EPS), lambda x, w: ops.rms_norm(x, w, EPS), [x, a], dtype)
+    check(lambda *t: kernels.add_norm(*t, EPS), lambda *t: ops.add_norm(*t, EPS), [x, y, a], dtype)
+    check(lambda *t: kernels.add_norm_norm(*t, EPS), lambda *t: ops.add_norm_norm(*t, EPS), [x, y, a, b], dtype)
+
+
+def test_memory_that_is_not_contiguous(device):
+    x, y, weight = random(3, 4, 40, device=device), random(4, 40, 3, device=device, seed=1), random(40, device=device)
+    check(
+        lambda x, y, w: kernels.add_norm(scattered(x), y.permute(2, 0, 1), scattered(w), EPS),
+        lambda x, y, w: ops.add_norm(x, y.permute(2, 0, 1), w, EPS),
+        [x, y, weight],
+        torch.float32,
+    )
+
+
+def test_gradients_without_memory_of_their_own(device):
+    x, weight = random(3, 40, device=device), random(40, device=device, seed=1)
+    kernels.rms_norm(x, weight, EPS).sum().backward()  # the incoming gradient has stride 0
+    wide, wide_weight = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    ops.rms_norm(wide, wide_weight, EPS).sum().backward()
+    assert error(x.grad, wide.grad) < 2e-6
+    assert error(weight.grad, wide_weight.grad) < 2e-6
+
+
+def test_a_bfloat16_branch_on_a_float32_residual(device):
+    """As autocast has it: each input gets its gradient in its own dtype."""
+    x, y = random(4, 72, device=device), random(4, 72, dtype=torch.bfloat16, device=device, seed=1)
+    weight = random(72, device=device, seed=2)
+    out = kernels.add_norm(x, y, weight, EPS)
+    assert out.dtype == torch.float32
+    out.square().sum().backward()
+    assert (x.grad.dtype, y.grad.dtype) == (torch.float32, torch.bfloat16)
+    assert error(y.grad, x.grad) < TOLERANCE[torch.bfloat16]
+
+
+def test_a_row_of_zeros_gives_zeros(device):
+    x = torch.zeros(2, 24, device=device, requires_grad=True)
+    y = kernels.rms_norm(x, torch.ones(24, device=device), EPS)
+    y.sum().backward()
+    assert y.abs().max() == 0
+    assert x.grad.isfinite().all()
+
+
+def test_released_rounding_is_that_of_the_released_code(device):
+    x, y = (random(16, 264, dtype=torch.bfloat16, device=device, seed=s, gradient=False) for s in (1, 2))
+    a, b = (w.detach() for w in weights(264, 2, torch.bfloat16, device))
+    actual = kernels.add_norm_norm(x, y, a, b, EPS, released_rounding=True)
+
+    def released(h, weight):  # normalise in fp32, round, multiply in bfloat16
+        return (h.float() * torch.rsqrt(h.float().square().mean(-1, keepdim=True) + EPS)).to(h.dtype) * weight
+
+    first = released(x + y, a)
+    expected = first, released(first, b)
+    for mine, theirs, torchs in zip(actual, expected, ops.add_norm_norm(x, y, a, b, EPS, True), strict=True):
+        assert torch.equal(torchs, theirs)
+        assert (mine != theirs).float().mean() < 0.002  # the order of a sum may turn a rounding
+    once = kernels.add_norm_norm(x, y, a, b, EPS)
+    assert (once[1] != expected[1]).float().mean() > 0.05
+
+
+def test_float64_is_refused(device):
+    with pytest.raises(ValueError, match="kernels: torch"):
+        kernels.rms_norm(torch.ones(2, 8, dtype=torch.float64, device=device), torch.ones(8, device=device), EPS)
+
+
+def test_opcheck(device):
+    x, y = (random(2, 3, 40, dtype=torch.bfloat16, device=device, seed=s) for s in (1, 2))
+    a, b = weights(40, 2, torch.bfloat16, device)
+    torch.library.opcheck(norm_rows, (x, None, a, None, EPS, False))
+    torch.library.opcheck(norm_rows, (x.transpose(0, 1), y.transpose(0, 1), a, b, EPS, True))
+    one, two, scale_a, scale_b = (t.detach() for t in norm_rows(x, y, a, b, EPS, False))
+    detached = [t.detach() for t in (x, y, a, b)]
+    torch.library.opcheck(norm_rows_backward, (*detached, scale_a, scale_b, one, two, False))
