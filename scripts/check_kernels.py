@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import planted_tile
 import torch
 import triton
 
+import planted_tile
 from recurrent_depth_kernels import catalogue
 from recurrent_depth_kernels.compilation import Compiled, compile_launch
 from recurrent_depth_kernels.launch import INTERPRETED, Launch

@@ -13,7 +13,6 @@ sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
 import check_kernels
 import planted_tile
-
 from recurrent_depth_kernels.compilation import Compiled, compile_launch
 
 

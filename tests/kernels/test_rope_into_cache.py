@@ -73,7 +73,8 @@ def test_equals_brute_force(device, dtype, K, H, G, T):
 @settings(max_examples=20, deadline=None)
 @given(
     B=st.integers(1, 3), T=st.integers(1, 3), G=st.integers(1, 2), group=st.integers(1, 2),
-    K=st.sampled_from([2, 6, 32]), R=st.integers(1, 4), seed=st.integers(0, 99), bias=st.booleans(), shared=st.booleans(),
+    K=st.sampled_from([2, 6, 32]), R=st.integers(1, 4), seed=st.integers(0, 99), bias=st.booleans(),
+    shared=st.booleans(),
 )  # fmt: skip
 def test_equals_brute_force_at_any_shape(B, T, G, group, K, R, seed, bias, shared):
     check(case(B, T, G * group, G, K, T + 4, R, torch.float64, seed=seed, bias=bias, shared=shared))
