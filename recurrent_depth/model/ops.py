@@ -7,7 +7,7 @@ code of released checkpoints does (in fp32 both are the same).
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -104,19 +104,23 @@ def choose_ops(kernels: Kernels, device: torch.device, released_rounding: bool =
             f"kernels: triton needs a CUDA or ROCm device, and the model is on {device.type}; set kernels: auto or "
             "torch (for tests on a CPU, set TRITON_INTERPRET=1 before the start)"
         )
-    norms = fused.rms_norm, fused.add_norm, fused.add_norm_norm
-    return _rounding(Ops(*norms, fused.bias_rope, fused.swiglu), released_rounding)
+    ops = Ops(fused.rms_norm, fused.add_norm, fused.add_norm_norm, fused.bias_rope, fused.swiglu)
+    return _rounding(ops, released_rounding)
 
 
 def _rounding(ops: Ops, released: bool) -> Ops:
     if not released:
         return ops
-    norms = (partial(norm, released_rounding=True) for norm in (ops.rms_norm, ops.add_norm, ops.add_norm_norm))
-    return Ops(*norms, ops.bias_rope, ops.swiglu)
+    return replace(
+        ops,
+        rms_norm=partial(ops.rms_norm, released_rounding=True),
+        add_norm=partial(ops.add_norm, released_rounding=True),
+        add_norm_norm=partial(ops.add_norm_norm, released_rounding=True),
+    )
 
 
 def use_ops(model: nn.Module, ops: Ops) -> None:
     """Let every module of a model compute by `ops`."""
     for module in model.modules():
         if isinstance(getattr(module, "ops", None), Ops):
-            module.ops = ops
+            setattr(module, "ops", ops)  # noqa: B010 (a Module's attributes have no types)
