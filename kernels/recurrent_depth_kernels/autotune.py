@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 import triton
 
+from recurrent_depth_kernels import targets
+
 Settings = dict[str, int]
 
 
@@ -30,9 +32,8 @@ def key(op: str, width: int, dtype: torch.dtype, device_name: str) -> str:
 
 def measured(op: str, width: int, dtype: torch.dtype, device: torch.device) -> Settings:
     """The settings measured for this op on this GPU; empty where there are none."""
-    if device.type != "cuda":
-        return {}
-    return _load(cache_file()).get(key(op, width, dtype, torch.cuda.get_device_name(device)), {})
+    name = targets.device_name(device)
+    return {} if name is None else _load(cache_file()).get(key(op, width, dtype, name), {})
 
 
 @lru_cache

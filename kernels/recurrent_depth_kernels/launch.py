@@ -62,7 +62,8 @@ class Launch:
 
     def _check_devices(self) -> None:
         wanted = "cpu" if INTERPRETED else "cuda"
-        found = {value.device.type for value in self.arguments.values() if isinstance(value, Tensor)}
+        real = [value for value in self.arguments.values() if type(value) in (Tensor, torch.nn.Parameter)]
+        found = {value.device.type for value in real}
         if found - {wanted}:
             raise ValueError(
                 f"the kernel {self.name} got tensors on {', '.join(sorted(found))}; it runs on {wanted} tensors"

@@ -44,6 +44,13 @@ def _of_device(device: torch.device) -> str:
     return found if found in ARCHITECTURES else "sm_80"
 
 
+def device_name(device: torch.device) -> str | None:
+    """What the GPU calls itself; None without one."""
+    if _assumed.get() is not None or device.type != "cuda":
+        return None
+    return torch.cuda.get_device_name(device)
+
+
 def is_hip(arch: str) -> bool:
     return arch.startswith("gfx")
 

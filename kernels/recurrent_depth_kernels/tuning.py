@@ -5,6 +5,10 @@ ops cut rows into blocks of `block` columns. Decode attention reads `block` cach
 programs a processor.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import triton
 
@@ -34,6 +38,8 @@ TABLE: dict[str, dict[str, Settings]] = {
 }
 """Chosen by compilation (16 bytes a load, no spills at width 5280), not by measurement: no GPU has run them yet."""
 
+_tried: ContextVar[dict[str, Settings]] = ContextVar("tried", default={})  # noqa: B039 (never changed in place)
+
 MAX_WIDTH = 32_768
 """Widest row that a row op takes: it is held in registers."""
 
@@ -41,7 +47,7 @@ MAX_WIDTH = 32_768
 def settings(op: str, width: int, dtype: torch.dtype, device: torch.device) -> Settings:
     """The configuration of `op` for rows of `width` columns."""
     chosen = TABLE[op][targets.architecture(device)]
-    return chosen | autotune.measured(op, width, dtype, device)
+    return chosen | autotune.measured(op, width, dtype, device) | _tried.get().get(op, {})
 
 
 def row_settings(op: str, width: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
@@ -52,6 +58,16 @@ def row_settings(op: str, width: int, dtype: torch.dtype, device: torch.device) 
     threads = block // settings(op, width, dtype, device)["elements"]
     warp = targets.warp_size(targets.architecture(device))
     return block, min(max(threads // warp, 1), 1024 // warp)
+
+
+@contextmanager
+def tried(op: str, candidate: Settings) -> Iterator[None]:
+    """Launch `op` with a candidate inside, whatever the table says."""
+    token = _tried.set(_tried.get() | {op: candidate})
+    try:
+        yield
+    finally:
+        _tried.reset(token)
 
 
 def candidates(op: str) -> list[Settings]:

@@ -160,12 +160,16 @@ def choose_ops(kernels: Kernels, device: torch.device, released_rounding: bool =
 def _rounding(ops: Ops, released: bool) -> Ops:
     if not released:
         return ops
-    names = ("rms_norm", "add_norm", "add_norm_norm")
-    return replace(ops, **{name: partial(getattr(ops, name), released_rounding=True) for name in names})
+    return replace(
+        ops,
+        rms_norm=partial(ops.rms_norm, released_rounding=True),
+        add_norm=partial(ops.add_norm, released_rounding=True),
+        add_norm_norm=partial(ops.add_norm_norm, released_rounding=True),
+    )
 
 
 def use_ops(model: nn.Module, ops: Ops) -> None:
     """Let every module of a model compute by `ops`."""
     for module in model.modules():
         if isinstance(getattr(module, "ops", None), Ops):
-            module.ops = ops
+            setattr(module, "ops", ops)  # noqa: B010 (a Module's attributes have no types)
