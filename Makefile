@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.recurrent-depth-ready
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup quickstart test kernels-test slow oldest wheel ci clean
+.PHONY: setup quickstart test kernels-test kernels-check slow oldest wheel ci clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,11 @@ kernels-test: setup
 slow: setup
 	$(BIN)/pytest -n 2 -m "slow and not gpu"
 
+# Every kernel compiled for every GPU, without one; then the check itself, on a tile that must fail.
+kernels-check: setup
+	$(BIN)/python scripts/check_kernels.py
+	! $(BIN)/python scripts/check_kernels.py --planted --arch sm_80 gfx942
+
 wheel: setup
 	bash scripts/check_wheel.sh $(BIN)/python
 
@@ -43,7 +48,7 @@ oldest: setup
 	$(BIN)/pip install --quiet --target build/oldest httpx
 	PYTHONPATH=build/oldest $(BIN)/pytest -n 2 tests/hf --ignore tests/hf/test_finetuning.py
 
-ci: test kernels-test slow oldest wheel
+ci: test kernels-test kernels-check slow oldest wheel
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -12,7 +12,7 @@ import sys, zipfile
 
 names = zipfile.ZipFile(sys.argv[1]).namelist()
 tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
-assert tops == {"recurrent_depth"}, f"the wheel has unexpected top-level packages: {tops}"
+assert tops == {"recurrent_depth", "recurrent_depth_kernels"}, f"the wheel has unexpected top-level packages: {tops}"
 for needed in ("recurrent_depth/py.typed", "recurrent_depth/evaluation/report.html"):
     assert needed in names, f"the wheel lacks {needed}"
 CHECK
@@ -27,7 +27,11 @@ import recurrent_depth
 
 assert "/site/" in recurrent_depth.__file__, recurrent_depth.__file__
 loaded = {name.split(".")[0] for name in sys.modules}
-assert not loaded & {"transformers", "pyarrow", "lm_eval"}, "import recurrent_depth is not light"
+assert not loaded & {"transformers", "pyarrow", "lm_eval", "triton"}, "import recurrent_depth is not light"
+
+import recurrent_depth_kernels
+
+assert "/site/" in recurrent_depth_kernels.__file__, recurrent_depth_kernels.__file__
 CHECK
 PYTHONPATH="$work/site" "$python" -m recurrent_depth.cli --help > /dev/null
 echo "wheel ok: $(basename "$wheel")"

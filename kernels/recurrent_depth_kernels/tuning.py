@@ -1,8 +1,13 @@
 """Launch configurations: a table by op and architecture, overridden by what `autotune` measured on this machine.
 
 Row ops hold a whole row in one program: `elements` are what a thread holds of it, and warps follow from that. Column
-ops cut rows into blocks of `block` columns.
+ops cut rows into blocks of `block` columns. Decode attention reads `block` cached columns at a time and starts `waves`
+programs a processor.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import triton
@@ -28,8 +33,12 @@ TABLE: dict[str, dict[str, Settings]] = {
     "rope_backward": _table({"block": 1024, "num_warps": 4}, {"block": 2048, "num_warps": 4}),
     "swiglu": _table({"block": 1024, "num_warps": 4}, {"block": 2048, "num_warps": 4}),
     "noise": _table({"block": 1024, "num_warps": 4}, {"block": 1024, "num_warps": 4}),
+    "attend_one": _table({"block": 32, "waves": 4, "num_warps": 4}, {"block": 32, "waves": 4, "num_warps": 4}),
+    "attend_many": _table({"block": 32, "waves": 4, "num_warps": 4}, {"block": 32, "waves": 4, "num_warps": 4}),
 }
 """Chosen by compilation (16 bytes a load, no spills at width 5280), not by measurement: no GPU has run them yet."""
+
+_tried: ContextVar[dict[str, Settings]] = ContextVar("tried", default={})  # noqa: B039 (never changed in place)
 
 MAX_WIDTH = 32_768
 """Widest row that a row op takes: it is held in registers."""
@@ -38,7 +47,7 @@ MAX_WIDTH = 32_768
 def settings(op: str, width: int, dtype: torch.dtype, device: torch.device) -> Settings:
     """The configuration of `op` for rows of `width` columns."""
     chosen = TABLE[op][targets.architecture(device)]
-    return chosen | autotune.measured(op, width, dtype, device)
+    return chosen | autotune.measured(op, width, dtype, device) | _tried.get().get(op, {})
 
 
 def row_settings(op: str, width: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
@@ -51,8 +60,20 @@ def row_settings(op: str, width: int, dtype: torch.dtype, device: torch.device) 
     return block, min(max(threads // warp, 1), 1024 // warp)
 
 
+@contextmanager
+def tried(op: str, candidate: Settings) -> Iterator[None]:
+    """Launch `op` with a candidate inside, whatever the table says."""
+    token = _tried.set(_tried.get() | {op: candidate})
+    try:
+        yield
+    finally:
+        _tried.reset(token)
+
+
 def candidates(op: str) -> list[Settings]:
     """What `autotune` tries."""
     if "norm" in op:
         return [{"elements": n} for n in (4, 8, 16, 32)]
+    if op.startswith("attend"):
+        return [{"block": b, "waves": n, "num_warps": w} for b in (16, 32, 64) for n in (2, 4, 8) for w in (2, 4)]
     return [{"block": b, "num_warps": w} for b in (512, 1024, 2048, 4096) for w in (2, 4, 8)]

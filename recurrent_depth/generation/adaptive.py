@@ -19,6 +19,7 @@ from recurrent_depth.generation.cache import ALL, RecurrentCache, Rows
 from recurrent_depth.generation.exits import ExitRule, Exits
 from recurrent_depth.model.layers import Rotary, rotary_at
 from recurrent_depth.model.loss import wide
+from recurrent_depth.model.ops import Ops
 from recurrent_depth.model.transformer import RecurrentDepthModel
 
 COPY_LIMIT = 8192
@@ -52,7 +53,8 @@ class _Pass:
         self.model, self.cache, self.active = model, cache, active.clone()
         self.plain = plain  # every token takes all steps of the cache: nothing is left behind early
         self.steps = torch.zeros_like(active, dtype=torch.long)  # [B, T], steps taken so far
-        self.mask = visible(mask, active.shape[1])
+        self.real, self.mask = mask, visible(mask, active.shape[1])
+        self.ops: Ops = model.transformer.ln_f.ops
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -active.shape[1] :]
         self.rotary = rotary_at(model.freqs_cis, positions)
         self.rows: Rows = ALL
@@ -116,8 +118,9 @@ class _Pass:
         if cache.is_full:  # what tokens that have left leave behind is written where the others read
             cache.write(k, v, slot, rows)
             return attend_rows(q, *cache.view(slot, end), rows, mask)
-        k, v = cache.update_at_depth(k, v, step, layer, self.active[rows], self.steps[rows], rows)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return cache.attend_at_depth(
+            self.ops, q, k, v, step, layer, self.active[rows], self.steps[rows], self.real, rows
+        )
 
 
 def attend_rows(q: Tensor, keys: Tensor, values: Tensor, rows: Rows, mask: Tensor) -> Tensor:

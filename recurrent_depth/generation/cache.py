@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.ops import Ops, decode_attention
+
+MOST_QUERIES = 8
+"""New tokens a row up to which attention waits for memory, not arithmetic; longer prompts copy what they read."""
 
 Rows = Tensor | slice
 """Which rows take part: places [N], or all."""
@@ -125,26 +129,30 @@ class RecurrentCache:
         kept = self.entries[self.place(slot), :, :, :, :end]
         return kept[0], kept[1]
 
-    def update_at_depth(
-        self, k: Tensor, v: Tensor, step: int, layer: int, active: Tensor, steps: Tensor, rows: Rows = ALL
-    ) -> tuple[Tensor, Tensor]:
-        """As `update` for a core step of a shared budget, in which only the `active` tokens [N, T] take part.
+    def attend_at_depth(
+        self, ops: Ops, q: Tensor, k: Tensor, v: Tensor, step: int, layer: int, active: Tensor, steps: Tensor,
+        mask: Tensor, rows: Rows = ALL,
+    ) -> Tensor:  # fmt: skip
+        """Store k, v [N, H, T, K] and attend in a core step of a shared budget, where only `active` [N, T] take part.
 
-        Entries that are read follow slot(token, i) = min(i, depth(token) - 1), then modulo the budget; `steps` [N, T]
-        are the steps taken before this one. Copies the layer's entries.
+        Entries that are read follow slot(token, i) = min(i, depth(token) - 1), then modulo the budget.
+
+        Args:
+            ops: of the model; its decode attention reads in place, or copies the layer's entries.
+            q: [N, H, T', K], of the tokens from `first` on.
+            steps: [N, T], taken before this one.
+            mask: [B, filled + T], nonzero where a token is real.
         """
         end = self._end(k.shape[2])
         kept = self.entries[self.place(self.outer + step * self.core_layers + layer)]
         for new, old in ((k, kept[0]), (v, kept[1])):
             there = old[rows, :, self.filled : end]
             old[rows, :, self.filled : end] = torch.where(active[:, None, :, None], new, there)
-        taken = torch.where(active, step + 1, steps.clamp(min=1))
-        depths = torch.cat([self.depths[rows, : self.filled], taken], dim=1)  # [N, S]
-        places = (depths - 1).clamp(max=step) % self.budget
-        core = self.core[:, layer, :, rows, :, :end]  # [budget, 2, N, H, S, K]
-        index = places[None, None, :, None, :, None].expand(1, *core.shape[1:])
-        chosen = core.gather(0, index)[0]
-        return chosen[0], chosen[1]
+        self.depths[rows, self.filled : end] = torch.where(active, step + 1, steps.clamp(min=1))
+        at = torch.full((len(q),), step, device=q.device)
+        attend = ops.decode_attention if q.shape[2] <= MOST_QUERIES else decode_attention
+        core = self.core[:, layer, :, rows]  # [budget, 2, N, H, max_length, K], a view where all rows take part
+        return attend(q, core[..., :end, :], self.depths[rows, :end], mask[rows], at, torch.full_like(at, end))
 
     def fill(self, deepest: Tensor, depths: Tensor) -> None:
         """After a pass that ended early: remember depths [B, T]; leave the deepest entries at steps nobody took.

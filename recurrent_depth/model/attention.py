@@ -4,6 +4,7 @@ A block calls `attend(q, k, v, slot)` and knows nothing of masks or caches. `slo
 cache: [prelude | coda | core step 0 | core step 1 | ...].
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol
 
@@ -11,8 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-"""(q, k, v [B, H, T, K], slot) -> [B, H, T, K]"""
+from recurrent_depth.model.ops import Ops
+
+
+class ProjectedAttend(ABC):
+    """An attention function that takes the fused projection whole: it rotates, stores and attends by itself."""
+
+    @abstractmethod
+    def attend(self, ops: Ops, qkv: Tensor, qk_bias: Tensor | None, rotary: tuple[Tensor, Tensor], slot: int) -> Tensor:
+        """qkv [B, T, 3 H K], qk_bias [2, 1, H, K], cos and signed sin [B or 1, T, K] -> [B, H, T, K]."""
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor] | ProjectedAttend
+"""(q, k, v [B, H, T, K], slot) -> [B, H, T, K]; or one that begins at the projection."""
 
 
 class Cache(Protocol):

@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D width, H heads, K head size, I inner width.
 import torch
 from torch import Tensor, nn
 
-from recurrent_depth.model.attention import Attend
+from recurrent_depth.model.attention import Attend, ProjectedAttend
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.ops import TORCH_OPS
 
@@ -40,8 +40,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend, slot: int) -> Tensor:
-        q, k, v = self.ops.bias_rope(self.Wqkv(x), self.qk_bias, *rotary, self.n_heads)
-        y = attend(q, k, v, slot)  # [B, H, T, K]
+        qkv = self.Wqkv(x)
+        if isinstance(attend, ProjectedAttend):
+            y = attend.attend(self.ops, qkv, self.qk_bias, rotary, slot)
+        else:
+            y = attend(*self.ops.bias_rope(qkv, self.qk_bias, *rotary, self.n_heads), slot)  # [B, H, T, K]
         return self.proj(y.transpose(1, 2).flatten(2))
 
 

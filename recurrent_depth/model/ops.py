@@ -7,7 +7,7 @@ code of released checkpoints does (in fp32 both are the same).
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -70,6 +70,50 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def rope_into_cache(
+    qkv: Tensor, q_bias: Tensor | None, k_bias: Tensor | None, cos: Tensor, sin: Tensor, entries: Tensor,
+    steps: Tensor, columns: Tensor, active: Tensor, n_heads: int,
+) -> Tensor:  # fmt: skip
+    """`bias_rope` at decode: returns q [B, H, T, K] and stores k, v in the cache; what the host need not know stays
+    on the device.
+
+    entries [R, 2, B, H, S, K], a layer's part of the cache with a budget of R recurrences, is changed in place: the
+    active tokens [B, T] of row b go to slot steps[b] mod R, from column columns[b] on. Biases [H, K].
+    """
+    bias = None if q_bias is None or k_bias is None else torch.stack([q_bias, k_bias])[:, None]
+    q, k, v = bias_rope(qkv, bias, cos, sin, n_heads)
+    rows = torch.arange(len(qkv), device=qkv.device)
+    slots = steps % len(entries)
+    for t in range(qkv.shape[1]):
+        new = torch.stack([k[:, :, t], v[:, :, t]], dim=1)  # [B, 2, H, K]
+        at = (slots, slice(None), rows, slice(None), columns + t)
+        entries[at] = torch.where(active[:, t, None, None, None], new, entries[at])
+    return q
+
+
+def decode_attention(
+    q: Tensor, entries: Tensor, depths: Tensor, mask: Tensor | None, steps: Tensor, lengths: Tensor
+) -> Tensor:
+    """Attention of q [B, H, T, K], the last T of each row's lengths[b] columns, over a recurrence-indexed cache.
+
+    A cached token is seen by the entry of step min(steps[b], depth - 1), modulo the budget R (arXiv 2502.05171,
+    section 6.2): entries [R, 2, B, H, S, K], depths [B, S]. mask [B, S] is nonzero where a column is a real token; a
+    new token always sees itself. Copies the entries it reads, where R is above 1; the kernel reads them in place.
+    """
+    T, S = q.shape[2], entries.shape[4]
+    chosen = entries[0]
+    if len(entries) > 1:
+        slots = torch.minimum(steps[:, None], depths - 1) % len(entries)
+        index = slots[None, None, :, None, :, None].expand(1, *entries.shape[1:])
+        chosen = entries.gather(0, index)[0]  # [2, B, H, S, K]
+    column = torch.arange(S, device=q.device)
+    own = lengths[:, None, None] - T + torch.arange(T, device=q.device)[:, None]  # [B, T, 1]
+    seen = column <= own
+    if mask is not None:
+        seen = seen & (mask[:, None] != 0) | (column == own)
+    return F.scaled_dot_product_attention(q, chosen[0], chosen[1], attn_mask=seen[:, None])
+
+
 @dataclass(frozen=True)
 class Ops:
     """One implementation of every operation that a block calls."""
@@ -79,6 +123,8 @@ class Ops:
     add_norm_norm: Callable[..., tuple[Tensor, Tensor]] = add_norm_norm
     bias_rope: Callable[..., tuple[Tensor, Tensor, Tensor]] = bias_rope
     swiglu: Callable[[Tensor], Tensor] = swiglu
+    rope_into_cache: Callable[..., Tensor] = rope_into_cache
+    decode_attention: Callable[..., Tensor] = decode_attention
 
 
 TORCH_OPS = Ops()
@@ -104,19 +150,26 @@ def choose_ops(kernels: Kernels, device: torch.device, released_rounding: bool =
             f"kernels: triton needs a CUDA or ROCm device, and the model is on {device.type}; set kernels: auto or "
             "torch (for tests on a CPU, set TRITON_INTERPRET=1 before the start)"
         )
-    norms = fused.rms_norm, fused.add_norm, fused.add_norm_norm
-    return _rounding(Ops(*norms, fused.bias_rope, fused.swiglu), released_rounding)
+    ops = Ops(
+        fused.rms_norm, fused.add_norm, fused.add_norm_norm, fused.bias_rope, fused.swiglu, fused.rope_into_cache,
+        fused.decode_attention,
+    )  # fmt: skip
+    return _rounding(ops, released_rounding)
 
 
 def _rounding(ops: Ops, released: bool) -> Ops:
     if not released:
         return ops
-    norms = (partial(norm, released_rounding=True) for norm in (ops.rms_norm, ops.add_norm, ops.add_norm_norm))
-    return Ops(*norms, ops.bias_rope, ops.swiglu)
+    return replace(
+        ops,
+        rms_norm=partial(ops.rms_norm, released_rounding=True),
+        add_norm=partial(ops.add_norm, released_rounding=True),
+        add_norm_norm=partial(ops.add_norm_norm, released_rounding=True),
+    )
 
 
 def use_ops(model: nn.Module, ops: Ops) -> None:
     """Let every module of a model compute by `ops`."""
     for module in model.modules():
         if isinstance(getattr(module, "ops", None), Ops):
-            module.ops = ops
+            setattr(module, "ops", ops)  # noqa: B010 (a Module's attributes have no types)

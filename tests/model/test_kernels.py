@@ -14,7 +14,7 @@ from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.ops import TORCH_OPS, choose_ops, rms_norm, use_ops
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.training.parallel import Ranks, RuntimeConfig, build_model
-from recurrent_depth_kernels import autotune, catalogue, tuning
+from recurrent_depth_kernels import autotune, catalogue, tune, tuning
 from recurrent_depth_kernels.norm import norm_rows
 from recurrent_depth_kernels.targets import ARCHITECTURES, assumed, warp_size
 
@@ -136,28 +136,34 @@ def test_the_catalogue_names_every_launch_within_the_limits_of_the_gpu(arch):
     assert [["tt.divisibility", 16]] in norm.attributes("cuda").values()
 
 
-def test_measured_settings_come_before_the_table(tmp_path, monkeypatch):
+@pytest.fixture
+def some_gpu(tmp_path, monkeypatch):
+    """A GPU by name alone, and an empty cache of settings."""
     monkeypatch.setenv("RECURRENT_DEPTH_CACHE", str(tmp_path))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr("recurrent_depth_kernels.targets._of_device", lambda device: "sm_90")
-    asked = ("rope", 5280, torch.bfloat16, GPU)
-    assert tuning.settings(*asked) == tuning.TABLE["rope"]["sm_90"]
-    times = {512: 3.0, 1024: 1.0, 2048: 2.0}
 
-    def seconds(candidate):
-        if candidate["block"] not in times:
-            raise RuntimeError("out of shared memory")
-        return times[candidate["block"]] + candidate["num_warps"] / 100
 
-    chosen, time = autotune.best(tuning.candidates("rope"), seconds)
-    assert (chosen, time) == ({"block": 1024, "num_warps": 2}, 1.02)
-    autotune.write(autotune.cache_file(), {autotune.key("rope", 5280, torch.bfloat16, "Some GPU"): chosen})
-    assert tuning.settings(*asked) == chosen
-    autotune.write(autotune.cache_file(), {autotune.key("rope", 264, torch.bfloat16, "Some GPU"): {"block": 512}})
-    assert tuning.settings(*asked) == chosen  # a second entry keeps the first
-    assert tuning.settings("rope", 5280, torch.float32, GPU) == tuning.TABLE["rope"]["sm_90"]
+def test_tuning_keeps_the_fastest_launch_of_every_op(some_gpu):
+    """With a clock by rule: each thread costs, and blocks of 4096 do not launch."""
+
+    def seconds(launch):
+        if launch.constants["BLOCK"] == 4096:
+            raise RuntimeError("out of registers")
+        return 1e-6 * launch.num_warps + 1e-9 * launch.constants["BLOCK"]
+
+    calls = tune.examples(torch.device("meta"), torch.bfloat16, rows=4, width=264, heads=11, inner=600)
+    found = tune.tune(calls, torch.bfloat16, "Some GPU", seconds)
+    autotune.write(autotune.cache_file(), found)
+    assert tuning.settings("rope", 264, torch.bfloat16, GPU) == {"block": 512, "num_warps": 2}
+    assert tuning.settings("swiglu", 600, torch.bfloat16, GPU) == {"block": 512, "num_warps": 2}
+    assert tuning.row_settings("norm", 264, torch.bfloat16, GPU) == (512, 1)  # fewest warps
+    for unmeasured in [("rope", 5280, torch.bfloat16), ("rope", 264, torch.float32)]:
+        assert tuning.settings(*unmeasured, GPU) == tuning.TABLE["rope"]["sm_90"]
     with assumed("gfx942"):  # what this GPU measured is not true of another
-        assert tuning.settings(*asked) == tuning.TABLE["rope"]["gfx942"]
+        assert tuning.settings("rope", 264, torch.bfloat16, GPU) == tuning.TABLE["rope"]["gfx942"]
+    autotune.write(autotune.cache_file(), {autotune.key("rope", 48, torch.bfloat16, "Some GPU"): {"block": 1024}})
+    assert tuning.settings("rope", 264, torch.bfloat16, GPU)["block"] == 512  # a second entry keeps the first
 
 
 def test_a_broken_cache_is_named(tmp_path):

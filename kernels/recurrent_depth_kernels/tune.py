@@ -1,0 +1,91 @@
+"""Measure launch configurations on this GPU and keep the best on disk: `python -m recurrent_depth_kernels.tune`.
+
+Every op is timed at the shape of the 3.5B model, or at --width, --heads and --inner; from then on it is launched with
+what was fastest here. The file is named at the end; remove it to go back to the table.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+
+from recurrent_depth_kernels import autotune, tuning
+from recurrent_depth_kernels.autotune import Settings
+from recurrent_depth_kernels.catalogue import HEADS, INNER, WIDTH
+from recurrent_depth_kernels.gated_mlp import swiglu_rows
+from recurrent_depth_kernels.launch import Launch, skipped, watched
+from recurrent_depth_kernels.noise import truncated_normal_rows
+from recurrent_depth_kernels.norm import norm_rows, norm_rows_backward
+from recurrent_depth_kernels.rope import rope, rope_gradient
+
+Call = Callable[[], Any]
+
+
+def examples(
+    device: torch.device, dtype: torch.dtype, rows: int, width: int, heads: int, inner: int
+) -> dict[str, tuple[int, Call]]:  # fmt: skip
+    """By op: the width its settings are kept under, and a call that makes its launch."""
+    x, weight = torch.randn(rows, width, device=device, dtype=dtype), torch.ones(width, device=device, dtype=dtype)
+    scale = torch.ones(rows, device=device)
+    none = scale.new_empty(0)
+    qkv = torch.randn(1, rows, 3 * width, device=device, dtype=dtype)
+    bias = torch.zeros(2, 1, heads, width // heads, device=device, dtype=dtype)
+    table = torch.ones(1, rows, width // heads, device=device)
+    gate_up = torch.randn(rows, 2 * inner, device=device, dtype=dtype)
+    grad = x.view(1, rows, heads, -1)
+    position = torch.arange(rows, device=device)
+    return {
+        "norm": (width, lambda: norm_rows(x, x, weight, weight, 1e-6, False)),
+        "norm_backward": (width, lambda: norm_rows_backward(x, x, weight, None, scale, none, x, none, False)),
+        "norm_norm_backward": (width, lambda: norm_rows_backward(x, x, weight, weight, scale, scale, x, x, False)),
+        "rope": (width, lambda: rope(qkv, bias, table, table, heads)),
+        "rope_backward": (width, lambda: rope_gradient(grad, grad, grad, table, table, True)),
+        "swiglu": (inner, lambda: swiglu_rows(gate_up)),
+        "noise": (width, lambda: truncated_normal_rows(position[:1], position[None], width, 0, 0, 0)),
+    }
+
+
+def tune(
+    calls: dict[str, tuple[int, Call]], dtype: torch.dtype, device_name: str, seconds: Callable[[Launch], float]
+) -> dict[str, Settings]:  # fmt: skip
+    """The best candidate of every op, by `seconds` of its launch, under the keys of the cache."""
+    found = {}
+    for op, (width, call) in calls.items():
+
+        def timed(candidate: Settings, op: str = op, call: Call = call) -> float:
+            with tuning.tried(op, candidate), skipped(), watched() as launches:
+                call()
+            return seconds(launches[-1])
+
+        best, time = autotune.best(tuning.candidates(op), timed)
+        kept = torch.float32 if op == "noise" else dtype
+        found[autotune.key(op, width, kept, device_name)] = best
+        print(f"{op:20} {time * 1e6:9.1f} us  {best}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=WIDTH)
+    parser.add_argument("--heads", type=int, default=HEADS)
+    parser.add_argument("--inner", type=int, default=INNER)
+    parser.add_argument("--rows", type=int, default=4096, help="tokens of a micro-step")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA or ROCm device: there is nothing to tune; the table of launch settings decides")
+    device, dtype = torch.device("cuda"), getattr(torch, args.dtype)
+    calls = examples(device, dtype, args.rows, args.width, args.heads, args.inner)
+
+    def seconds(launch: Launch) -> float:
+        return triton.testing.do_bench(launch.run, return_mode="median") / 1e3
+
+    found = tune(calls, dtype, torch.cuda.get_device_name(device), seconds)
+    autotune.write(autotune.cache_file(), found)
+    print(f"wrote {autotune.cache_file()}")
+
+
+if __name__ == "__main__":
+    main()

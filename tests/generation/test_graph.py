@@ -1,0 +1,131 @@
+"""Decoding with static buffers: the tokens and depths of plain decoding, and no decision on the host within a step."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from recurrent_depth.generation.cache import RecurrentCache
+from recurrent_depth.generation.decoding import Decoding, decode
+from recurrent_depth.generation.exits import RULES, OutputKL, StateChange, exit_rule
+from recurrent_depth.generation.forcing import ThinkingBudget
+from recurrent_depth.generation.graph import StaticToken, decode_captured
+from support import lively_model
+
+PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [3]]
+THRESHOLDS = {"state-change": 0.3, "kl": 0.1, "entropy": 0.01, "argmax": 3}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lively_model(block_size=64)
+
+
+def same(model, options, prompts=PROMPTS):
+    plain, captured = decode(model, prompts, options), decode_captured(model, prompts, options)
+    assert captured.tokens == plain.tokens
+    assert captured.steps == plain.steps
+    assert (captured.core_steps, captured.flops) == (plain.core_steps, plain.flops)
+    assert captured.cache_bytes == plain.cache_bytes
+    return captured
+
+
+@pytest.mark.parametrize("budget", [None, 1, 3])
+@pytest.mark.parametrize("rule", [None, *RULES])
+def test_equals_plain_decoding(model, rule, budget):
+    chosen = None if rule is None else exit_rule(rule, THRESHOLDS[rule])
+    result = same(model, Decoding(max_new_tokens=10, num_steps=8, min_steps=2, exit=chosen, cache_budget=budget))
+    taken = {steps for row in result.steps for steps in row[1:]}
+    assert taken == {8} if rule is None else min(taken) >= 2 and len(taken) > 1
+
+
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_equals_plain_decoding_for_any_prompts(model, data):
+    prompts = data.draw(st.lists(st.lists(st.integers(0, 49), min_size=1, max_size=6), min_size=1, max_size=3))
+    steps = data.draw(st.integers(1, 6))
+    options = Decoding(
+        max_new_tokens=data.draw(st.integers(1, 6)), num_steps=steps, min_steps=data.draw(st.integers(1, steps)),
+        exit=StateChange(data.draw(st.sampled_from([0.0, 0.1, 0.5, 10.0]))),
+        cache_budget=data.draw(st.sampled_from([None, 1, 2])), stop=(data.draw(st.integers(0, 49)),),
+    )  # fmt: skip
+    same(model, options, prompts)
+
+
+def test_equals_plain_decoding_with_sampling_warm_starts_stops_and_thinking(model):
+    same(model, Decoding(max_new_tokens=12, num_steps=5, temperature=1.0, top_k=20, top_p=0.9, seed=4))
+    same(model, Decoding(max_new_tokens=8, num_steps=6, exit=StateChange(0.3), warm_start=True))
+    stop = decode(model, PROMPTS, Decoding(max_new_tokens=6, num_steps=4)).tokens[1][2]
+    stopped = same(model, Decoding(max_new_tokens=6, num_steps=4, stop=(stop,)))
+    assert len({len(tokens) for tokens in stopped.tokens}) > 1
+    budget = ThinkingBudget((1,), (2,), (4,), at_most=4, at_least=1, rounds=1)
+    same(model, Decoding(max_new_tokens=12, num_steps=4, thinking=budget))
+
+
+def test_stops_one_step_after_the_last_row_has_left(model):
+    """Leaving is read one step late: that step changes nothing."""
+    options = Decoding(max_new_tokens=6, num_steps=12, exit=StateChange(0.3))
+    result = decode_captured(model, [[5, 6, 7]], options)
+    plain = decode(model, [[5, 6, 7]], options)
+    assert result.tokens == plain.tokens
+    late = [min(12, steps + 1) - steps for steps in result.steps[0][1:]]
+    assert result.computed_steps - plain.computed_steps == sum(late) > 0
+
+
+def static_token(model, rule, budget=None, warm_start=False):
+    dtype = model.lm_head.weight.dtype
+    mask = torch.ones(2, 3, dtype=torch.long)
+    cache = RecurrentCache(model.config, 2, 6, num_steps=3, budget=budget, dtype=dtype)
+    return StaticToken(model, cache, mask, rule, 3, 1, warm_start)
+
+
+@pytest.mark.parametrize("rule", [None, *RULES])
+def test_no_region_reads_a_value_on_the_host(model, rule):
+    """Fake tensors have no values: any .item(), if or index by a value raises."""
+    chosen = None if rule is None else exit_rule(rule, THRESHOLDS[rule])
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        token = static_token(model, chosen)
+        for region in token.regions:
+            region()
+        with pytest.raises(DataDependentOutputException):
+            bool(token.thinking[0])
+
+
+def test_a_step_is_one_graph_without_breaks(model):
+    """What torch.compile(mode="reduce-overhead") would capture; here traced by dynamo and run eagerly."""
+    expected, token = static_token(model, OutputKL(0.02)), static_token(model, OutputKL(0.02))
+    rng = torch.Generator().manual_seed(0)
+    for static in (expected, token):
+        static.running[:], static.active[:] = True, True
+        static.memory.fill_(torch.nan)
+        static.injected.copy_(torch.randn(static.injected.shape, generator=rng.manual_seed(1), dtype=torch.float64))
+        static.state.copy_(torch.randn(static.state.shape, generator=rng, dtype=torch.float64))
+    step = torch.compile(token.step, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for i in range(2):
+            expected.step(i)
+            step(i)
+    torch.testing.assert_close(token.state, expected.state, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(token.cache.entries, expected.cache.entries, rtol=1e-12, atol=1e-12)
+    assert torch.equal(token.taken, expected.taken)
+
+
+def test_buffers_do_not_move(model):
+    """A captured graph works on addresses."""
+    token = static_token(model, OutputKL(0.02), budget=2)
+    tensors = {name: value for name, value in vars(token).items() if isinstance(value, torch.Tensor)}
+    tensors |= {"entries": token.cache.entries, "depths": token.cache.depths}
+    before = {name: value.data_ptr() for name, value in tensors.items()}
+    with torch.no_grad():
+        token.run([4, 5], [True, True])
+        token.run([6, 7], [True, False])
+    after = {name: getattr(token, name, getattr(token.cache, name, None)).data_ptr() for name in before}
+    assert after == before
+
+
+def test_one_rule_and_one_depth_for_all(model):
+    with pytest.raises(ValueError, match="one exit rule"):
+        decode_captured(model, PROMPTS, Decoding(max_new_tokens=4, exit=[None, StateChange(), None]))
+    with pytest.raises(ValueError, match="one num_steps"):
+        decode_captured(model, PROMPTS, Decoding(max_new_tokens=4, num_steps=[1, 2, 3]))
