@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,7 +16,8 @@ from recurrent_depth.cli import main, parse_options
 from recurrent_depth.reasoning import curate as curate_module
 from recurrent_depth.reasoning.curate import CurateConfig, curate
 from recurrent_depth.reasoning.pool import COLUMNS, SourceConfig, read_examples
-from recurrent_depth.reasoning.stages import build_stage
+from recurrent_depth.reasoning.stages import STAGES as STAGES_KNOWN
+from recurrent_depth.reasoning.stages import Outcome, Stage, build_stage, stage
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs" / "curate").glob("*.yaml"))
@@ -184,7 +186,7 @@ class TestErrors:
         assert not (tmp_path / "out" / "examples.parquet").exists()
 
     @pytest.mark.parametrize(
-        ("stage", "message"),
+        ("description", "message"),
         [
             ({"stage": "filter"}, "unknown stage 'filter'; known are .*quality"),
             ({"stage": "quality", "filter": []}, "stage quality: unknown option 'filter'; known are filters"),
@@ -201,10 +203,23 @@ class TestErrors:
             ({"stage": "lengths", "tokenizer": "x", "at_least": 5, "at_most": 4}, "at_most 4 is below at_least 5"),
         ],
     )
-    def test_wrong_recipes_fail_before_any_row_is_read(self, tmp_path, stage, message):
-        config = CurateConfig(out=str(tmp_path / "out"), pool=[SourceConfig("nowhere.jsonl")], stages=[stage])
+    def test_wrong_recipes_fail_before_any_row_is_read(self, tmp_path, description, message):
+        config = CurateConfig(out=str(tmp_path / "out"), pool=[SourceConfig("nowhere.jsonl")], stages=[description])
         with pytest.raises(ValueError, match=message):
             curate(config)
+
+    def test_a_stage_that_loses_rows(self, data, tmp_path, chat_folder):
+        @stage("forgetful")
+        @dataclass(frozen=True)
+        class Forgetful(Stage):
+            def apply(self, examples, context):
+                return Outcome(examples[1:])
+
+        try:
+            with pytest.raises(ValueError, match="stage forgetful must keep or drop every row"):
+                curate(recipe(data, tmp_path / "out", chat_folder, [{"stage": "forgetful"}]))
+        finally:
+            del STAGES_KNOWN["forgetful"]
 
     def test_two_stages_of_one_name(self):
         stages = [{"stage": "quality"}, {"stage": "quality"}]
