@@ -6,6 +6,7 @@ Imports little, since a process of its own runs the comparisons.
 import logging
 import multiprocessing
 import re
+from decimal import Decimal
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 _LETTER = re.compile(r"\(?([A-H])\)?\.?")
 _LONE_LETTER = re.compile(r"(?<![A-Za-z])\(?([A-H])\)?(?![A-Za-z])")
 _LATEX = re.compile(r"[\\^_{}]|[A-Za-z]")
+_NUMBER = re.compile(r"-?\$?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?")
 _START_S = 120.0  # of the worker, which imports sympy
 
 
@@ -33,6 +35,10 @@ def final_part(text: str) -> str:
     return final.strip().split("\n")[0].strip() if mark else text.strip()
 
 
+def _value(number: str) -> Decimal:
+    return Decimal(number.replace(",", "").replace("$", ""))
+
+
 def _chosen_letter(text: str) -> str | None:
     """The letter of multiple choice: the whole text, or the first one behind the last "answer" or box."""
     whole = _LETTER.fullmatch(text)
@@ -51,7 +57,7 @@ def _parsed(text: str) -> list[Any]:
 
 
 class Checker:
-    """Compares in another process, since computer algebra can take forever on an odd expression.
+    """Compares all but plain numbers in another process, since computer algebra can take forever on an odd expression.
 
     A context manager. A comparison that takes too long is given up, and the process replaced.
 
@@ -73,8 +79,11 @@ class Checker:
         """Whether they agree, None where that could not be told; and a note."""
         if not attempt.strip():
             return False, "no answer"
-        if final_part(attempt) == final_part(reference):
+        ours, theirs = final_part(reference), final_part(attempt)
+        if ours == theirs:
             return True, ""
+        if _NUMBER.fullmatch(ours) and _NUMBER.fullmatch(theirs):
+            return _value(ours) == _value(theirs), ""
         if self.process is None:
             self._start()
         self.pipe.send((reference, attempt))

@@ -92,9 +92,7 @@ class Step:
 
 def curate(config: CurateConfig) -> dict[str, Any]:
     """Run the recipe; returns the manifest."""
-    sys.path.insert(0, os.getcwd())
-    for module in config.imports:
-        importlib.import_module(module)
+    _import(config.imports)
     stages = [(stage_name(description), build_stage(description)) for description in config.stages]
     out, root = Path(config.out), Path(config.root)
     cache = Path(config.cache) if config.cache is not None else out / "cache"
@@ -102,27 +100,37 @@ def curate(config: CurateConfig) -> dict[str, Any]:
 
     examples, drops = load_pool(config.pool, root)
     sources = source_inputs(config.pool, root)
-    rows_in = len(examples) + len(drops)
-    steps = [Step("load", "load", {}, rows_in, len(examples), _reasons(drops), {}, digest(sources))]
-    _tell(steps[-1])
+    steps = [_step("load", "load", {}, Outcome(examples, drops), digest(sources))]
     for name, stage in stages:
         facts = {step.name: step.facts for step in steps if step.facts}
         context = Context(name, root, cache / "answers", _seed(config.seed, name), facts)
         outcome, key = _run(stage, examples, context, cache / "stages")
-        reasons = _reasons(outcome.drops)
-        steps.append(
-            Step(name, stage.kind, asdict(stage), len(examples), len(outcome.examples), reasons, outcome.facts, key)
-        )
-        drops.extend(outcome.drops)
-        _tell(steps[-1])
-        if not outcome.examples:
+        steps.append(_step(name, stage.kind, asdict(stage), outcome, key))
+        examples, drops = outcome.examples, drops + outcome.drops
+        if not examples:
             _write_table(_drop_table(drops), out / "dropped.parquet")
             raise DataError(
-                f"stage {name} left no row of {len(examples)} ({_listed(reasons)}); loosen it, and see "
+                f"stage {name} left no row of {steps[-1].rows_in} ({_listed(steps[-1].reasons)}); loosen it, and see "
                 f"{out / 'dropped.parquet'} for the reasons"
             )
-        examples = outcome.examples
     return _write(config, out, examples, drops, steps, sources)
+
+
+def _step(name: str, kind: str, options: dict[str, Any], outcome: Outcome, key: str) -> Step:
+    """The row of the funnel; also told to the user."""
+    kept, dropped = len(outcome.examples), len(outcome.drops)
+    step = Step(name, kind, options, kept + dropped, kept, _reasons(outcome.drops), outcome.facts, key)
+    why = f"  ({_listed(step.reasons)})" if step.reasons else ""
+    Console(stderr=True, highlight=False).print(f"{name}: {step.rows_in:,} -> {step.rows_out:,}{why}")
+    return step
+
+
+def _import(modules: list[str]) -> None:
+    """Modules of the user's, which may lie in the current folder."""
+    if modules:
+        sys.path.insert(0, os.getcwd())
+    for module in modules:
+        importlib.import_module(module)
 
 
 def _seed(seed: int, name: str) -> int:
@@ -142,10 +150,17 @@ def _run(stage: Stage, examples: list[Example], context: Context, folder: Path) 
     if (place / "facts.json").is_file():
         return _read_outcome(place), key
     outcome = stage.apply(examples, context)
+    _check_complete(examples, outcome, context.stage)
     outcome.facts = json.loads(json.dumps(outcome.facts))
-    if outcome.complete:
-        _keep_outcome(outcome, place)
+    _keep_outcome(outcome, place)
     return outcome, key
+
+
+def _check_complete(examples: list[Example], outcome: Outcome, name: str) -> None:
+    """No row may vanish or appear: a stage of the user's own could forget one."""
+    after = sorted([example.id for example in outcome.examples] + [drop.example.id for drop in outcome.drops])
+    if after != sorted(example.id for example in examples):
+        raise ValueError(f"stage {name} must keep or drop every row it gets, once; it lost, doubled or added some")
 
 
 def _keep_outcome(outcome: Outcome, place: Path) -> None:
@@ -182,11 +197,6 @@ def _reasons(drops: Sequence[Drop]) -> dict[str, int]:
 
 def _listed(reasons: dict[str, int]) -> str:
     return ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items())
-
-
-def _tell(step: Step) -> None:
-    why = f"  ({_listed(step.reasons)})" if step.reasons else ""
-    Console(stderr=True, highlight=False).print(f"{step.name}: {step.rows_in:,} -> {step.rows_out:,}{why}")
 
 
 def _write(

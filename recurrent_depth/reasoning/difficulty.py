@@ -100,7 +100,6 @@ class Difficulty(Stage):
         for model in self.models:
             texts = model.texts(examples, context)
             verdicts[model.name] = self._grade(examples, texts, context)
-            outcome.complete &= model.writer is None or None not in texts
         for row, example in enumerate(examples):
             reason, detail = self._reason({name: graded[row] for name, graded in verdicts.items()})
             if reason is None:

@@ -28,6 +28,8 @@ class EndpointConfig:
         timeout_s: seconds to wait for a reply.
         retries: of a request that fails for a passing reason (connection, 408, 409, 429, 5xx), with growing pauses.
         give_up_after: failures in a row after which nothing more is asked.
+        allowed_failures: share of requests that may fail for good; their rows are dropped and counted. More is an
+            error, and another run asks for the missing ones alone.
     """
 
     url: str
@@ -42,11 +44,14 @@ class EndpointConfig:
     timeout_s: float = 600.0
     retries: int = 4
     give_up_after: int = 16
+    allowed_failures: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "concurrency", "give_up_after"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.allowed_failures <= 1:
+            raise ValueError(f"allowed_failures is {self.allowed_failures}; it must lie between 0 and 1")
 
     def fingerprint(self) -> Any:
         """What decides the answers: the model's name and the request, not where and how fast it is asked."""
@@ -77,7 +82,7 @@ class EndpointWriter:
         self.failed_in_a_row = 0
 
     def write(self, prompts: Sequence[str], cache: ReplyCache) -> list[Reply]:
-        """One reply a prompt. Replies are kept as they come; one with an error is asked for again by another run."""
+        """One reply a prompt, kept as they come. Those that failed carry their error, if so many are allowed to."""
         keys = [digest([self.config.fingerprint(), prompt]) for prompt in prompts]
         wanted = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if cache.get(key) is None}
         failed: dict[str, Reply] = {}
@@ -91,7 +96,16 @@ class EndpointWriter:
 
         with ThreadPoolExecutor(self.config.concurrency) as threads:
             list(threads.map(ask, wanted.keys(), wanted.values()))
+        self._check(failed, len(wanted))
         return [failed[key] if key in failed else cache.replies[key] for key in keys]
+
+    def _check(self, failed: dict[str, Reply], asked: int) -> None:
+        if len(failed) > self.config.allowed_failures * asked:
+            first = next(iter(failed.values())).error
+            raise DataError(
+                f"{self.config.model}: {len(failed)} of {asked} requests failed, the first with: {first}. The other "
+                "replies are kept; run again to ask for these, or raise allowed_failures"
+            )
 
     def _ask(self, prompt: str) -> Reply:
         from openai import OpenAIError

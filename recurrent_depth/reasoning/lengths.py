@@ -50,6 +50,8 @@ def _tokenizer_file(name: str) -> Path | None:
     """The tokenizer.json that `name` means; None where transformers must look."""
     if Path(name).is_file():
         return Path(name)
+    if name.endswith(".json"):
+        raise FileNotFoundError(f"{name} does not exist; name a tokenizer.json, or the folder or model it belongs to")
     folder = Path(name) / "tokenizer.json"
     return run_tokenizer(name) if is_run(name) else (folder if folder.is_file() else None)
 

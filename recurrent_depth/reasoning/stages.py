@@ -52,13 +52,11 @@ class Outcome:
         examples: rows that stay, in order.
         drops: rows that go.
         facts: plain JSON for later stages and the report.
-        complete: False where something failed that another run may get: the result is used, but not cached.
     """
 
     examples: list[Example]
     drops: list[Drop] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
-    complete: bool = True
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from recurrent_depth.data.packed import DataError
 from recurrent_depth.reasoning.endpoint import EndpointConfig
 from recurrent_depth.reasoning.local import LocalConfig
 from recurrent_depth.reasoning.pool import Example
@@ -43,8 +42,6 @@ class Teacher(Stage):
         prompt: `{question}` is replaced.
         think_begin, think_end: delimiters in the text of a reply.
         prices: of a million tokens, in and out.
-        allowed_failures: share of failed requests up to which their rows are dropped and counted; more is an error.
-            Either way another run asks for the missing ones again.
     """
 
     writer: EndpointConfig | LocalConfig
@@ -52,12 +49,9 @@ class Teacher(Stage):
     think_begin: str = "<think>"
     think_end: str = "</think>"
     prices: Prices = Prices()
-    allowed_failures: float = 0.0
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt, "question")
-        if not 0 <= self.allowed_failures <= 1:
-            raise ValueError("allowed_failures must lie between 0 and 1")
 
     def inputs(self, context: Context) -> list[Any]:
         return [self.writer.fingerprint()]
@@ -65,14 +59,8 @@ class Teacher(Stage):
     def apply(self, examples: list[Example], context: Context) -> Outcome:
         asked = [example for example in examples if not example.trace]
         replies = ask(self.writer, [fill(self.prompt, question=e.question) for e in asked], context)
-        failed = [reply for reply in replies if reply.error is not None]
-        if len(failed) > self.allowed_failures * len(replies):
-            raise DataError(
-                f"stage {context.stage}: {len(failed)} of {len(replies)} requests failed, the first with: "
-                f"{failed[0].error}. The others are kept; run again to ask for these, or raise allowed_failures"
-            )
         by_id = {example.id: reply for example, reply in zip(asked, replies, strict=True)}
-        outcome = Outcome([], facts=self.prices.cost(list(replies)), complete=not failed)
+        outcome = Outcome([], facts=self.prices.cost(replies))
         for example in examples:
             self._add(example, by_id.get(example.id), outcome, context)
         return outcome

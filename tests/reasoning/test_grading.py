@@ -14,12 +14,12 @@ SAME = [
     (r"\frac{1}{2}", r"so \boxed{\frac{2}{4}}"), ("72", "$72"), ("3", "x = 3"), ("18", "18 dollars"), ("x+1", "1+x"),
     (r"2\sqrt{2}", r"\boxed{\sqrt{8}}"), ("2^{10}", "1024"), (r"\{1,2\}", r"$\{2,1\}$"), ("72", "48+24 = 71\n#### 72"),
     ("0.5", "50%"), ("B", "(B)"), ("B", "The answer is B."), ("B", r"\boxed{B}"), ("C", "A car drives. Answer: (C)"),
-    ("-5", r"\boxed{-5}"), ("blue", "blue"),
+    ("-5", r"\boxed{-5}"), ("blue", "blue"), ("-1,200", "-$1200.0"),
 ]  # fmt: skip
 DIFFERENT = [
     ("72", "The answer is 71."), ("72", ""), ("72", "48+24 = 72 clips\n#### 71"), ("-5", "5"), ("5", "five"),
     ("x^2", "x^3"), ("12", "a = 12, b = 13"), ("72", "7 2"), ("C", "The answer is B."), ("A", "A car drives."),
-    ("1/3", "0.33"), ("blue", "red"), ("204", "I do not know"),
+    ("1/3", "0.33"), ("blue", "red"), ("204", "I do not know"), ("1,2", "12"), ("12", "1,2"),
 ]  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_a_comparison_without_end_is_given_up_and_the_next_ones_go_on(verdicts):
 def judging(answer, tmp_path, count=1):
     rows = [example(i, trace_answer=f"about {i}") for i in range(count)]
     with chat_server(answer) as server:
-        grader = {"judge": {"url": server.url, "model": "judge", "retries": 0}}
+        grader = {"judge": {"url": server.url, "model": "judge", "retries": 0, "allowed_failures": 1.0}}
         outcome = run_stage({"stage": "grade_traces", "grader": grader, "drop_wrong": True}, rows, tmp_path)
         return outcome, server.requests
 
@@ -78,7 +78,12 @@ def test_a_judge_that_fails_is_undecided(tmp_path):
 
 
 def test_traces_are_graded_by_their_answers(tmp_path):
-    rows = [example(0, trace_answer="1.0"), example(1, trace_answer="7"), example(2), example(3, trace_correct=True)]
+    rows = [
+        example(0, trace_answer="1.0"),
+        example(1, trace_answer="#### 7"),
+        example(2),
+        example(3, trace_correct=True),
+    ]
     outcome = run_stage({"stage": "grade_traces"}, rows, tmp_path)
     assert [row.trace_correct for row in outcome.examples] == [True, False, None, True]
     assert outcome.facts == {"correct": 1, "wrong": 1, "undecided": 0, "no answer to grade": 2}
@@ -88,6 +93,6 @@ def test_the_process_ends_with_the_grader(tmp_path):
     import multiprocessing
 
     before = {process.pid for process in multiprocessing.active_children()}
-    RuleGrader().grade([Item("", "1", "1.0")], Context("x", tmp_path, tmp_path))
+    RuleGrader().grade([Item("", "1/2", "0.5")], Context("x", tmp_path, tmp_path))
     time.sleep(0.05)
     assert {process.pid for process in multiprocessing.active_children()} <= before
