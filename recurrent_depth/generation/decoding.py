@@ -149,11 +149,14 @@ class Each:
         self.deepest = max(self.num_steps)
 
 
-def one_depth(options: Decoding, config: ModelConfig) -> int:
-    """The number of steps, where a mode takes only one for all requests."""
+def one_depth(options: Decoding, config: ModelConfig) -> tuple[int, int]:
+    """num_steps and min_steps, where a mode takes only one of each for all requests."""
     if isinstance(options.num_steps, Sequence) or isinstance(options.min_steps, Sequence):
         raise ValueError("this mode takes one num_steps for all requests; give a number, or decode plainly")
-    return options.num_steps or config.mean_recurrence
+    steps = options.num_steps or config.mean_recurrence
+    if not 1 <= options.min_steps <= steps:
+        raise ValueError(f"min_steps {options.min_steps} must be between 1 and num_steps {steps}; change one of them")
+    return steps, options.min_steps
 
 
 def name_tensor(requests: Sequence[int] | None, B: int, device: torch.device) -> Tensor:

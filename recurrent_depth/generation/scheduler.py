@@ -152,7 +152,7 @@ class _Batch:
             places.extend(Places([row] * len(new), slot.start(len(new)), [0] * len(new)))
             rules += [self.each.exit[slot.request]] * len(new)
             states += [zeros if state is None else state] * len(new)
-        self.tokens.add(self.tokens.embed(ids, places), places, torch.stack(states), rules)
+        self.tokens.start(ids, places, torch.stack(states), rules)
 
     def _pass(self) -> list[int]:
         """One step of the core; returns the rows whose new tokens have all left it, in their order."""

@@ -64,7 +64,7 @@ def decode_speculatively(
     on_token: OnToken | None = None,
 ) -> Speculated:
     """As `decode`, with the same tokens; see there for the arguments."""
-    steps = one_depth(options, model.config)
+    steps, _ = one_depth(options, model.config)
     _check(options, speculation, steps)
     return _Run(model, prompts, options, speculation, steps, requests, on_token).result()
 

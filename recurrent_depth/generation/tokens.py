@@ -5,7 +5,7 @@ They may belong to different requests (depth-refilled batching) or follow each o
 Shapes: N tokens, D width, H heads, K head size, S cached columns, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +30,9 @@ class Places:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        return zip(self.rows, self.columns, self.steps, strict=True)
 
     def at(self, chosen: Sequence[int]) -> "Places":
         """Some of them."""
@@ -126,24 +129,38 @@ class ThinkingTokens:
         self.places = Places()
         self.state = torch.zeros(0, 1, model.config.n_embd, dtype=weight.dtype, device=weight.device)
         self.injected = self.state
-        self.positions = torch.zeros(0, 1, dtype=torch.long, device=weight.device)
         self.exits = Exits([], 1, model.config.vocab_size)
         self.computed = 0
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def embed(self, ids: list[int], places: Places) -> Tensor:
-        """Prelude of tokens at these places: e [N, 1, D]. A token's column is its position."""
-        x = self.model.transformer.embed(torch.tensor(ids, device=self.state.device)[:, None])
-        return self.model.transformer.read(x, self._rotary(places), TokenAttention(self.cache, places).attend)
+    def start(
+        self,
+        ids: list[int],
+        places: Places,
+        state: Tensor | None = None,
+        rules: Sequence[ExitRule | None] | None = None,
+    ) -> None:
+        """Bring further tokens to the core. A token's column is its position.
 
-    def add(self, e: Tensor, places: Places, state: Tensor, rules: Sequence[ExitRule | None]) -> None:
-        """Further tokens, from states [N, 1, D] on; rules say when each has converged."""
+        They start from states [n, 1, D] (default zeros); rules say when each has converged (default never).
+        """
+        injected = self._read_in(ids, places)
         self.places.extend(places)
-        self.state = torch.cat([self.state, state])
-        self.injected = torch.cat([self.injected, self.model.transformer.injection(e)[0]])
-        self.exits.extend(rules)
+        self.state = torch.cat([self.state, torch.zeros_like(injected) if state is None else state])
+        self.injected = torch.cat([self.injected, injected])
+        self.exits.extend([None] * len(ids) if rules is None else rules)
+
+    def blend(self, ids: list[int], average: float) -> None:
+        """The tokens in the core are these now; what they read is a moving average over passes."""
+        self.injected = average * self.injected + (1 - average) * self._read_in(ids, self.places)
+
+    def _read_in(self, ids: list[int], places: Places) -> Tensor:
+        """Prelude, and what of it enters the core: [n, 1, D]."""
+        part = self.model.transformer
+        x = part.embed(torch.tensor(ids, device=self.state.device)[:, None])
+        return part.injection(part.read(x, self._rotary(places), TokenAttention(self.cache, places).attend))[0]
 
     def keep(self, chosen: list[int]) -> None:
         """Forget all others."""
@@ -154,8 +171,7 @@ class ThinkingTokens:
 
     def step(self) -> Tensor:
         """One step of the core for all; returns which have converged, bool [N]."""
-        part = self.model.transformer
-        places, before = self.places, self.state
+        part, places, before = self.model.transformer, self.places, self.state
         attention = TokenAttention(self.cache, places)
         adapt = part.injection(self.injected[:1])[1]
         self.cache.depths[attention.rows, attention.columns] = attention.steps + 1

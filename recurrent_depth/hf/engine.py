@@ -17,8 +17,10 @@ from recurrent_depth.generation.decoding import Decoded, Decoding, OnToken
 from recurrent_depth.generation.exits import exit_rule
 from recurrent_depth.generation.forcing import ThinkingBudget
 from recurrent_depth.generation.modes import Mode, decode_in_mode
+from recurrent_depth.generation.scheduler import Refill
 from recurrent_depth.generation.speculative import Speculation
 from recurrent_depth.generation.stopping import StopStrings, cut
+from recurrent_depth.generation.wavefront import Wavefront
 from recurrent_depth.hf.forcing import Thinking
 from recurrent_depth.hf.loading import unwrap
 
@@ -38,6 +40,12 @@ class EngineOptions:
         cache_budget: recurrences the cache keeps; null keeps all.
         draft_steps: draft tokens with so few steps and verify them with num_steps; the text is the same.
         draft_tokens: tokens drafted a round.
+        wavefront_steps: let the positions of a request think at the same time, so many steps a pass.
+        wavefront_width: positions in flight, at most.
+        wavefront_exact: write what plain decoding writes; false freezes positions and shares states, and is faster.
+        wavefront_threshold: freeze a position whose state a pass changes by less.
+        wavefront_average: weight of the earlier embedding in the moving average a position reads.
+        slots: keep so many requests in the batch, and refill it at once when a token or a request is done.
         seed: of sampling.
         think: open a thinking part and keep the budget below.
         think_begin, think_end: its delimiters, one token each.
@@ -55,6 +63,12 @@ class EngineOptions:
     cache_budget: int | None = None
     draft_steps: int | None = None
     draft_tokens: int = 4
+    wavefront_steps: int | None = None
+    wavefront_width: int = 128
+    wavefront_exact: bool = True
+    wavefront_threshold: float = 0.03
+    wavefront_average: float = 0.1
+    slots: int | None = None
     seed: int = 0
     think: bool = False
     think_begin: str = "<|begin_think|>"
@@ -66,7 +80,19 @@ class EngineOptions:
 
     def mode(self) -> Mode | None:
         """The mode these options choose; None decodes plainly."""
-        return None if self.draft_steps is None else Speculation(self.draft_steps, self.draft_tokens)
+        modes: dict[str, Mode] = {}
+        if self.draft_steps is not None:
+            modes["draft_steps"] = Speculation(self.draft_steps, self.draft_tokens)
+        if self.wavefront_steps is not None:
+            modes["wavefront_steps"] = Wavefront(
+                self.wavefront_steps, self.wavefront_width, self.wavefront_exact, self.wavefront_threshold,
+                self.wavefront_average,
+            )  # fmt: skip
+        if self.slots is not None:
+            modes["slots"] = Refill(self.slots)
+        if len(modes) > 1:
+            raise ValueError(f"{' and '.join(modes)} each choose a way to decode; give one of them")
+        return next(iter(modes.values()), None)
 
     def thinking(self) -> Thinking | None:
         if not self.think:
