@@ -1,0 +1,353 @@
+"""Every way to decode, side by side: on the model whose written tokens need depth, and on a 35M shape.
+
+    python benchmarks/decode.py [--model RUN] [--parts generative,mixed,35M] [--repeats 3]
+
+Without --model the recipe configs/pretrain/generative.yaml is trained first. One thread; seconds are CPU seconds of the
+process, prompts included, and every ratio is the median over rounds in which all ways take turns. Writes the named
+parts of results/decode_cpu.json; benchmarks/decode_table.py makes docs/decoding-benchmarks.md of it.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common import RESULTS, write_result
+from generative import TASK, Exam, exam, score, trained
+from recurrent_depth.generation.decoding import Decoded, Decoding
+from recurrent_depth.generation.exits import ExitRule, OutputKL, Read, StableArgmax, StateChange
+from recurrent_depth.generation.modes import Mode, decode_in_mode
+from recurrent_depth.generation.scheduler import Refill
+from recurrent_depth.generation.speculative import Speculation
+from recurrent_depth.generation.wavefront import Wavefront
+from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.flops import forward_flops
+from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.runs import load_run_model
+
+MOST, LENGTH, LENGTHS = 32, 16, (4, 8, 12, 16)
+BATCHES = (1, 8, 64)
+SHAPE = ModelConfig(
+    n_embd=512, n_heads=8, intermediate_size=1792, n_layers_in_prelude=2, n_layers_in_recurrent_block=4,
+    n_layers_in_coda=2, vocab_size=8192, block_size=256, mean_recurrence=8,
+)  # fmt: skip
+RULES: tuple[ExitRule, ...] = (
+    *(StateChange(t) for t in (0.3, 0.1, 0.03, 0.01)),
+    *(OutputKL(t) for t in (5e-4, 1e-5, 1e-7, 1e-9)),
+    *(StableArgmax(n) for n in (3, 5, 8)),
+)
+SPECULATIONS = tuple(Speculation(steps, tokens) for steps in (4, 6, 8, 12) for tokens in (4, 8, 16))
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to decode; `model` is `looped` or a fixed depth of equal compute."""
+
+    name: str
+    options: Decoding
+    mode: Mode | None = None
+    model: str = "looped"
+
+
+@dataclass(frozen=True)
+class ReplayedExits:
+    """Leaves the core after depths drawn from measured ones: random weights say nothing about convergence."""
+
+    depths: tuple[int, ...]
+
+    def remembers(self, vocab_size: int) -> int:
+        return 2
+
+    def converged(self, before: Tensor, after: Tensor, read: Read, memory: Tensor) -> tuple[Tensor, Tensor]:
+        drawn = torch.tensor(self.depths)[torch.randint(len(self.depths), memory.shape[:2])].to(memory.dtype)
+        first = memory[..., 0].isnan()
+        taken = torch.where(first, 1.0, memory[..., 0] + 1)
+        leave_at = torch.where(first, drawn, memory[..., 1])
+        return taken >= leave_at, torch.stack([taken, leave_at], dim=-1)
+
+
+def fixed_depth(config: ModelConfig, num_steps: int, tokens: int) -> RecurrentDepthModel:
+    """Distinct layers in a row and one step of the core, with the FLOPs of `num_steps` (to half a layer); untrained."""
+    wanted = forward_flops(config, tokens, num_steps)
+
+    def with_prelude(layers: int) -> ModelConfig:
+        return replace(config, n_layers_in_prelude=layers, n_layers_in_recurrent_block=1, mean_recurrence=1)
+
+    layers = range(1, config.unrolled_layers(num_steps) + num_steps)
+    best = min(layers, key=lambda n: abs(forward_flops(with_prelude(n), tokens, 1) - wanted))
+    return random_model(with_prelude(best))
+
+
+def random_model(config: ModelConfig) -> RecurrentDepthModel:
+    model = RecurrentDepthModel(config)
+    model.initialise(seed=0)
+    return model.eval()
+
+
+def until(quotas: Sequence[int] | None) -> Callable[[int, int], bool] | None:
+    """Ends each request after its own number of tokens."""
+    if quotas is None:
+        return None
+    left = list(quotas)
+
+    def on_token(request: int, token: int) -> bool:
+        left[request] -= 1
+        return left[request] == 0
+
+    return on_token
+
+
+def timed(
+    model: RecurrentDepthModel, prompts: list[list[int]], way: Way, batch: int, quotas: Sequence[int] | None = None
+) -> tuple[float, list[Decoded]]:
+    """CPU seconds for all prompts, `batch` at a time (a refilled batch takes them all), and what was written."""
+    size = len(prompts) if isinstance(way.mode, Refill) else batch
+    results = []
+    began = time.process_time()
+    for first in range(0, len(prompts), size):
+        some = slice(first, first + size)
+        on_token = until(None if quotas is None else quotas[some])
+        results.append(decode_in_mode(model, prompts[some], way.options, way.mode, on_token=on_token))
+    return time.process_time() - began, results
+
+
+def summary(results: list[Decoded], prompts: list[list[int]]) -> dict[str, Any]:
+    """Steps of the core a written token (after the first, which the prompt's pass gives), bytes, acceptance."""
+    tokens = sum(len(written) for r in results for written in r.tokens)
+    all_steps = [steps for r in results for steps in r.steps]
+    prompt_steps = sum(steps[0] * len(prompt) for steps, prompt in zip(all_steps, prompts, strict=True))
+    drafted = sum(getattr(r, "drafted", 0) for r in results)
+    return {
+        "tokens": tokens,
+        "core_steps_per_token": (sum(r.core_steps for r in results) - prompt_steps) / (tokens - len(prompts)),
+        "core_steps_per_prompt_token": prompt_steps / sum(map(len, prompts)),
+        "computed_steps": sum(r.computed_steps for r in results),
+        "flops": sum(r.flops for r in results),
+        "cache_bytes": max(r.cache_bytes for r in results),
+        "acceptance": sum(getattr(r, "accepted", 0) for r in results) / drafted if drafted else None,
+    }
+
+
+def by_turns(
+    models: dict[str, RecurrentDepthModel],
+    ways: list[Way],
+    prompts: list[list[int]],
+    batch: int,
+    repeats: int,
+    quotas: Sequence[int] | None = None,
+) -> list[dict[str, Any]]:
+    """Measure all ways in rounds; the first one is what ratios refer to."""  # fmt: skip
+    seconds: dict[str, list[float]] = {way.name: [] for way in ways}
+    rows = []
+    for turn in range(repeats + 1):
+        for way in ways:
+            elapsed, results = timed(models[way.model], prompts, way, batch, quotas)
+            if turn == 0:  # warm-up
+                rows.append({"way": way.name, "batch": batch, **summary(results, prompts)})
+            else:
+                seconds[way.name].append(elapsed)
+    for row in rows:
+        mine = seconds[row["way"]]
+        row["seconds"] = median(mine)
+        row["tokens_per_s"] = row["tokens"] / row["seconds"]
+        row["speedup"] = median(a / b for a, b in zip(seconds[ways[0].name], mine, strict=True))
+        print(
+            f"{row['way']:48s} B {batch:3d} {row['tokens_per_s']:9.1f} tok/s {row['speedup']:6.2f}x "
+            f"{row['core_steps_per_token']:6.2f} steps/token {row['cache_bytes'] / 2**20:8.2f} MiB "
+            f"{'' if row['acceptance'] is None else format(row['acceptance'], '.2f')}",
+            flush=True,
+        )
+    return rows
+
+
+def options(length: int = LENGTH, **more: Any) -> Decoding:
+    return Decoding(max_new_tokens=2 * length + 2, stop=(TASK.end_id,), **more)
+
+
+@dataclass
+class Tuned:
+    """What was chosen on rows that the measurement does not use."""
+
+    fewest: int
+    rules: dict[str, ExitRule]
+    speculation: Speculation
+    candidates: list[dict[str, Any]]
+
+
+def tune(model: RecurrentDepthModel, test: Exam) -> Tuned:
+    """The fewest fixed steps, and of every exit rule the threshold with the fewest steps, that answer as r = 32 does.
+
+    Speculation writes the same tokens whatever its settings: the fastest is taken.
+    """
+    found: list[dict[str, Any]] = []
+
+    def scores(name: str, decoding: Decoding) -> tuple[float, float]:
+        results = timed(model, test.prompts, Way(name, decoding), len(test.prompts))[1]
+        row = {"way": name, **score(results[0].tokens, test.expected), **summary(results, test.prompts)}
+        found.append(row)
+        print(
+            f"tune {name:40s} exact {row['exact']:.3f} colours {row['colours']:.3f} {row['core_steps_per_token']:.2f}"
+        )
+        return row["exact"], row["core_steps_per_token"]
+
+    full, _ = scores(f"r={MOST}", options(num_steps=MOST))
+    fixed = {r: scores(f"r={r}", options(num_steps=r))[0] for r in (4, 6, 8, 10, 11, 12, 13, 14, 16, 20, 24)}
+    fewest = min((r for r, exact in fixed.items() if exact >= full), default=MOST)
+    rules: dict[str, tuple[float, ExitRule]] = {}
+    for rule in RULES:
+        exact, steps = scores(str(rule), options(num_steps=MOST, exit=rule))
+        best = rules.get(type(rule).__name__)
+        if exact >= full and (best is None or steps < best[0]):
+            rules[type(rule).__name__] = (steps, rule)
+    speed = {s: timed(model, test.prompts[:2], Way("", options(num_steps=MOST), s), 1)[0] for s in SPECULATIONS}
+    fastest = min(speed, key=lambda s: speed[s])
+    return Tuned(fewest, {name: rule for name, (_, rule) in rules.items()}, fastest, found)
+
+
+def all_ways(
+    fewest: int, rules: dict[str, ExitRule], speculation: Speculation, make: Callable[..., Decoding]
+) -> list[Way]:
+    """The ways that are compared at one batch size."""
+    plain = make(num_steps=MOST)
+    return [
+        Way(f"plain, r = {MOST}", plain),
+        Way(f"plain, r = {fewest} (fewest with that accuracy)", make(num_steps=fewest)),
+        *(Way(f"exit by {rule}", make(num_steps=MOST, exit=rule)) for rule in rules.values()),
+        Way(f"self-speculation {speculation.steps} steps, {speculation.tokens} tokens", plain, speculation),
+        Way("wavefront, exact", plain, Wavefront(exact=True)),
+        Way("wavefront, approximate", make(num_steps=MOST, cache_budget=1), Wavefront()),
+        Way(f"cache of 4 recurrences, r = {MOST}", make(num_steps=MOST, cache_budget=4)),
+        Way(f"cache of 4 recurrences, r = {fewest}", make(num_steps=fewest, cache_budget=4)),
+        Way(f"fixed depth, FLOPs of r = {MOST}", make(num_steps=1), model="fixed-most"),
+        Way(f"fixed depth, FLOPs of r = {fewest}", make(num_steps=1), model="fixed-fewest"),
+    ]
+
+
+def with_fixed(model: RecurrentDepthModel, fewest: int, tokens: int) -> dict[str, RecurrentDepthModel]:
+    fixed = {"fixed-most": MOST, "fixed-fewest": fewest}
+    return {"looped": model, **{name: fixed_depth(model.config, r, tokens) for name, r in fixed.items()}}
+
+
+def add_scores(rows: list[dict[str, Any]], models: dict[str, RecurrentDepthModel], ways: list[Way], test: Exam) -> None:
+    """Accuracy of every way on many rows (it does not depend on the batch)."""
+    for way in ways:
+        if way.model == "looped":
+            _, results = timed(models["looped"], test.prompts, way, len(test.prompts))
+            marks = score([tokens for r in results for tokens in r.tokens], test.expected)
+            for row in rows:
+                if row["way"] == way.name:
+                    row.update(marks)
+            print(f"{way.name:48s} {marks}", flush=True)
+
+
+def measure_generative(model: RecurrentDepthModel, repeats: int) -> dict[str, Any]:
+    """All ways at batch 1, 8 and 64 on the longest reports."""
+    tuned = tune(model, exam(64, LENGTH, first_row=10_000))
+    models = with_fixed(model, tuned.fewest, 3 * LENGTH + 3)
+    ways = all_ways(tuned.fewest, tuned.rules, tuned.speculation, options)
+    rows = []
+    for batch in BATCHES:
+        prompts = exam(max(batch, 3), LENGTH).prompts
+        rows += by_turns(models, ways, prompts, batch, repeats)
+    add_scores(rows, models, ways, exam(128, LENGTH))
+    layers = {name: models[name].config.unrolled_layers(1) for name in ("fixed-most", "fixed-fewest")}
+    return {
+        "rows": rows, "tuning": tuned.candidates, "fewest": tuned.fewest, "fixed_layers": layers,
+        "depths": exit_depths(model, tuned), "shape": asdict(model.config),
+    }  # fmt: skip
+
+
+def exit_depths(model: RecurrentDepthModel, tuned: Tuned) -> list[int]:
+    """Steps of written tokens under the cheapest lossless rule: what the 35M shape replays."""
+    rule = tuned.rules.get("StateChange") or next(iter(tuned.rules.values()))
+    test = exam(8, LENGTH)
+    _, (result,) = timed(model, test.prompts, Way("", options(num_steps=MOST, exit=rule)), 8)
+    return [int(steps) for row in result.steps for steps in row[1:]]
+
+
+def measure_mixed(model: RecurrentDepthModel, fewest: int, rule: ExitRule, repeats: int) -> dict[str, Any]:
+    """Requests of mixed length: padded batches, each to its end, against a batch that is refilled."""
+    rows = []
+    for slots, requests in ((8, 48), (32, 128)):
+        test = mixed(requests)
+        ways = [
+            Way("padded batches, exit by " + str(rule), options(num_steps=MOST, exit=rule)),
+            Way("refilled batch, exit by " + str(rule), options(num_steps=MOST, exit=rule), Refill(slots)),
+            Way(f"padded batches, r = {fewest}", options(num_steps=fewest)),
+            Way(f"refilled batch, r = {fewest}", options(num_steps=fewest), Refill(slots)),
+        ]
+        found = by_turns({"looped": model}, ways, test.prompts, slots, repeats)
+        add_scores(found, {"looped": model}, ways, test)
+        rows += [{"requests": requests, **row} for row in found]
+    return {"rows": rows}
+
+
+def mixed(requests: int) -> Exam:
+    """Reports of 4, 8, 12 and 16 instructions in an order that is mixed, but fixed."""
+    parts = [exam(requests // len(LENGTHS), length) for length in LENGTHS]
+    both = [pair for part in parts for pair in zip(part.prompts, part.expected, strict=True)]
+    order = torch.randperm(len(both), generator=torch.Generator().manual_seed(0)).tolist()
+    return Exam([both[n][0] for n in order], [both[n][1] for n in order])
+
+
+def measure_35m(generative: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """All ways on random weights: speed and bytes only. Exits are replayed, acceptance is what random weights give."""
+    model = random_model(SHAPE)
+    fewest, rows = generative["fewest"], []
+    replay = ReplayedExits(tuple(generative["depths"]))
+    generator = torch.Generator().manual_seed(1)
+    for batch, prompt, new in ((1, 8, 16), (8, 8, 8), (64, 4, 4)):
+        prompts = torch.randint(SHAPE.vocab_size, (batch, prompt), generator=generator).tolist()
+        models = with_fixed(model, fewest, prompt + new)
+
+        def make(new: int = new, **more: Any) -> Decoding:
+            return Decoding(max_new_tokens=new, **more)
+
+        ways = all_ways(fewest, {"replay": replay}, Speculation(4, 4), make)
+        ways = [replace(w, name="exit at replayed depths") if w.options.exit is replay else w for w in ways]
+        rows += by_turns(models, ways, prompts, batch, repeats)
+    return {"rows": rows, "refilled": refilled_35m(model, replay, repeats), "shape": asdict(SHAPE)}
+
+
+def refilled_35m(model: RecurrentDepthModel, replay: ExitRule, repeats: int) -> list[dict[str, Any]]:
+    """Requests that end after 2 to 16 tokens, 8 places."""
+    generator = torch.Generator().manual_seed(2)
+    prompts = torch.randint(SHAPE.vocab_size, (24, 8), generator=generator).tolist()
+    quotas = torch.randint(2, 17, (24,), generator=generator).tolist()
+    make = Decoding(max_new_tokens=16, num_steps=MOST, exit=replay)
+    ways = [Way("padded batches, replayed exits", make), Way("refilled batch, replayed exits", make, Refill(8))]
+    return by_turns({"looped": model}, ways, prompts, 8, repeats, quotas)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="run folder; default: train the recipe")
+    parser.add_argument("--parts", default="generative,mixed,35M")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    path = RESULTS / "decode_cpu.json"
+    parts: dict[str, Any] = json.loads(path.read_text())["parts"] if path.is_file() else {}
+    wanted = args.parts.split(",")
+    if {"generative", "mixed"} & set(wanted):
+        model = load_run_model(args.model) if args.model else trained()
+    for part in wanted:
+        print(f"\n{part}")
+        if part == "generative":
+            parts[part] = measure_generative(model, args.repeats)
+        elif part == "mixed":
+            parts[part] = measure_mixed(model, parts["generative"]["fewest"], StateChange(0.1), args.repeats)
+        else:
+            parts[part] = measure_35m(parts["generative"], max(1, args.repeats - 2))
+        write_result("decode_cpu", {"clock": "CPU seconds of the process, one thread", "parts": parts})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The tables of docs/decoding-benchmarks.md, from benchmarks/results/.
+
+python benchmarks/decode_table.py          # prints them; tests/test_readme.py compares
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+Row = dict[str, Any]
+
+
+def tables() -> list[str]:
+    """All tables, in the order of the page."""
+    early, accuracy, decode = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("early_exit", "generative", "decode_cpu")
+    )
+    parts = decode["parts"]
+    return [
+        early_exit(early["rows"]),
+        by_steps(accuracy["runs"]),
+        ways(parts["generative"]["rows"]),
+        mixed(parts["mixed"]["rows"]),
+        ways(parts["35M"]["rows"]),
+        mixed(parts["35M"]["refilled"]),
+    ]
+
+
+def early_exit(rows: list[Row]) -> str:
+    lines = [
+        "| rule | threshold | accuracy in order | mean steps | accuracy alone | mean steps | after 1, 8, 16 swaps |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in rows:
+        if row["order"] == "each token alone":
+            continue
+        alone = [r for r in rows if r["order"] == "each token alone" and _rule(r) == _rule(row)]
+        other = f"{100 * alone[0]['accuracy']:.1f} | {alone[0]['mean_steps']:.1f}" if alone else " | "
+        name = "all take" if row["rule"] == "none" else row["rule"]
+        steps = ", ".join(f"{row['steps_by_swaps'][swaps - 1]:.1f}" for swaps in (1, 8, 16))
+        accuracy = f"{100 * row['accuracy']:.1f} | {row['mean_steps']:.1f}"
+        lines.append(f"| {name} | {row['threshold']:g} | {accuracy} | {other} | {steps} |")
+    return "\n".join(lines)
+
+
+def _rule(row: Row) -> tuple[str, float]:
+    return row["rule"], row["threshold"]
+
+
+def by_steps(runs: list[Row]) -> str:
+    """Reports of 16 instructions: exact matches, all tokens, colours, by seed and steps."""
+    steps = [row["num_steps"] for row in runs[0]["rows"] if row["length"] == 16]
+    lines = ["| seed | share of | " + " | ".join(f"r = {r}" for r in steps) + " |", "|---|---|" + "---|" * len(steps)]
+    for run in runs:
+        rows = [row for row in run["rows"] if row["length"] == 16]
+        for key, label in (("exact", "whole reports"), ("tokens", "tokens"), ("colours", "colours")):
+            shares = " | ".join(f"{100 * row[key]:.1f}" for row in rows)
+            lines.append(f"| {run['seed']} | {label} | {shares} |")
+    return "\n".join(lines)
+
+
+def ways(rows: list[Row]) -> str:
+    """Ways by batch: tokens a second and the ratio to the first way, steps, bytes, acceptance, accuracy."""
+    batches = sorted({row["batch"] for row in rows})
+    cells = {(row["way"], row["batch"]): row for row in rows}
+    scored = "exact" in rows[0]
+    heads = [f"batch {b}: tok/s, ratio" for b in batches]
+    heads += ["core steps a token", f"cache MiB, batch {batches[-1]}", "accepted"] + ["exact, %"] * scored
+    lines = ["| way | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        mine = [cells[way, b] for b in batches]
+        speeds = [f"{row['tokens_per_s']:,.0f}, {row['speedup']:.2f}x" for row in mine]
+        accepted = [f"{100 * row['acceptance']:.0f}%" for row in mine if row["acceptance"] is not None]
+        marks = [f"{100 * mine[0]['exact']:.1f}" if "exact" in mine[0] else "untrained"] if scored else []
+        rest = [_steps(mine), f"{mine[-1]['cache_bytes'] / 2**20:.2f}", ", ".join(dict.fromkeys(accepted)), *marks]
+        lines.append(f"| {way} | " + " | ".join(speeds + rest) + " |")
+    return "\n".join(lines)
+
+
+def _steps(rows: list[Row]) -> str:
+    return ", ".join(dict.fromkeys(f"{row['core_steps_per_token']:.1f}" for row in rows))
+
+
+def mixed(rows: list[Row]) -> str:
+    """Padded against refilled batches; each ratio is to the padded batches of the same depth rule."""
+    lines = ["| places | way | tok/s | ratio to padded | core steps a token |", "|---|---|---|---|---|"]
+    for row in rows:
+        kind, rule = row["way"].split(", ", 1)
+        padded = next(
+            r for r in rows if r["batch"] == row["batch"] and r["way"].startswith("padded") and r["way"].endswith(rule)
+        )
+        ratio = row["tokens_per_s"] / padded["tokens_per_s"]
+        lines.append(
+            f"| {row['batch']} | {kind}, {rule} | {row['tokens_per_s']:,.0f} | {ratio:.2f}x | "
+            f"{row['core_steps_per_token']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print("\n\n".join(tables()))
