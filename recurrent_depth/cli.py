@@ -21,6 +21,12 @@ class Verb:
 VERBS = {
     "prepare": Verb("turn text into packed rows", "recurrent_depth.data.prepare", "PrepareConfig", "prepare"),
     "train": Verb("pretrain or fine-tune", "recurrent_depth.training.command", "TrainCommand", "run"),
+    "prepare-reasoning": Verb(
+        "rows for fine-tuning on traces",
+        "recurrent_depth.reasoning.dataset",
+        "ReasoningDataConfig",
+        "prepare_reasoning",
+    ),
     "eval": Verb("accuracy over test-time steps", "recurrent_depth.evaluation", "EvalConfig", "evaluate"),
     "generate": Verb("write text", "recurrent_depth.serving.generate", "GenerateConfig", "generate"),
     "export": Verb("write a Hugging Face folder", "recurrent_depth.hf.export", "ExportConfig", "export"),

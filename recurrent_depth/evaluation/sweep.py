@@ -11,9 +11,13 @@ from typing import Any, Literal
 import torch
 
 from recurrent_depth.data.tasks import TASKS
+from recurrent_depth.evaluation.budget_sweep import evaluate_budgets
+from recurrent_depth.evaluation.controls import ControlsConfig
 from recurrent_depth.evaluation.dense import evaluate_dense
 from recurrent_depth.evaluation.export_tasks import export_task
 from recurrent_depth.evaluation.table import Published, Result, beside_published, markdown, plot, write_csv
+from recurrent_depth.reasoning.format import ThinkingFormat
+from recurrent_depth.reasoning.pool import SourceConfig
 from recurrent_depth.runs import is_run, load_run_model
 
 
@@ -52,6 +56,12 @@ class EvalConfig:
         gen_kwargs: sampling options of generation tasks, as lm-eval writes them: temperature=0.2,top_p=0.95.
         groups: further tasks, each group with a prompt format of its own (a protocol in a file).
         published: values to print beside ours.
+        questions: file or data set with the fields question and answer, asked over the grid below.
+        thinking_tokens: budgets of thinking tokens, after which the end is forced.
+        waits: how often the end of thinking is replaced by "Wait", within the budget.
+        thinking_format: the words around question, trace and answer.
+        answer_tokens: tokens of an answer, at most.
+        controls: other ways to spend compute, for comparison.
         state_seeds: initial states: null for zeros, a number for a random state drawn from it; each is evaluated.
         run_generated_code: let lm-eval execute the programs a model writes (HumanEval and the like).
         dtype: of the weights.
@@ -77,6 +87,12 @@ class EvalConfig:
     gen_kwargs: str | None = None
     groups: list[TaskGroup] = field(default_factory=list)
     published: list[Published] = field(default_factory=list)
+    questions: SourceConfig | None = None
+    thinking_tokens: list[int] = field(default_factory=list)
+    waits: list[int] = field(default_factory=lambda: [0])
+    thinking_format: ThinkingFormat = field(default_factory=ThinkingFormat)
+    answer_tokens: int = 32
+    controls: ControlsConfig = field(default_factory=ControlsConfig)
     state_seeds: list[int | None] = field(default_factory=lambda: [None])
     run_generated_code: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -86,8 +102,12 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if not self.num_steps or min(self.num_steps) < 1:
             raise ValueError(f"num_steps is {self.num_steps}; every entry must be at least 1")
-        if not self.tasks and not self.dense and not self.groups:
-            raise ValueError("nothing to evaluate: name --tasks or --dense")
+        if not self.tasks and not self.dense and not self.groups and self.questions is None:
+            raise ValueError("nothing to evaluate: name --tasks, --dense or --questions")
+        if self.questions is not None and not self.thinking_tokens:
+            raise ValueError("questions need budgets: name --thinking-tokens, for example 0,64,128")
+        if any(n < 0 for n in (*self.thinking_tokens, *self.waits)) or not self.waits:
+            raise ValueError("thinking_tokens and waits must be 0 or more, and at least one number of waits is needed")
         if not self.state_seeds:
             raise ValueError("state_seeds is empty; [null] evaluates from zeros")
         unknown = [name for name in self.dense if name not in TASKS]
@@ -104,6 +124,8 @@ def evaluate(config: EvalConfig) -> list[Result]:
     settings: list[dict[str, Any]] = []
     if config.dense:
         results += _dense(config, name)
+    if config.questions is not None:
+        results += evaluate_budgets(config, name, out)
     if config.tasks or config.groups:
         found, settings = _harness(config, name, out)
         results += found
