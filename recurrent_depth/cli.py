@@ -29,6 +29,7 @@ VERBS = {
     ),
     "eval": Verb("accuracy over test-time steps", "recurrent_depth.evaluation", "EvalConfig", "evaluate"),
     "generate": Verb("write text", "recurrent_depth.serving.generate", "GenerateConfig", "generate"),
+    "curate": Verb("make a small reasoning set", "recurrent_depth.reasoning.curate", "CurateConfig", "curate"),
     "export": Verb("write a Hugging Face folder", "recurrent_depth.hf.export", "ExportConfig", "export"),
     "serve": Verb("OpenAI-compatible server", "recurrent_depth.serving.serve", "ServeConfig", "serve"),
     "chat": Verb("talk to a model on a terminal", "recurrent_depth.serving.chat", "ChatConfig", "chat"),
@@ -78,7 +79,7 @@ def run_verb(verb: Verb, prog: str, arguments: list[str]) -> int:
 
 
 def _extra(verb: Verb) -> str:
-    parts = {"evaluation": "eval", "data": "data", "serving": "serve"}
+    parts = {"evaluation": "eval", "data": "data", "serving": "serve", "reasoning": "curate"}
     return parts.get(verb.module.split(".")[1], "hf")
 
 

@@ -14,7 +14,7 @@ from recurrent_depth.data.packed import DataError
 
 AnswerFormat = Literal["plain", "gsm8k"]
 _REQUIRED = ("question", "answer")
-_OPTIONAL = ("id", "trace", "trace_answer", "trace_correct", "domain")
+_OPTIONAL = ("id", "source", "trace", "trace_answer", "trace_correct", "domain")
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 
@@ -76,10 +76,10 @@ class SourceConfig:
 
     Args:
         path: a file (.jsonl, .parquet), a folder of them, or the name of a Hugging Face data set, NAME or NAME:SUBSET.
-        name: of the source; null takes the path's last part.
+        name: of the source; null takes the path's last part. A field `source` of a row goes before it.
         split: of a data set.
-        fields: column of `Example` -> field of the source. A dot goes inside lists and objects: `traces.0.text`. Columns
-            not named keep their name. The questions of an evaluation set need `question` alone.
+        fields: column of `Example` -> field of the source. A dot goes inside lists and objects: `traces.0.text`.
+            Columns not named keep their name. The questions of an evaluation set need `question` alone.
         answer_format: `gsm8k` splits its field `answer` into the trace and the final answer behind `####`.
         keep_calculator_marks: keep the marks `<<48/2=24>>` of gsm8k.
         limit: rows to read; null reads all.
@@ -104,7 +104,7 @@ class SourceConfig:
 
     @property
     def label(self) -> str:
-        """The name in the column `source`."""
+        """The name in ids, and in the column `source` of rows that bring none."""
         return self.name or Path(self.path.partition(":")[0]).stem
 
 
@@ -158,7 +158,7 @@ def _example(source: SourceConfig, number: int, record: Mapping[str, Any]) -> tu
     correct = values["trace_correct"]
     example = Example(
         id=f"{source.label}/{number if values['id'] is None else values['id']}",
-        source=source.label,
+        source=_text(values["source"]) or source.label,
         question=question,
         trace=trace,
         answer=answer,

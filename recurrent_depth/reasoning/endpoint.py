@@ -1,0 +1,128 @@
+"""A model behind an OpenAI-compatible server: concurrent, resumable, its tokens counted."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from recurrent_depth.data.packed import DataError
+from recurrent_depth.reasoning.replies import Reply, ReplyCache
+from recurrent_depth.reasoning.stages import digest
+
+
+@dataclass(frozen=True)
+class EndpointConfig:
+    """A chat model behind a server.
+
+    Args:
+        url: of the server, for example http://localhost:8000/v1.
+        model: its name there.
+        api_key_env: environment variable that holds the key; a server on one's own machine needs none.
+        system: system message; null for none.
+        max_tokens: longest reply, its reasoning included.
+        temperature: of sampling.
+        seed: sent along; null for none.
+        extra: further fields of the request, for example {reasoning_effort: high}.
+        concurrency: requests under way at once.
+        timeout_s: seconds to wait for a reply.
+        retries: of a request that fails for a passing reason (connection, 408, 409, 429, 5xx), with growing pauses.
+        give_up_after: failures in a row after which nothing more is asked.
+    """
+
+    url: str
+    model: str
+    api_key_env: str = "OPENAI_API_KEY"
+    system: str | None = None
+    max_tokens: int = 4096
+    temperature: float = 0.0
+    seed: int | None = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+    concurrency: int = 8
+    timeout_s: float = 600.0
+    retries: int = 4
+    give_up_after: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "concurrency", "give_up_after"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def fingerprint(self) -> Any:
+        """What decides the answers: the model's name and the request, not where and how fast it is asked."""
+        return {name: value for name, value in asdict(self).items() if name in _DECIDING}
+
+    def open(self) -> "EndpointWriter":
+        return EndpointWriter(self)
+
+
+_DECIDING = ("model", "system", "max_tokens", "temperature", "seed", "extra")
+
+
+class EndpointWriter:
+    """Asks a server, `concurrency` prompts at a time."""
+
+    def __init__(self, config: EndpointConfig) -> None:
+        try:
+            from openai import OpenAI
+        except ModuleNotFoundError as error:
+            raise DataError("a model behind a server needs: pip install 'recurrent-depth[curate]'") from error
+        self.config = config
+        self.client = OpenAI(
+            base_url=config.url,
+            api_key=os.environ.get(config.api_key_env, "none"),
+            timeout=config.timeout_s,
+            max_retries=config.retries,
+        )
+        self.failed_in_a_row = 0
+
+    def write(self, prompts: Sequence[str], cache: ReplyCache) -> list[Reply]:
+        """One reply a prompt. Replies are kept as they come; one with an error is asked for again by another run."""
+        keys = [digest([self.config.fingerprint(), prompt]) for prompt in prompts]
+        wanted = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if cache.get(key) is None}
+        failed: dict[str, Reply] = {}
+
+        def ask(key: str, prompt: str) -> None:
+            reply = self._ask(prompt)
+            if reply.error is None:
+                cache.put({key: reply})
+            else:
+                failed[key] = reply
+
+        with ThreadPoolExecutor(self.config.concurrency) as threads:
+            list(threads.map(ask, wanted.keys(), wanted.values()))
+        return [failed[key] if key in failed else cache.replies[key] for key in keys]
+
+    def _ask(self, prompt: str) -> Reply:
+        from openai import OpenAIError
+
+        config = self.config
+        if self.failed_in_a_row >= config.give_up_after:
+            return Reply("", error=f"not asked: {config.give_up_after} requests in a row had failed")
+        system = [] if config.system is None else [{"role": "system", "content": config.system}]
+        messages: list[Any] = [*system, {"role": "user", "content": prompt}]
+        optional: dict[str, Any] = {} if config.seed is None else {"seed": config.seed}
+        try:
+            completion = self.client.chat.completions.create(
+                model=config.model, messages=messages, max_tokens=config.max_tokens, temperature=config.temperature,
+                extra_body=config.extra, **optional,
+            )  # fmt: skip
+            reply = _reply(completion)
+        except (OpenAIError, AttributeError, IndexError, TypeError, ValueError) as error:  # failed, or not a completion
+            self.failed_in_a_row += 1
+            return Reply("", error=f"{type(error).__name__}: {error}"[:300])
+        self.failed_in_a_row = 0
+        return reply
+
+
+def _reply(completion: Any) -> Reply:
+    choice, usage = completion.choices[0], completion.usage
+    message = choice.message
+    reasoning = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None) or ""
+    return Reply(
+        text=message.content or "",
+        reasoning=reasoning,
+        finish=choice.finish_reason or "stop",
+        tokens_in=usage.prompt_tokens if usage else 0,
+        tokens_out=usage.completion_tokens if usage else 0,
+    )

@@ -1,0 +1,148 @@
+"""What a stage of curation is: options, a function from rows to rows, and a name that a recipe calls it by."""
+
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+
+from recurrent_depth.data.packed import DataError
+from recurrent_depth.reasoning.pool import Drop, Example, SourceConfig, source_files
+
+BUILT_IN = ("duplicates", "quality", "teacher", "grading", "difficulty", "lengths", "domains", "selection")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage may use beside the rows.
+
+    Attributes:
+        stage: its name in the recipe.
+        root: folder of relative data paths.
+        cache: folder for answers of models, which outlive a killed run.
+        seed: of this stage.
+        facts: what earlier stages found, by their names.
+    """
+
+    stage: str
+    root: Path
+    cache: Path
+    seed: int = 0
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def generator(self) -> np.random.Generator:
+        """The stage's own random numbers."""
+        return np.random.default_rng(self.seed)
+
+    def drop(self, example: Example, reason: str, detail: str = "") -> Drop:
+        return Drop(example, self.stage, reason, detail)
+
+
+@dataclass
+class Outcome:
+    """What a stage made of the rows.
+
+    Attributes:
+        examples: rows that stay, in order.
+        drops: rows that go.
+        facts: plain JSON for later stages and the report.
+        complete: False where something failed that another run may get: the result is used, but not cached.
+    """
+
+    examples: list[Example]
+    drops: list[Drop] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    complete: bool = True
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Base of all stages: a frozen dataclass of options with these two methods."""
+
+    kind: ClassVar[str] = ""
+
+    def inputs(self, context: Context) -> list[Any]:
+        """Plain JSON that changes when what the stage reads beside the rows changes (files, models)."""
+        return []
+
+    def apply(self, examples: list[Example], context: Context) -> Outcome:
+        """The work."""
+        raise NotImplementedError
+
+
+STAGES: dict[str, type[Stage]] = {}
+S = TypeVar("S", bound=type[Stage])
+
+
+def stage(kind: str) -> Callable[[S], S]:
+    """Class decorator: makes a `Stage` known to recipes as `kind`."""
+
+    def register(cls: S) -> S:
+        cls.kind = kind
+        STAGES[kind] = cls
+        return cls
+
+    return register
+
+
+def build_stage(description: Mapping[str, Any]) -> Stage:
+    """A stage from `{stage: KIND, option: value, ...}`; errors name the stage and the option."""
+    for name in BUILT_IN:
+        importlib.import_module(f"recurrent_depth.reasoning.{name}")
+    options = {name: value for name, value in description.items() if name not in ("stage", "name")}
+    kind = description.get("stage")
+    if kind not in STAGES:
+        raise ValueError(f"unknown stage {kind!r}; known are {', '.join(sorted(STAGES))}")
+    unknown = sorted(set(options) - {option.name for option in fields(STAGES[kind])})
+    if unknown:
+        known = ", ".join(option.name for option in fields(STAGES[kind])) or "none"
+        raise ValueError(f"stage {kind}: unknown options {unknown}; known are {known}")
+    return _instance(STAGES[kind], kind, options)
+
+
+def _instance(cls: type[Stage], kind: str, options: dict[str, Any]) -> Stage:
+    """jsonargparse checks the types and builds nested dataclasses."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, as_group=False)
+    try:
+        built = parser.instantiate(parser.parse_object(options))
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise ValueError(f"stage {kind}: {error}") from error
+    return cls(**{option.name: built[option.name] for option in fields(cls)})
+
+
+def digest(value: Any) -> str:
+    """A hash of plain JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def digest_examples(examples: Sequence[Example]) -> str:
+    """A hash of rows, their order included."""
+    content = hashlib.sha256()
+    for example in examples:
+        content.update(json.dumps(asdict(example), sort_keys=True).encode())
+    return content.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def source_inputs(sources: Sequence[SourceConfig], root: Path) -> list[Any]:
+    """Sources with the hashes of their files."""
+    return [[asdict(source), [file_digest(file) for file in source_files(source, root)]] for source in sources]
+
+
+def existing(path: str, root: Path) -> Path:
+    """A file below `root`; one that does not exist is an error."""
+    file = root / path
+    if not file.is_file():
+        raise DataError(f"{file} does not exist; mend the path, or --root, the folder of relative paths")
+    return file
