@@ -21,6 +21,7 @@ class Verb:
 VERBS = {
     "prepare": Verb("turn text into packed rows", "recurrent_depth.data.prepare", "PrepareConfig", "prepare"),
     "train": Verb("pretrain or fine-tune", "recurrent_depth.training.command", "TrainCommand", "run"),
+    "train-dense": Verb("the recipe on a dense model", "recurrent_depth.hf.dense", "DenseCommand", "train_dense"),
     "prepare-reasoning": Verb(
         "rows for fine-tuning on traces",
         "recurrent_depth.reasoning.dataset",

@@ -32,8 +32,9 @@ def test_notes_stand_where_they_were_put_and_tell_the_state():
         padding = input_ids.shape[1] - len(words)
         assert input_ids[row].tolist() == words + [len(TASK.vocabulary) - 1] * padding
         assert labels[row].tolist() == expected + [-100] * padding
-    assert max(len(by_hand(*r)[0]) for r in zip(ids.tolist(), states.tolist(), places.tolist(), strict=True)) == (
-        input_ids.shape[1]
+    assert (
+        max(len(by_hand(*r)[0]) for r in zip(ids.tolist(), states.tolist(), places.tolist(), strict=True))
+        == (input_ids.shape[1])
     )
 
 

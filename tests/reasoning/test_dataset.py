@@ -1,36 +1,21 @@
 """Rows for fine-tuning: the loss where it belongs, nothing cut in silence, nothing seen across examples."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reasoning_rows import puzzles, write_rows
 from recurrent_depth.data.loader import PackedDataConfig, open_source
 from recurrent_depth.data.packed import DataError
-from recurrent_depth.data.thinking import WORDS, draw_puzzle, thinking_tokenizer
+from recurrent_depth.data.thinking import WORDS, thinking_tokenizer
 from recurrent_depth.reasoning.dataset import ReasoningDataConfig, Tokens, lay_out, prepare_reasoning, tokenize
 from recurrent_depth.reasoning.format import Formatter, ThinkingFormat
-from recurrent_depth.reasoning.pool import Example, SourceConfig
+from recurrent_depth.reasoning.pool import Example
 from recurrent_depth.training.launch import train
 from support import losses, small_run
 
 ID = {word: index for index, word in enumerate(WORDS)}
-
-
-def write_rows(folder, rows):
-    folder.mkdir(exist_ok=True)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    thinking_tokenizer().save(str(folder / "tokenizer.json"))
-    return {"rows": [SourceConfig(str(folder / "rows.jsonl"))], "tokenizer": str(folder)}
-
-
-def puzzles(count, longest=6, seed=0):
-    rng = np.random.default_rng(seed)
-    drawn = [draw_puzzle(rng, "swap", int(rng.integers(2, longest + 1))) for _ in range(count)]
-    return [{"question": " ".join(p.question), "trace": " ".join(p.steps(0, 99)), "answer": p.answer} for p in drawn]
 
 
 def test_the_loss_is_on_the_reply_and_not_on_forced_words():
@@ -63,7 +48,7 @@ def test_packing_keeps_every_example_whole(sizes, length):
             else:
                 number = ids[0] - 100
                 found.append((number, len(ids)))
-                assert (labels + [-100])[: len(ids)] == [100 + ids[0]] * (len(ids) - 1) + [-100]
+                assert ([*labels, -100])[: len(ids)] == [100 + ids[0]] * (len(ids) - 1) + [-100]
     assert sorted(found) == list(enumerate(sizes))
     assert sum(sizes) > length * (len(rows) - 1) / 2
 
