@@ -50,7 +50,7 @@ def test_a_llama_sees_the_labels_and_the_borders_of_packed_examples(prepared):
             logits = model(ids[None]).logits[0]
             alone += torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum").item()
         leaking = model(features["input_ids"], labels=features["labels"]).loss.item() * count
-    assert together == pytest.approx(alone, rel=1e-9)
+    assert together == pytest.approx(alone, rel=1e-6)  # transformers takes the loss in fp32
     assert abs(leaking - alone) > 1e-3 * alone
 
 
