@@ -17,33 +17,43 @@ from recurrent_depth.evaluation.table import Result
 
 if TYPE_CHECKING:
     from recurrent_depth.evaluation.sweep import EvalConfig
+    from recurrent_depth.reasoning.grading import AnswerChecker
+
+GRADE_TIMEOUT_S = 5.0
 
 
 def evaluate_budgets(config: "EvalConfig", name: str, out: Path) -> list[Result]:
     """Run the grid and the comparisons; writes grid.csv, grid.md, grid.png and frontier.png."""
-    examiner = build_examiner(config)
-    cells = examiner.grid(config.num_steps, config.thinking_tokens, config.waits)
-    most = max(config.thinking_tokens)
-    others = [cell for r in config.num_steps for cell in run_controls(examiner, config.controls, r, most)]
+    from recurrent_depth.reasoning.grading import AnswerChecker
+
+    assert config.questions is not None
+    with AnswerChecker(GRADE_TIMEOUT_S) as checker:
+        examiner = build_examiner(config, checker)
+        cells = examiner.grid(config.num_steps, config.thinking_tokens, config.waits)
+        most = max(config.thinking_tokens)
+        others = [cell for r in config.num_steps for cell in run_controls(examiner, config.controls, r, most)]
     write_grid(cells, others, out)
     plot_heat_map(cells, out / "grid.png", f"{name}: accuracy, %")
     plot_frontier(cells, out / "frontier.png", f"{name}: accuracy over FLOPs")
-    assert config.questions is not None
     return [as_result(cell, name, config.questions.label) for cell in (*cells, *others)]
 
 
-def build_examiner(config: "EvalConfig") -> Examiner:
+def build_examiner(config: "EvalConfig", checker: "AnswerChecker") -> Examiner:
     """The model, its tokenizer and the questions of a configuration."""
     from recurrent_depth.hf.loading import load_model, unwrap
     from recurrent_depth.reasoning.format import Formatter
 
-    assert config.questions is not None
+    def grade(questions: Sequence[Question], answers: Sequence[str]) -> list[bool]:
+        """By rule: numbers, fractions, LaTeX, letters. What the rule cannot decide is wrong."""
+        pairs = zip(questions, answers, strict=True)
+        return [checker.compare(question.answer, answer).correct is True for question, answer in pairs]
+
     questions = load_questions(config)
     model, tokenizer = load_model(config.model, getattr(torch, config.dtype), config.device)
     if tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer.json; questions are text and need one")
     formatter = Formatter(tokenizer, config.thinking_format)
-    return Examiner(unwrap(model), formatter, questions, _grade, config.answer_tokens, config.batch_size)
+    return Examiner(unwrap(model), formatter, questions, grade, config.answer_tokens, config.batch_size)
 
 
 def load_questions(config: "EvalConfig") -> list[Question]:
@@ -53,14 +63,6 @@ def load_questions(config: "EvalConfig") -> list[Question]:
     assert config.questions is not None
     examples, _ = load_pool([config.questions])
     return [Question(example.question, example.answer) for example in examples[: config.limit]]
-
-
-def _grade(questions: Sequence[Question], answers: Sequence[str]) -> list[bool]:
-    """By rule: numbers, fractions, LaTeX, letters. What the rule cannot decide is wrong."""
-    from recurrent_depth.reasoning.grading import Item, RuleGrader
-
-    items = [Item(q.text, q.answer, answer) for q, answer in zip(questions, answers, strict=True)]
-    return [verdict.correct is True for verdict in RuleGrader().grade(items)]
 
 
 def as_result(cell: Cell, model: str, task: str) -> Result:

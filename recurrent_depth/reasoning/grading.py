@@ -69,18 +69,18 @@ class RuleGrader:
         return ["rule", asdict(self), version("math-verify")]
 
     def grade(self, items: Sequence[Item], context: Context | None = None) -> list[Verdict]:
-        with _Worker(self.timeout_s) as worker:
+        with AnswerChecker(self.timeout_s) as worker:
             return [worker.compare(item.reference, item.attempt) for item in items]
 
 
-class _Worker:
+class AnswerChecker:
     """A process that compares; one that does not answer in time is replaced."""
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self.process: multiprocessing.process.BaseProcess | None = None
 
-    def __enter__(self) -> "_Worker":
+    def __enter__(self) -> "AnswerChecker":
         return self
 
     def __exit__(self, *_: object) -> None:
