@@ -3,7 +3,8 @@
 import json
 import logging
 import re
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from recurrent_depth.evaluation.table import Result
+from recurrent_depth.generation.forcing import ThinkingBudget
+from recurrent_depth.hf.engine import EngineOptions, decode_texts, joined, unpadded
 
 if TYPE_CHECKING:
     from recurrent_depth.evaluation.sweep import TaskGroup
@@ -21,18 +24,61 @@ logging.getLogger("lm_eval").setLevel(logging.WARNING)
 
 
 class RecurrentLM(HFLM):
-    """lm-eval's Hugging Face model with a depth and an initial state that can be changed between runs."""
+    """lm-eval's Hugging Face model with a depth and an initial state that can be changed between runs.
+
+    Generation options that belong to the decoding engine (the fields of `EngineOptions`, for example
+    `gen_kwargs="think=true,think_at_most=256,waits=2"` or `"exit=kl"`) send the requests to it. A thinking part is cut
+    off before an answer is read, and stop texts count behind it alone. `spent` adds up what the engine took.
+    """
 
     num_steps: int = 1
     state_seed: int | None = None
+    spent: Counter[str]
+    think_end_token: int | None = None
 
     def _model_call(self, inps: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         with torch.no_grad():
             return self.model(inps, num_steps=self.num_steps, state_seed=self.state_seed).logits
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: Any, **kwargs: Any) -> torch.Tensor:
-        depth = {"num_steps": self.num_steps, "state_seed": self.state_seed}
-        return super()._model_generate(context, max_length, stop, **depth, **kwargs)
+        names = {field.name for field in fields(EngineOptions)} & set(kwargs)
+        engine = {"num_steps": self.num_steps} | {name: kwargs.pop(name) for name in names}
+        self.think_end_token = None
+        if not names:
+            depth = {"num_steps": self.num_steps, "state_seed": self.state_seed}
+            return super()._model_generate(context, max_length, stop, **depth, **kwargs)
+        if self.state_seed is not None:
+            raise ValueError(f"{', '.join(sorted(names))}: the decoding engine starts from zeros; drop state_seeds")
+        return self._decode(EngineOptions(**engine), context, max_length, stop, **kwargs)
+
+    def _decode(
+        self,
+        engine: EngineOptions,
+        context: torch.Tensor,
+        max_length: int,
+        stop: list[str],
+        attention_mask: torch.Tensor | None = None,
+        do_sample: bool | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+    ) -> torch.Tensor:
+        """The same by the engine, with lm-eval's names for sampling."""
+        options = engine.decoding(
+            self.tokenizer,
+            max_new_tokens=max_length - context.shape[1],
+            temperature=0.0 if do_sample is False else temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop=(self.eot_token_id,),
+        )
+        if isinstance(options.thinking, ThinkingBudget):
+            self.think_end_token = options.thinking.end[-1]
+        result = decode_texts(
+            self.model, self.tokenizer, unpadded(context, attention_mask), options, engine.mode(), stop
+        )
+        self.spent += Counter(tokens=sum(map(len, result.tokens)), core_steps=result.core_steps, flops=result.flops)
+        return joined(context, result.tokens, self.tokenizer.pad_token_id)
 
 
 class Harness:
@@ -51,6 +97,7 @@ class Harness:
         self.name, self.limit, self.run_generated_code = name, limit, run_generated_code
         self.manager = TaskManager(include_path=include_path)
         self.lm = RecurrentLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
+        self.lm.spent = Counter()
 
     def check(self, tasks: list[str]) -> None:
         """Refuse unknown tasks before anything is run."""
@@ -68,8 +115,9 @@ class Harness:
         mode = "lm-eval" if state_seed is None else f"lm-eval, state seed {state_seed}"
         results: list[Result] = []
         report: dict[str, Any] = {}
+        spent: dict[int, dict[str, int]] = {}
         for r in num_steps:
-            self.lm.num_steps = r
+            self.lm.num_steps, self.lm.spent = r, Counter()
             report = simple_evaluate(
                 self.lm,
                 tasks=list(group.tasks),
@@ -85,11 +133,13 @@ class Harness:
                 bootstrap_iters=1000,
             )
             results.extend(_results(self.name, mode, r, report))
+            spent[r] = dict(self.lm.spent)
         template = self.lm.tokenizer.chat_template if group.apply_chat_template else None
         settings = {
             "group": asdict(group),
             "chat_template": template,
             "state_seed": state_seed,
+            "engine_spent": spent,  # by the decoding engine, where gen_kwargs name its options
             "configs": report.get("configs", {}),
             "versions": report.get("versions", {}),
         }

@@ -3,10 +3,40 @@
 Shapes: B batch, T new tokens, S cached columns, H heads, K head size.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from recurrent_depth.model.config import ModelConfig
+
+Rows = Tensor | slice
+"""Which rows take part: places [N], or all."""
+
+ALL = slice(None)
+
+
+def cache_shape(
+    config: ModelConfig, batch_size: int, max_length: int, num_steps: int, budget: int | None = None
+) -> tuple[int, int, int, int, int, int]:
+    """Shape of the entries, [slots, keys and values, B, H, max_length, K]."""
+    if num_steps < 1 or (budget is not None and budget < 1):
+        raise ValueError(f"num_steps ({num_steps}) and budget ({budget}) must be at least 1")
+    kept = num_steps if budget is None else min(budget, num_steps)
+    slots = config.unrolled_layers(kept)
+    return slots, 2, batch_size, config.n_heads, max_length, config.head_dim
+
+
+def cache_bytes(
+    config: ModelConfig,
+    batch_size: int,
+    max_length: int,
+    num_steps: int,
+    budget: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """Bytes of a `RecurrentCache` of these arguments, without making it."""
+    return math.prod(cache_shape(config, batch_size, max_length, num_steps, budget)) * dtype.itemsize
 
 
 class RecurrentCache:
@@ -16,12 +46,19 @@ class RecurrentCache:
     see the latest entry an earlier token left there. Without one, every step keeps its own entries, and decoding token
     by token equals one parallel pass.
 
+    Batches in lockstep write behind `filled`, the same column in every row (`update`, `advance`). Rows of lengths of
+    their own are written and read token by token, at columns that the caller names (recurrent_depth.generation.tokens).
+
     Args:
         config: shape of the model.
         batch_size: rows B.
         max_length: columns that can be held.
         num_steps: steps of the core whose entries are kept apart; the budget, if that is smaller.
         budget: recurrences kept; None keeps num_steps.
+
+    Attributes:
+        entries: [slots, 2, B, H, max_length, K].
+        depths: [B, max_length], the steps every cached token took; num_steps unless it left early.
     """
 
     def __init__(
@@ -34,22 +71,31 @@ class RecurrentCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        if num_steps < 1 or (budget is not None and budget < 1):
-            raise ValueError(f"num_steps ({num_steps}) and budget ({budget}) must be at least 1")
+        shape = cache_shape(config, batch_size, max_length, num_steps, budget)
         self.outer = config.n_layers_in_prelude + config.n_layers_in_coda
         self.core_layers = config.n_layers_in_recurrent_block
         self.num_steps = num_steps
         self.budget = num_steps if budget is None else min(budget, num_steps)
         self.max_length = max_length
-        slots = self.outer + self.core_layers * self.budget
-        shape = (slots, 2, batch_size, config.n_heads, max_length, config.head_dim)
-        self.entries = torch.empty(shape, dtype=dtype, device=device)
+        # Zeros, since masked columns are read too: a weight of 0 does not hide a NaN left in fresh memory.
+        self.entries = torch.zeros(shape, dtype=dtype, device=device)
         self.filled = 0
+        self.uniform = True  # no token has left early yet
         self.depths = torch.full((batch_size, max_length), num_steps, dtype=torch.long, device=device)
 
     @property
     def num_bytes(self) -> int:
         return self.entries.numel() * self.entries.element_size()
+
+    @property
+    def is_full(self) -> bool:
+        """Every step has a slot of its own."""
+        return self.budget >= self.num_steps
+
+    @property
+    def core(self) -> Tensor:
+        """Entries of the core alone, [budget, layers, 2, B, H, max_length, K]."""
+        return self.entries[self.outer :].unflatten(0, (self.budget, self.core_layers))
 
     def length(self) -> int:
         return self.filled
@@ -63,55 +109,78 @@ class RecurrentCache:
 
     def update(self, k: Tensor, v: Tensor, slot: int) -> tuple[Tensor, Tensor]:
         """Store k, v [B, H, T, K] behind the filled columns; returns all keys and values [B, H, S, K]."""
-        end = self.filled + k.shape[2]
-        if end > self.max_length:
-            raise ValueError(
-                f"the cache holds {self.max_length} tokens, {end} are needed; make it with a larger max_length"
-            )
+        self.write(k, v, slot)
+        return self.view(slot, self.filled + k.shape[2])
+
+    def write(self, k: Tensor, v: Tensor, slot: int, rows: Rows = ALL, first: int = 0) -> None:
+        """Store k, v [N, H, T', K] of some rows, `first` columns behind the filled ones."""
+        start = self.filled + first
+        end = self._end(first + k.shape[2])
         kept = self.entries[self.place(slot)]
-        kept[0, :, :, self.filled : end] = k
-        kept[1, :, :, self.filled : end] = v
-        return kept[0, :, :, :end], kept[1, :, :, :end]
+        kept[0, rows, :, start:end] = k
+        kept[1, rows, :, start:end] = v
+
+    def view(self, slot: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first columns, [B, H, end, K] each; nothing is copied."""
+        kept = self.entries[self.place(slot), :, :, :, :end]
+        return kept[0], kept[1]
 
     def update_at_depth(
-        self, k: Tensor, v: Tensor, step: int, layer: int, active: Tensor, steps: Tensor
+        self, k: Tensor, v: Tensor, step: int, layer: int, active: Tensor, steps: Tensor, rows: Rows = ALL
     ) -> tuple[Tensor, Tensor]:
-        """As `update` for a core step in which only the `active` tokens [B, T] take part.
+        """As `update` for a core step of a shared budget, in which only the `active` tokens [N, T] take part.
 
-        Entries that are read follow slot(token, i) = min(i, depth(token) - 1), then modulo the budget. k and v hold the
-        deepest entry of a token that has left; `steps` [B, T] are the steps taken before this one.
+        Entries that are read follow slot(token, i) = min(i, depth(token) - 1), then modulo the budget; `steps` [N, T]
+        are the steps taken before this one. Copies the layer's entries.
         """
-        slot = self.outer + step * self.core_layers + layer
-        if self.budget >= self.num_steps:  # every step has a slot: the entries left behind stand there already
-            return self.update(k, v, slot)
-        end = self.filled + k.shape[2]
-        if end > self.max_length:
-            self.update(k, v, slot)
-        kept = self.entries[self.place(slot)]
+        end = self._end(k.shape[2])
+        kept = self.entries[self.place(self.outer + step * self.core_layers + layer)]
         for new, old in ((k, kept[0]), (v, kept[1])):
-            column = old[:, :, self.filled : end]
-            column.copy_(torch.where(active[:, None, :, None], new, column))
+            there = old[rows, :, self.filled : end]
+            old[rows, :, self.filled : end] = torch.where(active[:, None, :, None], new, there)
         taken = torch.where(active, step + 1, steps.clamp(min=1))
-        depths = torch.cat([self.depths[:, : self.filled], taken], dim=1)  # [B, S]
+        depths = torch.cat([self.depths[rows, : self.filled], taken], dim=1)  # [N, S]
         places = (depths - 1).clamp(max=step) % self.budget
-        core = self.entries[self.outer + layer :: self.core_layers, :, :, :, :end]  # [budget, 2, B, H, S, K]
+        core = self.core[:, layer, :, rows, :, :end]  # [budget, 2, N, H, S, K]
         index = places[None, None, :, None, :, None].expand(1, *core.shape[1:])
         chosen = core.gather(0, index)[0]
         return chosen[0], chosen[1]
 
-    def fill(self, deepest: dict[int, tuple[Tensor, Tensor]], first_step: int, depths: Tensor) -> None:
-        """After a pass that ended early: remember depths [B, T]; leave the deepest entries at steps nobody took."""
+    def fill(self, deepest: Tensor, depths: Tensor) -> None:
+        """After a pass that ended early: remember depths [B, T]; leave the deepest entries at steps nobody took.
+
+        deepest: [layers, 2, B, H, T, K].
+        """
         end = self.filled + depths.shape[1]
         self.depths[:, self.filled : end] = depths.clamp(min=1)
-        if self.budget < self.num_steps:
+        self.uniform = False
+        if not self.is_full:
             return
-        for step in range(first_step, self.num_steps):
-            for layer, entries in deepest.items():
-                kept = self.entries[self.outer + step * self.core_layers + layer]
-                kept[0, :, :, self.filled : end], kept[1, :, :, self.filled : end] = entries
+        reached = depths.amax(dim=1)
+        for step in reached.unique().tolist():
+            if step < self.num_steps:
+                rows = (reached == step).nonzero()[:, 0]
+                self.core[step:, :, :, rows, :, self.filled : end] = deepest[:, :, rows]
+
+    def leave(self, rows: list[int], columns: list[int], depths: list[int]) -> None:
+        """As `fill` for single tokens: each has left the core after so many steps."""
+        for row, column, depth in zip(rows, columns, depths, strict=True):
+            self.depths[row, column] = depth
+            if depth < self.num_steps:
+                self.uniform = False
+                if self.is_full:
+                    self.core[depth:, :, :, row, :, column] = self.core[depth - 1, :, :, row, :, column]
 
     def advance(self, tokens: int) -> None:
         self.filled += tokens
+
+    def _end(self, tokens: int) -> int:
+        end = self.filled + tokens
+        if end > self.max_length:
+            raise ValueError(
+                f"the cache holds {self.max_length} tokens, {end} are needed; make it with a larger max_length"
+            )
+        return end
 
     def select_columns(self, columns: Tensor) -> None:
         """Keep the columns [B, S'] of each row, in that order."""
@@ -121,6 +190,14 @@ class RecurrentCache:
             slot[:, :, :, :S] = slot.gather(3, index.expand(2, -1, slot.shape[2], -1, slot.shape[4]))
         self.depths[:, :S] = self.depths.gather(1, columns)
         self.filled = S
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row b becomes what row rows[b] was (beams); a row may be taken several times."""
+        if rows.shape != (self.entries.shape[2],):
+            raise ValueError(f"reorder needs a source for each of {self.entries.shape[2]} rows, got {list(rows.shape)}")
+        for slot in self.entries:
+            slot[:, :, :, : self.filled] = slot[:, rows, :, : self.filled]
+        self.depths.copy_(self.depths[rows])
 
     def crop(self, length: int) -> None:
         """Forget all columns from `length` on."""

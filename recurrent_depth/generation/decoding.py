@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from recurrent_depth.generation.adaptive import adaptive_forward
+from recurrent_depth.generation.adaptive import AdaptiveOutput, adaptive_forward, per_row
 from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.generation.exits import ExitRule
 from recurrent_depth.generation.forcing import Forcing, ThinkingBudget
@@ -24,12 +24,12 @@ OnToken = Callable[[int, int], bool | None]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to decode.
+    """How to decode. Steps, exits and thinking may be given one a request, as a sequence.
 
     Args:
         max_new_tokens: tokens written after each prompt, at most.
-        num_steps: steps of the core, at most; None: the model's mean_recurrence.
-        min_steps: steps of the core, at least.
+        num_steps: steps of the core for a token, at most; None: the model's mean_recurrence.
+        min_steps: steps of the core for a token, at least.
         exit: when a token has thought enough; None: all take num_steps.
         prefix_monotone: in a prompt, tokens leave in order (see `adaptive_forward`).
         warm_start: start a token's state from its predecessor's last one (continuous chain of thought).
@@ -43,9 +43,9 @@ class Decoding:
     """
 
     max_new_tokens: int = 64
-    num_steps: int | None = None
-    min_steps: int = 1
-    exit: ExitRule | None = None
+    num_steps: int | Sequence[int] | None = None
+    min_steps: int | Sequence[int] = 1
+    exit: ExitRule | Sequence[ExitRule | None] | None = None
     prefix_monotone: bool = True
     warm_start: bool = False
     temperature: float = 0.0
@@ -54,12 +54,13 @@ class Decoding:
     seed: int = 0
     stop: tuple[int, ...] = ()
     cache_budget: int | None = None
-    thinking: ThinkingBudget | None = None
+    thinking: ThinkingBudget | Sequence[ThinkingBudget | None] | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if self.num_steps is not None and self.num_steps < 1:
+        steps = self.num_steps if isinstance(self.num_steps, Sequence) else [self.num_steps]
+        if any(r is not None and r < 1 for r in steps):
             raise ValueError(f"num_steps is {self.num_steps}; it must be at least 1")
         if self.temperature < 0 or not 0 < self.top_p <= 1 or (self.top_k is not None and self.top_k < 1):
             raise ValueError("temperature must be 0 or more, top_p in (0, 1], top_k at least 1 or none")
@@ -73,6 +74,7 @@ class Decoded:
         tokens: new ids of each request, a stop id included.
         steps: steps of the core each of the passes took, per request: for the prompt its mean, then one a token.
         core_steps: steps of the core over all real tokens, prompts included.
+        computed_steps: steps the machine ran, with those of padding and of rows and tokens that had left.
         flops: of those tokens (matrix products; attention at the mean context of a pass).
         cache_bytes: held by the cache.
     """
@@ -80,6 +82,7 @@ class Decoded:
     tokens: list[list[int]]
     steps: list[list[float]] = field(default_factory=list)
     core_steps: int = 0
+    computed_steps: int = 0
     flops: int = 0
     cache_bytes: int = 0
 
@@ -102,24 +105,25 @@ def decode(
     """
     ids, mask = padded(model, prompts, options)
     B, width = ids.shape
-    steps = options.num_steps or model.config.mean_recurrence
+    each = Each(options, model.config, prompts)
     weight = model.lm_head.weight
-    length = width + options.max_new_tokens
-    cache = RecurrentCache(model.config, B, length, steps, options.cache_budget, weight.dtype, weight.device)
-    names = torch.tensor(list(requests) if requests is not None else list(range(B)), device=weight.device)
-    forcing = [Forcing(options.thinking, list(prompt)) if options.thinking else None for prompt in prompts]
+    cache = RecurrentCache(
+        model.config, B, width + options.max_new_tokens, each.deepest, options.cache_budget, weight.dtype, weight.device
+    )
+    names = name_tensor(requests, B, ids.device)
     result = Decoded([[] for _ in prompts], [[] for _ in prompts], cache_bytes=cache.num_bytes)
     running = [True] * B
     state: Tensor | None = None
     for _ in range(options.max_new_tokens):
         output = adaptive_forward(
-            model, ids, mask, cache, options.exit, steps, options.min_steps, options.prefix_monotone, state
-        )
-        _account(result, model, output.depths, mask, running)
+            model, ids, mask, cache, each.exit, each.num_steps, each.min_steps, options.prefix_monotone, state,
+            last_logits_only=True,
+        )  # fmt: skip
+        _account(result, model, output, mask, running)
         tokens = draw(output.logits[:, -1], options, names, mask.sum(1))
         for row, drawn in enumerate(tokens.tolist()):
             if running[row]:
-                running[row] = _write(result, row, drawn, forcing[row], options, on_token)
+                running[row] = write(result, row, drawn, each.forcing[row], options, on_token)
         if not any(running):
             break
         last = [written[-1] for written in result.tokens]
@@ -129,16 +133,53 @@ def decode(
     return result
 
 
-def padded(model: RecurrentDepthModel, prompts: Sequence[Sequence[int]], options: Decoding) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, T], padded on the left; checks that prompts and new tokens fit the model."""
+class Each:
+    """The options of every request of a batch, and its thinking so far."""
+
+    def __init__(self, options: Decoding, config: ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
+        B = len(prompts)
+        self.num_steps: list[int] = per_row(options.num_steps or config.mean_recurrence, B, "num_steps")
+        self.min_steps: list[int] = per_row(options.min_steps, B, "min_steps")
+        self.exit: list[ExitRule | None] = per_row(options.exit, B, "exit")
+        budgets: list[ThinkingBudget | None] = per_row(options.thinking, B, "thinking")
+        self.forcing = [
+            None if budget is None else Forcing(budget, list(prompt), options.stop)
+            for budget, prompt in zip(budgets, prompts, strict=True)
+        ]
+        self.deepest = max(self.num_steps)
+
+
+def one_depth(options: Decoding, config: ModelConfig) -> tuple[int, int]:
+    """num_steps and min_steps, where a mode takes only one of each for all requests."""
+    if isinstance(options.num_steps, Sequence) or isinstance(options.min_steps, Sequence):
+        raise ValueError("this mode takes one num_steps for all requests; give a number, or decode plainly")
+    steps = options.num_steps or config.mean_recurrence
+    if not 1 <= options.min_steps <= steps:
+        raise ValueError(f"min_steps {options.min_steps} must be between 1 and num_steps {steps}; change one of them")
+    return steps, options.min_steps
+
+
+def name_tensor(requests: Sequence[int] | None, B: int, device: torch.device) -> Tensor:
+    """Names of the requests, [B]."""
+    return torch.tensor(per_row(list(range(B)) if requests is None else requests, B, "requests"), device=device)
+
+
+def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], options: Decoding) -> int:
+    """The longest prompt's length, once all prompts and new tokens fit the model."""
     width = max((len(prompt) for prompt in prompts), default=0)
     if not prompts or min(len(prompt) for prompt in prompts) == 0:
         raise ValueError("every prompt must have at least one token")
-    if width + options.max_new_tokens > model.config.block_size:
+    if width + options.max_new_tokens > config.block_size:
         raise ValueError(
             f"the longest prompt ({width} tokens) and max_new_tokens ({options.max_new_tokens}) exceed block_size "
-            f"{model.config.block_size}; shorten one"
+            f"{config.block_size}; shorten one"
         )
+    return width
+
+
+def padded(model: RecurrentDepthModel, prompts: Sequence[Sequence[int]], options: Decoding) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, T], padded on the left; checks that prompts and new tokens fit the model."""
+    width = check_prompts(model.config, prompts, options)
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
@@ -148,7 +189,7 @@ def padded(model: RecurrentDepthModel, prompts: Sequence[Sequence[int]], options
     return ids.to(device), mask.to(device)
 
 
-def _write(
+def write(
     result: Decoded, row: int, drawn: int, forcing: Forcing | None, options: Decoding, on_token: OnToken | None
 ) -> bool:
     """Append the token, the model's or a forced one; returns whether the request goes on."""
@@ -156,9 +197,10 @@ def _write(
     if forcing is not None:
         forcing.forced()
         token = forcing.choose(drawn)
-    result.tokens[row].append(token)
-    told_to_stop = on_token is not None and on_token(row, token)
-    return token not in options.stop and not told_to_stop
+    written = result.tokens[row]
+    written.append(token)
+    told_to_stop = on_token is not None and bool(on_token(row, token))
+    return len(written) < options.max_new_tokens and token not in options.stop and not told_to_stop
 
 
 def draw(logits: Tensor, options: Decoding, names: Tensor, positions: Tensor) -> Tensor:
@@ -177,19 +219,24 @@ def draw(logits: Tensor, options: Decoding, names: Tensor, positions: Tensor) ->
     return (logits - (-u.to(logits.dtype).log()).log()).argmax(-1)
 
 
-def _account(result: Decoded, model: RecurrentDepthModel, depths: Tensor, mask: Tensor, running: list[bool]) -> None:
+def _account(
+    result: Decoded, model: RecurrentDepthModel, output: AdaptiveOutput, mask: Tensor, running: list[bool]
+) -> None:
     """Count what the requests that still run have used in this pass."""
-    config, T = model.config, depths.shape[1]
+    T = output.depths.shape[1]
     contexts = mask.sum(1).tolist()
+    result.computed_steps += output.computed
     for row, goes_on in enumerate(running):
-        if not goes_on:
-            continue
-        taken = depths[row][mask[row, -T:].bool()]
-        tokens, total = len(taken), int(taken.sum())
-        result.steps[row].append(total / tokens)
-        result.core_steps += total
-        context = contexts[row] - (tokens - 1) / 2  # mean over the new tokens
-        result.flops += flops_of(config, tokens, total, context)
+        if goes_on:
+            taken = output.depths[row][mask[row, -T:].bool()]
+            count(result, model.config, row, len(taken), int(taken.sum()), contexts[row])
+
+
+def count(result: Decoded, config: ModelConfig, row: int, tokens: int, core_steps: int, context: int) -> None:
+    """Add a request's new tokens, whose last has `context` tokens before it, itself included."""
+    result.steps[row].append(core_steps / tokens)
+    result.core_steps += core_steps
+    result.flops += flops_of(config, tokens, core_steps, context - (tokens - 1) / 2)
 
 
 def flops_of(config: ModelConfig, tokens: int, core_steps: int, context: float) -> int:

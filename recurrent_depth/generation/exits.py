@@ -1,27 +1,39 @@
 """When a token has thought enough: rules for leaving the core early (arXiv 2502.05171, section 6.1).
 
-Shapes: B batch, T tokens, D width, V vocabulary.
+A rule is a function of one step and of what it chose to remember of the step before. It holds no state of its own, so
+that rows of a batch may be at different steps, leave, and be replaced by others.
+
+Shapes: B batch, T tokens, D width, V vocabulary, M numbers that a rule remembers of a token.
 """
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Read = Callable[[Tensor], Tensor]
-"""state [B, T, D] -> logits [B, T, V], through coda and head: as dear as a core step or more."""
+Read = Callable[[], Tensor]
+"""Logits [B, T, V] of the state after the step, through coda and head: as dear as a core step or more."""
 
-Converged = Callable[[Tensor, Tensor], Tensor]
-"""(state before a step, state after it), each [B, T, D] -> which tokens have converged, bool [B, T]."""
+ReadRows = Callable[[Tensor | None], Tensor]
+"""The same for the rows at these places (None: all of them)."""
 
 
 class ExitRule(Protocol):
-    """A rule is asked once for every forward pass; what it remembers lives in the function it returns."""
+    """When a token has converged."""
 
-    def start(self, read: Read) -> Converged:
-        """The function to call after every step of one pass."""
+    def remembers(self, vocab_size: int) -> int:
+        """M, the numbers kept of every token from one step to the next."""
+
+    def converged(self, before: Tensor, after: Tensor, read: Read, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Which tokens have converged, bool [B, T], and the new memory [B, T, M].
+
+        `before` and `after` are the states around a step, [B, T, D]. At a token's first step its memory is NaN, so
+        that every comparison with it is false.
+        """
 
 
 @dataclass(frozen=True)
@@ -33,8 +45,11 @@ class StateChange:
     def __post_init__(self) -> None:
         _check(self.threshold)
 
-    def start(self, read: Read) -> Converged:
-        return lambda before, after: (after - before).norm(dim=-1) < self.threshold * after.norm(dim=-1)
+    def remembers(self, vocab_size: int) -> int:
+        return 0
+
+    def converged(self, before: Tensor, after: Tensor, read: Read, memory: Tensor) -> tuple[Tensor, Tensor]:
+        return (after - before).norm(dim=-1) < self.threshold * after.norm(dim=-1), memory
 
 
 @dataclass(frozen=True)
@@ -46,11 +61,12 @@ class OutputKL:
     def __post_init__(self) -> None:
         _check(self.threshold)
 
-    def start(self, read: Read) -> Converged:
-        def divergence(new: Tensor, old: Tensor) -> Tensor:
-            return (new.exp() * (new - old)).sum(-1)
+    def remembers(self, vocab_size: int) -> int:
+        return vocab_size
 
-        return _comparing(read, lambda logits: logits.log_softmax(-1), divergence, self.threshold)
+    def converged(self, before: Tensor, after: Tensor, read: Read, memory: Tensor) -> tuple[Tensor, Tensor]:
+        logp = read().log_softmax(-1)
+        return (logp.exp() * (logp - memory)).sum(-1) < self.threshold, logp
 
 
 @dataclass(frozen=True)
@@ -62,12 +78,13 @@ class EntropyChange:
     def __post_init__(self) -> None:
         _check(self.threshold)
 
-    def start(self, read: Read) -> Converged:
-        def entropy(logits: Tensor) -> Tensor:
-            logp = logits.log_softmax(-1)
-            return -(logp.exp() * logp).sum(-1)
+    def remembers(self, vocab_size: int) -> int:
+        return 1
 
-        return _comparing(read, entropy, lambda new, old: (new - old).abs(), self.threshold)
+    def converged(self, before: Tensor, after: Tensor, read: Read, memory: Tensor) -> tuple[Tensor, Tensor]:
+        logp = read().log_softmax(-1)
+        entropy = -(logp.exp() * logp).sum(-1, keepdim=True)
+        return ((entropy - memory).abs() < self.threshold)[..., 0], entropy
 
 
 @dataclass(frozen=True)
@@ -80,35 +97,53 @@ class StableArgmax:
         if self.patience < 2:
             raise ValueError(f"patience is {self.patience}; an argmax can be stable over 2 steps at least")
 
-    def start(self, read: Read) -> Converged:
-        last: list[Tensor] = []
-        run: list[Tensor] = []
+    def remembers(self, vocab_size: int) -> int:
+        return 2
 
-        def converged(before: Tensor, after: Tensor) -> Tensor:
-            best = read(after).argmax(-1)
-            run[:] = [torch.where(best == last[0], run[0] + 1, 1) if last else torch.ones_like(best)]
-            last[:] = [best]
-            return run[0] >= self.patience
-
-        return converged
+    def converged(self, before: Tensor, after: Tensor, read: Read, memory: Tensor) -> tuple[Tensor, Tensor]:
+        best = read().argmax(-1).to(memory.dtype)  # exact up to 2^24
+        run = torch.where(best == memory[..., 0], memory[..., 1] + 1, 1.0)
+        return run >= self.patience, torch.stack([best, run], dim=-1)
 
 
-RULES: dict[str, type] = {
+RULES: dict[str, Callable[..., ExitRule]] = {
     "state-change": StateChange,
     "kl": OutputKL,
     "entropy": EntropyChange,
-    "argmax": StableArgmax,
+    "argmax": lambda patience=5: StableArgmax(int(patience)),
 }
-"""By the names that configurations use."""
+"""By the names that configurations use; each is called with the threshold, or with nothing for its default."""
+
+
+def register(name: str, factory: Callable[..., ExitRule]) -> None:
+    """Make a rule known by name. `factory` is called with the threshold, or with nothing."""
+    if name in RULES:
+        raise ValueError(f"an exit rule called {name!r} exists; choose another name")
+    RULES[name] = factory
 
 
 def exit_rule(name: str, threshold: float | None = None) -> ExitRule:
-    """A rule by name; `threshold` is the patience of `argmax`."""
-    if name not in RULES:
-        raise ValueError(f"unknown exit rule {name!r}; known are {', '.join(RULES)}")
-    if threshold is None:
-        return RULES[name]()
-    return RULES[name](int(threshold) if name == "argmax" else threshold)
+    """A rule by its name, or by the place of a class or function: `package.module:Rule`.
+
+    `threshold` is the patience of `argmax`; None is each rule's default (the published value).
+    """
+    factory = _imported(name) if ":" in name else RULES.get(name)
+    if factory is None:
+        raise ValueError(
+            f"unknown exit rule {name!r}; known are {', '.join(RULES)}, or give your own as package.module:Rule"
+        )
+    rule = factory() if threshold is None else factory(threshold)
+    if not (callable(getattr(rule, "remembers", None)) and callable(getattr(rule, "converged", None))):
+        raise ValueError(f"{name!r} is no exit rule: it needs the methods `remembers` and `converged` of ExitRule")
+    return rule
+
+
+def _imported(path: str) -> Callable[..., Any]:
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"exit rule {path!r} cannot be imported: {error}") from error
 
 
 def _check(threshold: float) -> None:
@@ -116,18 +151,47 @@ def _check(threshold: float) -> None:
         raise ValueError(f"the exit threshold is {threshold}; it must be 0 (never leave early) or more")
 
 
-def _comparing(
-    read: Read, summary: Callable[[Tensor], Tensor], distance: Callable[[Tensor, Tensor], Tensor], threshold: float
-) -> Converged:
-    """A rule on what the model would write: compares a summary of this step's logits with the last step's."""
-    last: list[Tensor] = []
+class Exits:
+    """The rules of a batch, one a row, and what they remember of tokens [rows, T]."""
 
-    def converged(before: Tensor, after: Tensor) -> Tensor:
-        new = summary(read(after))
-        old = last[0] if last else None
-        last[:] = [new]
-        if old is None:
-            return torch.zeros(after.shape[:2], dtype=torch.bool, device=after.device)
-        return distance(new, old) < threshold
+    def __init__(self, rules: Sequence[ExitRule | None], tokens: int, vocab_size: int) -> None:
+        self.rules, self.tokens, self.vocab_size = list(rules), tokens, vocab_size
+        self.memory: dict[ExitRule, Tensor] = {}  # rule -> [rows, T, M]
 
-    return converged
+    def keep(self, rows: list[int]) -> None:
+        """Forget all other rows."""
+        self.rules = [self.rules[row] for row in rows]
+        self.memory = {rule: memory[rows] for rule, memory in self.memory.items()}
+
+    def extend(self, rules: Sequence[ExitRule | None]) -> None:
+        """Further rows, of tokens that have taken no step."""
+        self.rules += rules
+        for rule, memory in self.memory.items():
+            new = torch.full((len(rules), *memory.shape[1:]), torch.nan, dtype=memory.dtype, device=memory.device)
+            self.memory[rule] = torch.cat([memory, new])
+
+    def converged(self, rows: Sequence[int], before: Tensor, after: Tensor, read: ReadRows, first: int = 0) -> Tensor:
+        """Which tokens have converged, bool [N, T']: states [N, T', D] of `rows`, of the tokens from `first` on."""
+        done = torch.zeros(after.shape[:2], dtype=torch.bool, device=after.device)
+        for rule in dict.fromkeys(self.rules[row] for row in rows):
+            if rule is None:
+                continue
+            mine = [n for n, row in enumerate(rows) if self.rules[row] == rule]
+            at = _places(mine, len(rows), after.device)
+            kept = _places([rows[n] for n in mine], len(self.rules), after.device)
+            memory = self._memory(rule, after)
+            logits = partial(read, None if isinstance(at, slice) else at)
+            done[at], memory[kept, first:] = rule.converged(before[at], after[at], logits, memory[kept, first:])
+        return done
+
+    def _memory(self, rule: ExitRule, like: Tensor) -> Tensor:
+        if rule not in self.memory:
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            shape = (len(self.rules), self.tokens, rule.remembers(self.vocab_size))
+            self.memory[rule] = torch.full(shape, torch.nan, dtype=dtype, device=like.device)
+        return self.memory[rule]
+
+
+def _places(places: list[int], total: int, device: torch.device) -> Tensor | slice:
+    """An index for these places; a slice, which copies nothing, where they are all."""
+    return slice(None) if places == list(range(total)) else torch.tensor(places, device=device)

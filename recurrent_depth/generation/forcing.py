@@ -4,6 +4,7 @@ A request thinks between two delimiters. When it would stop too early, its delim
 thought long enough, the delimiter is written for it.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 
@@ -41,10 +42,14 @@ class ThinkingBudget:
 
 
 class Forcing:
-    """One request under a budget. Ask `forced` before a token is chosen, tell `choose` what the model chose."""
+    """One request under a budget. Ask `forced` before a token is chosen, tell `choose` what the model chose.
 
-    def __init__(self, budget: ThinkingBudget, prompt: list[int]) -> None:
+    `stop` are ids that end a request: while it thinks they count as an end of thinking, so that it answers.
+    """
+
+    def __init__(self, budget: ThinkingBudget, prompt: list[int], stop: Collection[int] = ()) -> None:
         self.budget = budget
+        self.ends = {budget.end[0], *stop}
         self.thinking = True
         self.tokens = 0
         self.replaced = 0
@@ -62,7 +67,7 @@ class Forcing:
         """What is written when the model (or the queue) says `token`."""
         if self.queue:
             return self._from_queue()
-        if self.thinking and token == self.budget.end[0]:
+        if self.thinking and token in self.ends:
             if self._replaces():
                 self.replaced += 1
                 self.queue = list(self.budget.wait)

@@ -16,7 +16,17 @@ from torch import Tensor
 
 from recurrent_depth.generation.adaptive import visible
 from recurrent_depth.generation.cache import RecurrentCache
-from recurrent_depth.generation.decoding import Decoded, Decoding, OnToken, draw, flops_of, padded
+from recurrent_depth.generation.decoding import (
+    Decoded,
+    Decoding,
+    OnToken,
+    count,
+    draw,
+    name_tensor,
+    one_depth,
+    padded,
+    write,
+)
 from recurrent_depth.model.attention import Attend
 from recurrent_depth.model.layers import Rotary, rotary_at
 from recurrent_depth.model.loss import wide
@@ -54,7 +64,7 @@ def decode_speculatively(
     on_token: OnToken | None = None,
 ) -> Speculated:
     """As `decode`, with the same tokens; see there for the arguments."""
-    steps = options.num_steps or model.config.mean_recurrence
+    steps, _ = one_depth(options, model.config)
     _check(options, speculation, steps)
     return _Run(model, prompts, options, speculation, steps, requests, on_token).result()
 
@@ -92,8 +102,7 @@ class _Run:
         ids, self.mask = padded(model, prompts, options)
         B, width = ids.shape
         weight = model.lm_head.weight
-        names = list(requests) if requests is not None else list(range(B))
-        self.names = torch.tensor(names, device=weight.device)
+        self.names = name_tensor(requests, B, ids.device)
         # Rejected columns stay as holes that the mask hides, until `_compact` closes them.
         room = width + options.max_new_tokens + 4 * speculation.tokens
         self.cache = RecurrentCache(model.config, B, room, steps, None, weight.dtype, weight.device)
@@ -118,7 +127,12 @@ class _Run:
 
     def _round(self) -> None:
         """Draft, verify, write what holds."""
-        G = self.speculation.tokens
+        still_missing = (
+            self.options.max_new_tokens - len(written)
+            for written, goes_on in zip(self.written.tokens, self.running, strict=True)
+            if goes_on
+        )
+        G = min(self.speculation.tokens, max(still_missing))
         if self.cache.length() + G > self.cache.max_length:
             self._compact()
         start = self.cache.length()
@@ -143,15 +157,15 @@ class _Run:
         )  # [B, G]
         drafted = torch.stack(tokens[1:], dim=1)
         agree = (drafted[:, : G - 1] == chosen[:, : G - 1]).long().cumprod(1).sum(1)  # drafts that were fed on
-        for row, count in enumerate(agree.tolist()):
+        for row, agreed in enumerate(agree.tolist()):
             if not self.running[row]:
                 continue
             self.written.drafted += G - 1
-            self.written.accepted += count
-            for g in range(count + 1):
+            self.written.accepted += agreed
+            for g in range(agreed + 1):
                 if self.running[row]:
                     self._write(row, int(chosen[row, g]))
-            self.mask[row, start + count + 1 :] = 0
+            self.mask[row, start + agreed + 1 :] = 0
         longest = int(agree.max()) + 1
         self.mask = self.mask[:, : start + longest]
         self.cache.crop(start + longest)
@@ -159,7 +173,8 @@ class _Run:
     def _begin(self, ids: Tensor, steps: int) -> tuple[Tensor, Tensor, Rotary]:
         """Prelude and the first steps of new tokens [B, T]: (e, state [B, T, D], rotary)."""
         part, T = self.model.transformer, ids.shape[1]
-        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -T:]
+        # Drafts beyond a row's last token are never written; they must only not leave the rotary table.
+        positions = (self.mask.cumsum(-1) - 1).clamp(0, self.model.config.block_size - 1)[:, -T:]
         rotary = rotary_at(self.model.freqs_cis, positions)
         e = part.read(part.embed(ids), rotary, self._attend(T))
         return e, part.think(torch.zeros_like(e), e, steps, rotary, self._attend(T)), rotary
@@ -189,11 +204,7 @@ class _Run:
         return attend
 
     def _write(self, row: int, token: int) -> None:
-        written = self.written.tokens[row]
-        written.append(token)
-        told_to_stop = self.on_token is not None and bool(self.on_token(row, token))
-        full = len(written) >= self.options.max_new_tokens
-        self.running[row] = not (told_to_stop or full or token in self.options.stop)
+        self.running[row] = write(self.written, row, token, None, self.options, self.on_token)
 
     def _compact(self) -> None:
         """Close the holes: every row's real columns move to the right end of the longest row."""
@@ -205,9 +216,7 @@ class _Run:
     def _account(self, tokens: int, steps: int, real: list[int]) -> None:
         """Steps and FLOPs of the requests that run: `tokens` new columns, `real` of them not padding."""
         contexts = self.mask.sum(1).tolist()
+        self.written.computed_steps += len(self.running) * tokens * steps
         for row, goes_on in enumerate(self.running):
             if goes_on:
-                self.written.steps[row].append(steps)
-                self.written.core_steps += steps * real[row]
-                context = contexts[row] - (real[row] - 1) / 2
-                self.written.flops += flops_of(self.model.config, real[row], steps * real[row], context)
+                count(self.written, self.model.config, row, real[row], steps * real[row], contexts[row])

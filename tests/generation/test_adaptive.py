@@ -19,20 +19,23 @@ def model():
     return lively_model(block_size=64)
 
 
-class Exactly:
+class AtDepth:
     """A rule that lets each position leave at a step of its own, for the tests."""
 
     def __init__(self, depths):
-        self.depths, self.step = torch.as_tensor(depths), 0
+        self.depths = torch.as_tensor(depths)  # [B, T]
 
-    def start(self, read):
-        self.step = 0
+    def remembers(self, vocab_size):
+        return 1
 
-        def converged(before, after):
-            self.step += 1
-            return self.step >= self.depths
+    def converged(self, before, after, read, memory):
+        taken = memory.nan_to_num(0.0) + 1
+        return taken[..., 0] >= self.depths[-taken.shape[1] :], taken
 
-        return converged
+
+def exactly(depths):
+    """A rule for each row of depths [B, T]."""
+    return [AtDepth(row) for row in torch.as_tensor(depths)]
 
 
 @torch.no_grad()
@@ -73,7 +76,7 @@ def test_decoding_in_a_ragged_batch_equals_brute_force(model, data):
     cache = RecurrentCache(model.config, len(lengths), width, num_steps=R, budget=budget, dtype=torch.float64)
     pieces = []
     for t in range(width):
-        rule = Exactly(depths[:, t : t + 1])
+        rule = exactly(depths[:, t : t + 1])
         output = adaptive_forward(model, ids[:, t : t + 1], mask[:, : t + 1], cache, rule, R)
         assert torch.equal(output.depths[:, 0], depths[:, t] * mask[:, t])
         pieces.append(output.logits)
@@ -93,7 +96,7 @@ def test_parallel_prefill_with_a_full_cache_equals_token_by_token(model, data):
     depths = torch.tensor([[data.draw(st.integers(1, R)) for _ in range(width)] for _ in lengths])
     mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths])
     cache = RecurrentCache(model.config, len(lengths), width, num_steps=R, dtype=torch.float64)
-    output = adaptive_forward(model, ids, mask, cache, Exactly(depths), R)
+    output = adaptive_forward(model, ids, mask, cache, exactly(depths), R)
     for row, n in enumerate(lengths):
         monotone = depths[row, -n:].cummax(0).values
         assert output.depths[row, -n:].tolist() == monotone.tolist()

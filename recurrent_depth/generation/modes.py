@@ -1,0 +1,30 @@
+"""One entry for all ways to decode."""
+
+from collections.abc import Sequence
+
+from recurrent_depth.generation.decoding import Decoded, Decoding, OnToken, decode
+from recurrent_depth.generation.scheduler import Refill, decode_refilled
+from recurrent_depth.generation.speculative import Speculation, decode_speculatively
+from recurrent_depth.generation.wavefront import Wavefront, decode_wavefront
+from recurrent_depth.model.transformer import RecurrentDepthModel
+
+Mode = Speculation | Wavefront | Refill
+
+
+def decode_in_mode(
+    model: RecurrentDepthModel,
+    prompts: Sequence[Sequence[int]],
+    options: Decoding,
+    mode: Mode | None = None,
+    *,
+    requests: Sequence[int] | None = None,
+    on_token: OnToken | None = None,
+) -> Decoded:
+    """`decode`, or what `mode` names, with its settings."""
+    if isinstance(mode, Speculation):
+        return decode_speculatively(model, prompts, options, mode, requests=requests, on_token=on_token)
+    if isinstance(mode, Wavefront):
+        return decode_wavefront(model, prompts, options, mode, requests=requests, on_token=on_token)
+    if isinstance(mode, Refill):
+        return decode_refilled(model, prompts, options, mode, requests=requests, on_token=on_token)
+    return decode(model, prompts, options, requests=requests, on_token=on_token)

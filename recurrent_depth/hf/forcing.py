@@ -1,0 +1,137 @@
+"""Budget forcing on texts, and inside transformers' `generate()` (s1, arXiv 2501.19393).
+
+Shapes: B requests, L tokens so far, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from recurrent_depth.generation.adaptive import per_row
+from recurrent_depth.generation.decoding import Decoding, draw
+from recurrent_depth.generation.forcing import Forcing, ThinkingBudget
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """A budget of thinking in texts; `budget` makes it one of ids.
+
+    Args:
+        begin, end: delimiters, one token each.
+        wait: text written in place of an end that comes too early.
+        at_most, at_least: thinking tokens.
+        rounds: ends that are replaced by `wait`, if the budget allows.
+    """
+
+    begin: str = "<|begin_think|>"
+    end: str = "<|end_think|>"
+    wait: str = "Wait"
+    at_most: int = 256
+    at_least: int = 0
+    rounds: int = 0
+
+    def budget(self, tokenizer: Any) -> ThinkingBudget:
+        """The same in ids of a tokenizer."""
+        begin, end = (_delimiter(tokenizer, getattr(self, name), name) for name in ("begin", "end"))
+        wait = tuple(tokenizer(self.wait, add_special_tokens=False)["input_ids"])
+        return ThinkingBudget((begin,), (end,), wait, self.at_most, self.at_least, self.rounds)
+
+
+def _delimiter(tokenizer: Any, text: str, name: str) -> int:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise ValueError(
+            f"the {name} of thinking, {text!r}, is {len(ids)} tokens of this tokenizer; a delimiter must be one token. "
+            "The spares <|c_0|>, <|c_1|>, ... are"
+        )
+    return ids[0]
+
+
+class BudgetForcing(LogitsProcessor):
+    """Keeps every request of a `generate()` call within its budget of thinking tokens.
+
+        model.generate(**inputs, logits_processor=[BudgetForcing(budget)], max_new_tokens=512)
+
+    It draws the tokens itself (what is written depends on what the model *would* have written), from the logits as
+    they come, and leaves `generate` no choice: so a temperature is given here and not there. The draws are those of
+    the decoding engine, named by (seed, row, position). For sampling and greedy search, in batches padded on the left;
+    beam search and assisted decoding, which reorder rows or try several tokens, are refused. One object a call.
+
+    Args:
+        budgets: one for all requests or one a request (None: no budget for that one).
+        temperature, top_k, top_p, seed: of sampling; temperature 0 takes the likeliest token.
+        stop: ids that end a request; while it thinks they count as an end of thinking.
+        attention_mask: [B, L] of the prompts, where they are padded; without it, padding counts as position.
+    """
+
+    supports_continuous_batching = False
+
+    def __init__(
+        self,
+        budgets: ThinkingBudget | Sequence[ThinkingBudget | None],
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[int] = (),
+        attention_mask: Tensor | None = None,
+    ) -> None:
+        self.budgets, self.stop, self.attention_mask = budgets, tuple(stop), attention_mask
+        self.sampling = Decoding(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        self.requests: list[Forcing | None] = []
+        self.seen: Tensor | None = None  # [B, L] of the last call, and what it was told to append
+        self.told: Tensor | None = None  # [B]
+        self.padded: dict[int, int] = {}  # rows that `generate` has ended, and what it pads them with
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids [B, L], scores [B, V] -> scores that allow one token a row."""
+        if self.seen is None:
+            self._start(input_ids, scores)
+        elif not self._goes_on(input_ids):
+            raise ValueError(_NO_BEAMS)
+        names = torch.arange(len(input_ids), device=scores.device)
+        tokens = draw(scores, self.sampling, names, (input_ids.shape[1] - self.padding).to(scores.device))
+        for row, request in enumerate(self.requests):
+            if request is not None:
+                request.forced()
+                tokens[row] = request.choose(int(tokens[row]))
+        self.seen, self.told = input_ids, tokens.to(input_ids)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
+
+    def _start(self, input_ids: Tensor, scores: Tensor) -> None:
+        if bool((scores.logsumexp(-1).abs() < 1e-5).all()):  # beam search alone passes log probabilities
+            raise ValueError(_NO_BEAMS)
+        B, width = input_ids.shape
+        mask = torch.ones_like(input_ids) if self.attention_mask is None else self.attention_mask
+        if len(mask) == 0 or B % len(mask):
+            raise ValueError(f"attention_mask has {len(mask)} rows for {B} sequences; pass the mask of the prompts")
+        mask = mask.repeat_interleave(B // len(mask), dim=0)  # num_return_sequences
+        self.padding = width - mask.sum(1)  # [B]
+        budgets = per_row(self.budgets, B, "budgets")
+        prompts = [ids[-n:] for ids, n in zip(input_ids.tolist(), mask.sum(1).tolist(), strict=True)]
+        self.requests = [
+            None if b is None else Forcing(b, prompt, self.stop) for b, prompt in zip(budgets, prompts, strict=True)
+        ]
+
+    def _goes_on(self, input_ids: Tensor) -> bool:
+        """Whether every row holds what it was told to append, or padding since it ended."""
+        assert self.seen is not None
+        assert self.told is not None
+        if input_ids.shape[1] != self.seen.shape[1] + 1 or not torch.equal(input_ids[:, :-1], self.seen):
+            return False
+        last = input_ids[:, -1]
+        for row in (last != self.told).nonzero()[:, 0].tolist():
+            if self.padded.setdefault(row, int(last[row])) != int(last[row]):
+                return False
+        return True
+
+
+_NO_BEAMS = (
+    "budget forcing cannot follow beam search or assisted decoding, where rows are reordered or tried; "
+    "use num_beams=1 and no assistant, and a new BudgetForcing for every call of generate"
+)
