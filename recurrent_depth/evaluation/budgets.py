@@ -131,7 +131,7 @@ class Examiner:
     def grid(self, num_steps: Sequence[int], thinking_tokens: Sequence[int], waits: Sequence[int]) -> list[Cell]:
         """A cell for every combination."""
         return [
-            self.ask(r, at_most, count).cell(f"think={at_most},waits={count}", r, at_most)
+            self.ask(r, at_most, count).cell(budget_label(at_most, count), r, at_most)
             for at_most in thinking_tokens
             for count in waits
             for r in num_steps
@@ -162,6 +162,11 @@ class Examiner:
             core_steps += result.core_steps
             flops += result.flops
         return tokens, core_steps, flops
+
+
+def budget_label(at_most: int, waits: int) -> str:
+    """A budget in the column `mode`."""
+    return f"think={at_most},waits={waits}"
 
 
 def _hinted(question: str, hint: str) -> str:

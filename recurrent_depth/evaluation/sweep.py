@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ import torch
 
 from recurrent_depth.data.tasks import TASKS
 from recurrent_depth.evaluation.budget_sweep import evaluate_budgets
+from recurrent_depth.evaluation.budgets import budget_label
 from recurrent_depth.evaluation.controls import ControlsConfig
 from recurrent_depth.evaluation.dense import evaluate_dense
 from recurrent_depth.evaluation.export_tasks import export_task
@@ -57,7 +58,8 @@ class EvalConfig:
         groups: further tasks, each group with a prompt format of its own (a protocol in a file).
         published: values to print beside ours.
         questions: file or data set with the fields question and answer, asked over the grid below.
-        thinking_tokens: budgets of thinking tokens, after which the end is forced.
+        thinking_tokens: budgets of thinking tokens, after which the end is forced; for `questions`, and for lm-eval
+            tasks that generate.
         waits: how often the end of thinking is replaced by "Wait", within the budget.
         thinking_format: the words around question, trace and answer.
         answer_tokens: tokens of an answer, at most.
@@ -179,9 +181,10 @@ def _harness(config: EvalConfig, name: str, out: Path) -> tuple[list[Result], li
     settings: list[dict[str, Any]] = []
     for group in groups:
         for seed in config.state_seeds:
-            found, used = harness.run(group, config.num_steps, seed)
-            results += found
-            settings.append(used)
+            for budget, budgeted in _budgeted(config, group).items():
+                found, used = harness.run(budgeted, config.num_steps, seed, budget)
+                results += found
+                settings.append(used)
     return results, settings
 
 
@@ -189,6 +192,19 @@ def _groups(config: EvalConfig) -> list[TaskGroup]:
     """The tasks named directly as a group of their own, before those of the file."""
     shared = {f.name: getattr(config, f.name) for f in fields(TaskGroup)}
     return [*([TaskGroup(**shared)] if config.tasks else []), *config.groups]
+
+
+def _budgeted(config: EvalConfig, group: TaskGroup) -> dict[str, TaskGroup]:
+    """The group under every budget of thinking, by the budget's name; as it is where there are no budgets."""
+    form = config.thinking_format
+    groups = {}
+    for at_most in config.thinking_tokens:
+        for waits in config.waits:
+            options = f"think=true,think_at_most={at_most},waits={waits},wait={form.wait}"
+            options += f",think_begin={form.begin_think},think_end={form.end_think}"
+            both = f"{group.gen_kwargs},{options}" if group.gen_kwargs else options
+            groups[budget_label(at_most, waits)] = replace(group, gen_kwargs=both)
+    return groups or {"": group}
 
 
 def _record(config: EvalConfig, results: list[Result], settings: list[dict[str, Any]]) -> dict[str, Any]:
