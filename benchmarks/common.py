@@ -1,8 +1,10 @@
 """What every benchmark shares: where it ran, and how its result is written."""
 
 import json
+import math
 import os
 import platform
+import statistics
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,20 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def interval(values: list[float]) -> list[float]:
+    """95% interval of the mean over seeds by Student's t; [nan, nan] of a single value."""
+    n = len(values)
+    if n < 2:
+        return [math.nan, math.nan]
+    half = _T95[min(n - 1, len(_T95)) - 1] * statistics.stdev(values) / math.sqrt(n)
+    mean = statistics.mean(values)
+    return [mean - half, mean + half]
+
+
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Two-sided 95% quantiles of Student's t for 1, 2, ... degrees of freedom."""
 
 
 def write_result(name: str, payload: dict[str, Any]) -> Path:

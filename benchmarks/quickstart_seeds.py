@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from common import write_result
 from recurrent_depth.cli import parse_options
+from recurrent_depth.data.loader import curriculum
 from recurrent_depth.data.tasks import TASKS
 from recurrent_depth.evaluation.dense import evaluate_dense
 from recurrent_depth.model.flops import training_flops
@@ -59,10 +60,9 @@ def seconds_per_step(rounds: int = 60) -> dict[str, float]:
 
 def flops_and_tokens(config: RunConfig) -> tuple[int, int]:
     """Of a whole run, from its depths and row lengths."""
-    source = Trainer(config, start_processes(config.runtime)).train_source
     flops = tokens = 0
     for step in range(config.steps):
-        length = 1 + source.length(step)
+        length = 1 + curriculum(config.data, step, config.steps, "train")
         depth = sample_depth(config.model, seed=config.seed, step=step, micro_step=0)
         flops += config.batch_size * training_flops(config.model, length, *depth)
         tokens += config.batch_size * length

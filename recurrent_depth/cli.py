@@ -21,6 +21,13 @@ class Verb:
 VERBS = {
     "prepare": Verb("turn text into packed rows", "recurrent_depth.data.prepare", "PrepareConfig", "prepare"),
     "train": Verb("pretrain or fine-tune", "recurrent_depth.training.command", "TrainCommand", "run"),
+    "train-dense": Verb("the recipe on a dense model", "recurrent_depth.hf.dense", "DenseCommand", "train_dense"),
+    "prepare-reasoning": Verb(
+        "rows for fine-tuning on traces",
+        "recurrent_depth.reasoning.dataset",
+        "ReasoningDataConfig",
+        "prepare_reasoning",
+    ),
     "eval": Verb("accuracy over test-time steps", "recurrent_depth.evaluation", "EvalConfig", "evaluate"),
     "generate": Verb("write text", "recurrent_depth.serving.generate", "GenerateConfig", "generate"),
     "curate": Verb("make a small reasoning set", "recurrent_depth.reasoning.curate", "CurateConfig", "curate"),

@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from recurrent_depth.data.notes import noted_tokenizer, random_places, with_notes
 from recurrent_depth.data.report_task import REPORTS, ReportTask
 from recurrent_depth.data.tasks import TASKS, StateTask
 from recurrent_depth.model.random import LENGTH_STREAM, generator
@@ -71,6 +72,8 @@ class TaskDataConfig:
         curriculum_fraction: share of the run's steps over which the length grows; 0 starts at max_length.
         mixed_lengths: every step draws a length between min_length and the curriculum's; otherwise all rows have the
             curriculum's, and a model that writes forgets how shorter rows end.
+        note_densities: chances of a visible note (NOTE and the state) behind an instruction; every row draws one of
+            them. Empty: no notes, and no token for them.
     """
 
     name: str
@@ -78,17 +81,41 @@ class TaskDataConfig:
     max_length: int = 16
     curriculum_fraction: float = 0.6
     mixed_lengths: bool = False
+    note_densities: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.name not in GENERATED:
             raise ValueError(f"data.name is {self.name!r}; known tasks are {', '.join(sorted(GENERATED))}")
-        if not 1 <= self.min_length <= self.max_length:
-            raise ValueError("data.min_length must be at least 1 and at most data.max_length")
+        _check_curriculum(self)
         if self.name in REPORTS and self.max_length > len(REPORTS[self.name].game.instructions):
             most = len(REPORTS[self.name].game.instructions)
             raise ValueError(f"data.max_length is {self.max_length}; {self.name} has {most} different instructions")
-        if not 0 <= self.curriculum_fraction <= 1:
-            raise ValueError("data.curriculum_fraction must lie between 0 and 1")
+        if not all(0 <= density <= 1 for density in self.note_densities):
+            raise ValueError(f"data.note_densities is {self.note_densities}; each must lie between 0 and 1")
+        if self.note_densities and self.name not in TASKS:
+            raise ValueError(f"data.note_densities: {self.name} has no state to note; leave it empty")
+
+
+@dataclass(frozen=True)
+class ThinkingDataConfig:
+    """Generated puzzles with traces of thinking (recurrent_depth.data.thinking).
+
+    Args:
+        domains: kinds of moves, equally often: swap, cycle, flip, turn, pair.
+        min_length: fewest moves of a question.
+        max_length: most moves, at the end of the length curriculum; it starts at min_length.
+        curriculum_fraction: share of the run's steps over which the length grows; 0 starts at max_length.
+    """
+
+    domains: tuple[str, ...]
+    min_length: int = 2
+    max_length: int = 10
+    curriculum_fraction: float = 0.6
+
+    def __post_init__(self) -> None:
+        if not self.domains:
+            raise ValueError("data.domains is empty; name at least one")
+        _check_curriculum(self)
 
 
 @dataclass(frozen=True)
@@ -115,7 +142,22 @@ class PackedDataConfig:
             raise ValueError("data.restart_positions needs data.document_masking: true")
 
 
-DataConfig = TaskDataConfig | PackedDataConfig
+DataConfig = TaskDataConfig | ThinkingDataConfig | PackedDataConfig
+
+
+def curriculum(config: TaskDataConfig | ThinkingDataConfig, step: int, total_steps: int, split: Split) -> int:
+    """Length at a step: from min_length to max_length over the first part of the run; held-out rows are long."""
+    growing = config.curriculum_fraction * total_steps
+    if split == "validation" or step >= growing:
+        return config.max_length
+    return config.min_length + int((config.max_length - config.min_length) * step / growing)
+
+
+def _check_curriculum(config: TaskDataConfig | ThinkingDataConfig) -> None:
+    if not 1 <= config.min_length <= config.max_length:
+        raise ValueError("data.min_length must be at least 1 and at most data.max_length")
+    if not 0 <= config.curriculum_fraction <= 1:
+        raise ValueError("data.curriculum_fraction must lie between 0 and 1")
 
 
 class TaskSource:
@@ -124,36 +166,45 @@ class TaskSource:
     def __init__(self, config: TaskDataConfig, split: Split, seed: int, total_steps: int) -> None:
         self.config, self.task = config, GENERATED[config.name]
         self.split, self.seed, self.total_steps = split, seed, total_steps
+        self.noted = TASKS[config.name] if config.note_densities else None
         self.vocab_size = len(self.task.vocabulary)
         self.sequence_length = self.task.row_length(config.max_length)
+        if self.noted is not None:
+            self.vocab_size += 1
+            self.sequence_length = 1 + 3 * config.max_length
 
     def fingerprint(self) -> str:
         return _hash({"config": asdict(self.config), "moves": self.task.moves, "seed": self.seed})
 
     def tokenizer_json(self) -> str | None:
-        return self.task.tokenizer().to_str(pretty=True)
+        tokenizer = self.task.tokenizer() if self.noted is None else noted_tokenizer(self.noted)
+        return tokenizer.to_str(pretty=True)
 
     def length(self, step: int) -> int:
         """Instructions of a row at a step of the run."""
         config = self.config
-        growing = config.curriculum_fraction * self.total_steps
-        if self.split == "validation":
-            return config.max_length
-        share = step / growing if step < growing else 1.0
-        longest = config.min_length + int((config.max_length - config.min_length) * share)
-        if not config.mixed_lengths:
+        longest = curriculum(config, step, self.total_steps, self.split)
+        if not config.mixed_lengths or self.split == "validation":
             return longest
         return int(generator(self.seed, LENGTH_STREAM, step).integers(config.min_length, longest + 1))
 
     def batch(self, first_row: int, count: int, step: int) -> Batch:
         split = 1 if self.split == "validation" else 0
-        return Batch(*self.task.rows(first_row, count, self.length(step), seed=self.seed, split=split))
+        ids, states = self.task.rows(first_row, count, self.length(step), seed=self.seed, split=split)
+        if self.noted is None:
+            return Batch(ids, states)
+        places = random_places(ids.shape, first_row, self.config.note_densities, seed=self.seed, split=split)
+        return Batch(*with_notes(self.noted, ids, states, places))
 
 
 def open_source(config: DataConfig, split: Split, seed: int, total_steps: int) -> Source:
     """The training or validation rows of a configuration."""
     if isinstance(config, TaskDataConfig):
         return TaskSource(config, split, seed, total_steps)
+    if isinstance(config, ThinkingDataConfig):
+        from recurrent_depth.data.thinking import ThinkingSource
+
+        return ThinkingSource(config, split, seed, total_steps)
     from recurrent_depth.data.packed import PackedSource
 
     return PackedSource(config, split, seed)

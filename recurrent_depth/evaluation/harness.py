@@ -108,11 +108,15 @@ class Harness:
             )
 
     def run(
-        self, group: "TaskGroup", num_steps: list[int], state_seed: int | None
+        self, group: "TaskGroup", num_steps: list[int], state_seed: int | None, budget: str = ""
     ) -> tuple[list[Result], dict[str, Any]]:
-        """Results of a group's tasks at every number of steps, and the settings they were asked with."""
+        """Results of a group's tasks at every number of steps, and the settings they were asked with.
+
+        `budget` is a note on the group's thinking budget for the column `mode`.
+        """
         self.lm.state_seed = state_seed
         mode = "lm-eval" if state_seed is None else f"lm-eval, state seed {state_seed}"
+        mode = f"{mode}, {budget}" if budget else mode
         results: list[Result] = []
         report: dict[str, Any] = {}
         spent: dict[int, dict[str, int]] = {}
@@ -137,6 +141,7 @@ class Harness:
         template = self.lm.tokenizer.chat_template if group.apply_chat_template else None
         settings = {
             "group": asdict(group),
+            "mode": mode,
             "chat_template": template,
             "state_seed": state_seed,
             "engine_spent": spent,  # by the decoding engine, where gen_kwargs name its options

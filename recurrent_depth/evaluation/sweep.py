@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +11,15 @@ from typing import Any, Literal
 import torch
 
 from recurrent_depth.data.tasks import TASKS
+from recurrent_depth.evaluation.budget_sweep import evaluate_budgets
+from recurrent_depth.evaluation.budgets import budget_label
+from recurrent_depth.evaluation.controls import ControlsConfig
 from recurrent_depth.evaluation.dense import evaluate_dense
 from recurrent_depth.evaluation.export_tasks import export_task
 from recurrent_depth.evaluation.table import Published, Result, beside_published, markdown, plot, write_csv
 from recurrent_depth.model.ops import Kernels
+from recurrent_depth.reasoning.format import ThinkingFormat
+from recurrent_depth.reasoning.pool import SourceConfig
 from recurrent_depth.runs import is_run, load_run_model
 
 
@@ -53,6 +58,13 @@ class EvalConfig:
         gen_kwargs: sampling options of generation tasks, as lm-eval writes them: temperature=0.2,top_p=0.95.
         groups: further tasks, each group with a prompt format of its own (a protocol in a file).
         published: values to print beside ours.
+        questions: file or data set with the fields question and answer, asked over the grid below.
+        thinking_tokens: budgets of thinking tokens, after which the end is forced; for `questions`, and for lm-eval
+            tasks that generate.
+        waits: how often the end of thinking is replaced by "Wait", within the budget.
+        thinking_format: the words around question, trace and answer.
+        answer_tokens: tokens of an answer, at most.
+        controls: other ways to spend compute, for comparison.
         state_seeds: initial states: null for zeros, a number for a random state drawn from it; each is evaluated.
         run_generated_code: let lm-eval execute the programs a model writes (HumanEval and the like).
         dtype: of the weights.
@@ -79,6 +91,12 @@ class EvalConfig:
     gen_kwargs: str | None = None
     groups: list[TaskGroup] = field(default_factory=list)
     published: list[Published] = field(default_factory=list)
+    questions: SourceConfig | None = None
+    thinking_tokens: list[int] = field(default_factory=list)
+    waits: list[int] = field(default_factory=lambda: [0])
+    thinking_format: ThinkingFormat = field(default_factory=ThinkingFormat)
+    answer_tokens: int = 32
+    controls: ControlsConfig = field(default_factory=ControlsConfig)
     state_seeds: list[int | None] = field(default_factory=lambda: [None])
     run_generated_code: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -89,8 +107,12 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if not self.num_steps or min(self.num_steps) < 1:
             raise ValueError(f"num_steps is {self.num_steps}; every entry must be at least 1")
-        if not self.tasks and not self.dense and not self.groups:
-            raise ValueError("nothing to evaluate: name --tasks or --dense")
+        if not self.tasks and not self.dense and not self.groups and self.questions is None:
+            raise ValueError("nothing to evaluate: name --tasks, --dense or --questions")
+        if self.questions is not None and not self.thinking_tokens:
+            raise ValueError("questions need budgets: name --thinking-tokens, for example 0,64,128")
+        if any(n < 0 for n in (*self.thinking_tokens, *self.waits)) or not self.waits:
+            raise ValueError("thinking_tokens and waits must be 0 or more, and at least one number of waits is needed")
         if not self.state_seeds:
             raise ValueError("state_seeds is empty; [null] evaluates from zeros")
         unknown = [name for name in self.dense if name not in TASKS]
@@ -107,6 +129,8 @@ def evaluate(config: EvalConfig) -> list[Result]:
     settings: list[dict[str, Any]] = []
     if config.dense:
         results += _dense(config, name)
+    if config.questions is not None:
+        results += evaluate_budgets(config, name, out)
     if config.tasks or config.groups:
         found, settings = _harness(config, name, out)
         results += found
@@ -160,9 +184,10 @@ def _harness(config: EvalConfig, name: str, out: Path) -> tuple[list[Result], li
     settings: list[dict[str, Any]] = []
     for group in groups:
         for seed in config.state_seeds:
-            found, used = harness.run(group, config.num_steps, seed)
-            results += found
-            settings.append(used)
+            for budget, budgeted in _budgeted(config, group).items():
+                found, used = harness.run(budgeted, config.num_steps, seed, budget)
+                results += found
+                settings.append(used)
     return results, settings
 
 
@@ -170,6 +195,19 @@ def _groups(config: EvalConfig) -> list[TaskGroup]:
     """The tasks named directly as a group of their own, before those of the file."""
     shared = {f.name: getattr(config, f.name) for f in fields(TaskGroup)}
     return [*([TaskGroup(**shared)] if config.tasks else []), *config.groups]
+
+
+def _budgeted(config: EvalConfig, group: TaskGroup) -> dict[str, TaskGroup]:
+    """The group under every budget of thinking, by the budget's name; as it is where there are no budgets."""
+    form = config.thinking_format
+    groups = {}
+    for at_most in config.thinking_tokens:
+        for waits in config.waits:
+            options = f"think=true,think_at_most={at_most},waits={waits},wait={form.wait}"
+            options += f",think_begin={form.begin_think},think_end={form.end_think}"
+            both = f"{group.gen_kwargs},{options}" if group.gen_kwargs else options
+            groups[budget_label(at_most, waits)] = replace(group, gen_kwargs=both)
+    return groups or {"": group}
 
 
 def _record(config: EvalConfig, results: list[Result], settings: list[dict[str, Any]]) -> dict[str, Any]:

@@ -25,12 +25,19 @@ class Result:
 
 @dataclass(frozen=True)
 class Published:
-    """A value that somebody reported, to print beside ours: a fraction, of a task, metric and number of steps."""
+    """A value that somebody reported, to print beside ours.
+
+    Args:
+        value: a fraction.
+        num_steps: steps it was measured at; null, for a model that has none, stands beside ours at any number.
+        source: of the value, where a file has several.
+    """
 
     task: str
     metric: str
-    num_steps: int
     value: float
+    num_steps: int | None = None
+    source: str = ""
 
 
 def write_csv(results: Iterable[Result], path: Path) -> None:
@@ -47,15 +54,20 @@ def beside_published(results: list[Result], published: list[Published]) -> str:
     """A second table: each published value, ours in every mode, and the difference in points."""
     if not published:
         return ""
-    lines = ["", "", "| task | metric | r | published | ours | mode | difference |", "|---|---|---|---|---|---|---|"]
+    head = ["task", "metric", "source", "published", "r", "ours", "mode", "difference"]
+    lines = ["", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for entry in published:
-        key = (entry.task, entry.metric, entry.num_steps)
-        ours = [r for r in results if (r.task, r.metric, r.num_steps) == key]
-        start = f"| {entry.task} | {entry.metric} | {entry.num_steps} | {100 * entry.value:.2f} |"
+        ours = [
+            r
+            for r in results
+            if (r.task, r.metric) == (entry.task, entry.metric) and entry.num_steps in (None, r.num_steps)
+        ]
+        start = f"| {entry.task} | {entry.metric} | {entry.source} | {100 * entry.value:.2f} |"
         lines += [
-            f"{start} {100 * r.value:.2f} ± {100 * r.stderr:.2f} | {r.mode} | {100 * (r.value - entry.value):+.2f} |"
+            f"{start} {r.num_steps} | {100 * r.value:.2f} ± {100 * r.stderr:.2f} | {r.mode} | "
+            f"{100 * (r.value - entry.value):+.2f} |"
             for r in ours
-        ] or [f"{start} not measured | | |"]
+        ] or [f"{start} {entry.num_steps or ''} | not measured | | |"]
     return "\n".join(lines) + "\n"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from recurrent_depth.data.loader import PackedDataConfig, TaskDataConfig
+from recurrent_depth.data.loader import PackedDataConfig, TaskDataConfig, ThinkingDataConfig
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.training.checkpoint import CheckpointConfig
 from recurrent_depth.training.health import HealthConfig
@@ -22,7 +22,7 @@ class RunConfig:
 
     Args:
         out: run folder.
-        data: packed rows on disk, or a generated task.
+        data: packed rows on disk, a generated task, or generated puzzles with traces.
         steps: optimizer steps of the whole run.
         batch_size: rows of one optimizer step, over all ranks.
         micro_steps: parts into which a step is split (gradient accumulation); each draws its own depth. Rows of a
@@ -34,7 +34,7 @@ class RunConfig:
     """
 
     out: str
-    data: TaskDataConfig | PackedDataConfig
+    data: TaskDataConfig | ThinkingDataConfig | PackedDataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
     steps: int = 1000
     batch_size: int = 32

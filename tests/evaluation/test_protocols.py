@@ -34,10 +34,12 @@ def test_protocol_files_parse_and_name_tasks_that_exist():
 
 def test_published_values_stand_beside_ours():
     ours = Result("m", "test", "sciq", "", "lm-eval", "acc_norm", 32, 0.945, 0.01, 100)
-    entries = [Published("sciq", "acc_norm", 32, 0.935), Published("piqa", "acc_norm", 32, 0.76)]
+    dense = Published("sciq", "acc_norm", 0.95, source="a dense model")
+    entries = [Published("sciq", "acc_norm", 0.935, 32), Published("piqa", "acc_norm", 0.76, 32), dense]
     table = beside_published([ours], entries)
-    assert "| 93.50 | 94.50 ± 1.00 | lm-eval | +1.00 |" in table
-    assert "not measured" in table
+    assert "| 93.50 | 32 | 94.50 ± 1.00 | lm-eval | +1.00 |" in table
+    assert "| a dense model | 95.00 | 32 | 94.50 ± 1.00 | lm-eval | -0.50 |" in table
+    assert table.count("not measured") == 1
 
 
 def stock(folder, task, tasks_folder, out, *options):

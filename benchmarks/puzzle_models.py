@@ -1,0 +1,82 @@
+"""What the two benchmarks on puzzles share: a base model a seed, fine-tuning on rows, questions to ask."""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from recurrent_depth.cli import parse_options
+from recurrent_depth.data.loader import PackedDataConfig
+from recurrent_depth.data.thinking import Puzzle, draw_puzzle, thinking_tokenizer
+from recurrent_depth.evaluation.budgets import Examiner, Question
+from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.reasoning.dataset import ReasoningDataConfig, prepare_reasoning
+from recurrent_depth.reasoning.format import Formatter, ThinkingFormat
+from recurrent_depth.reasoning.pool import SourceConfig
+from recurrent_depth.runs import load_run_model
+from recurrent_depth.training.command import TrainCommand
+from recurrent_depth.training.launch import train
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+Row = dict[str, str]
+
+
+def train_base(seed: int, out: Path) -> Path:
+    """The base model of a seed: about three minutes of one core."""
+    arguments = ["--config", str(CONFIGS / "pretrain" / "reasoning" / "puzzles.yaml")]
+    return train(
+        parse_options(TrainCommand, "train", [*arguments, "--seed", str(seed), "--out", str(out)]).run_config()
+    )
+
+
+def row_of(puzzle: Puzzle, trace: Sequence[str]) -> Row:
+    """A puzzle as a row of a reasoning set."""
+    return {
+        "question": " ".join(puzzle.question),
+        "trace": " ".join(trace),
+        "answer": puzzle.answer,
+        "domain": puzzle.domain,
+    }
+
+
+def fine_tune(base: Path, rows: Sequence[Row], steps: int, seed: int, unlearned: list[str]) -> RecurrentDepthModel:
+    """Train `base` on rows for `steps` steps of 16 examples, by configs/finetune/puzzles.yaml."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        thinking_tokenizer().save(str(folder / "tokenizer.json"))
+        prepare_reasoning(
+            ReasoningDataConfig(
+                out=str(folder / "data"),
+                rows=[SourceConfig(str(folder / "rows.jsonl"))],
+                tokenizer=str(folder),
+                block=128,
+                pack=False,
+                unlearned=unlearned,
+            )
+        )
+        arguments = ["--config", str(CONFIGS / "finetune" / "puzzles.yaml"), "--seed", str(seed)]
+        arguments += ["--init_from", str(base), "--out", str(folder / "run")]
+        config = parse_options(TrainCommand, "train", arguments).run_config()
+        optimizer = dataclasses.replace(config.optimizer, warmup_steps=steps // 20, cooldown_steps=steps // 2)
+        data = PackedDataConfig(str(folder / "data"))
+        return load_run_model(train(dataclasses.replace(config, steps=steps, optimizer=optimizer, data=data)))
+
+
+def examiner(model: RecurrentDepthModel, puzzles: Sequence[Puzzle]) -> Examiner:
+    """Asks puzzles; an answer is right if it is the very word."""
+    questions = [Question(" ".join(puzzle.question), puzzle.answer) for puzzle in puzzles]
+
+    def grade(asked: Sequence[Question], answers: Sequence[str]) -> list[bool]:
+        return [question.answer == answer for question, answer in zip(asked, answers, strict=True)]
+
+    return Examiner(model, Formatter(thinking_tokenizer(), ThinkingFormat()), questions, grade, 4, batch_size=256)
+
+
+def draw(count: int, domains: Sequence[str], fewest: int, most: int, seed: int) -> list[Puzzle]:
+    """Puzzles whose domains take turns."""
+    rng = np.random.default_rng([seed, 77])
+    return [draw_puzzle(rng, domains[i % len(domains)], int(rng.integers(fewest, most + 1))) for i in range(count)]

@@ -1,0 +1,174 @@
+"""Questions that can be thought through on paper: where is the ball after these moves?
+
+A question names a cup and then moves (`cup3 swap01 swap24`); its trace repeats every move with the cup after it
+(`swap01 cup3 swap24 cup3`); the answer is the last cup. A model may answer from its steps (the hidden axis), from its
+trace (the visible one), or from a trace that was cut. No move occurs twice in a question, so that the next move is
+found by looking up the last one. Domains are kinds of moves.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from recurrent_depth.data.loader import IGNORE_INDEX, Batch, Split, ThinkingDataConfig, curriculum
+from recurrent_depth.data.tokenizer import BEGIN_TEXT, SPECIAL_TOKENS, THINK_TOKENS
+from recurrent_depth.model.random import generator
+
+CUPS = 6
+WAIT = "Wait"
+THINKING_STREAM = 5
+BEGIN_THINK, END_THINK, BEGIN_ANSWER, END_ANSWER = THINK_TOKENS
+
+
+def _cycle(cups: Sequence[int]) -> tuple[int, ...]:
+    """The move that takes each cup of `cups` to the place of the next, as a table of places."""
+    moved = dict(zip(cups, [*cups[1:], cups[0]], strict=True))
+    return tuple(moved.get(cup, cup) for cup in range(CUPS))
+
+
+def _flip(first: int, last: int) -> tuple[int, ...]:
+    return tuple(first + last - cup if first <= cup <= last else cup for cup in range(CUPS))
+
+
+def _pair(a: int, b: int, c: int, d: int) -> tuple[int, ...]:
+    table = {a: b, b: a, c: d, d: c}
+    return tuple(table.get(cup, cup) for cup in range(CUPS))
+
+
+_PAIRS = list(itertools.combinations(range(CUPS), 2))
+_LONG = [(a, b) for a, b in _PAIRS if b - a >= 2]
+_DISJOINT = [(*p, *q) for p, q in itertools.combinations(_PAIRS, 2) if not set(p) & set(q)]
+
+DOMAINS: dict[str, dict[str, tuple[int, ...]]] = {
+    "swap": {f"swap{a}{b}": _cycle((a, b)) for a, b in _PAIRS},
+    "cycle": {f"cycle{a}{b}{c}": _cycle((a, b, c)) for a, b, c in list(itertools.combinations(range(CUPS), 3))[::2]},
+    "flip": {f"flip{a}{b}": _flip(a, b) for a, b in _LONG},
+    "turn": {f"turn{a}{b}": _cycle(range(a, b + 1)) for a, b in _LONG},
+    "pair": {f"pair{a}{b}{c}{d}": _pair(a, b, c, d) for a, b, c, d in _DISJOINT[::4]},
+}
+"""Moves by domain and name; a table gives the new place of each cup. Every domain has at least ten."""
+
+WORDS = (
+    *SPECIAL_TOKENS,
+    "user",
+    "Huginn",
+    WAIT,
+    *(f"cup{cup}" for cup in range(CUPS)),
+    *itertools.chain.from_iterable(DOMAINS.values()),
+)
+"""The vocabulary in the order of ids."""
+
+_IDS = {word: index for index, word in enumerate(WORDS)}
+_PAD = _IDS["<|pad|>"]
+
+
+def thinking_tokenizer() -> Tokenizer:
+    """Words to ids; the special tokens of every tokenizer here come first."""
+    tokenizer = Tokenizer(models.WordLevel(dict(_IDS), unk_token="<|pad|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Puzzle:
+    """A start, moves, and the cup after each of them, as words."""
+
+    domain: str
+    start: str
+    moves: tuple[str, ...]
+    cups: tuple[str, ...]
+
+    @property
+    def question(self) -> list[str]:
+        return [self.start, *self.moves]
+
+    @property
+    def answer(self) -> str:
+        return self.cups[-1]
+
+    def steps(self, first: int, last: int) -> list[str]:
+        """Words of the trace for moves first ... last - 1: each move and the cup after it."""
+        pairs = zip(self.moves[first:last], self.cups[first:last], strict=True)
+        return [word for pair in pairs for word in pair]
+
+
+def draw_puzzle(rng: np.random.Generator, domain: str, length: int) -> Puzzle:
+    """A random question of `length` different moves."""
+    tables = DOMAINS[domain]
+    names = list(tables)
+    if not 1 <= length <= len(names):
+        raise ValueError(f"{length} moves: the domain {domain} has {len(names)}, and none is used twice")
+    moves = tuple(names[i] for i in rng.permutation(len(names))[:length])
+    start = cup = int(rng.integers(CUPS))
+    cups = []
+    for move in moves:
+        cup = tables[move][cup]
+        cups.append(f"cup{cup}")
+    return Puzzle(domain, f"cup{start}", moves, tuple(cups))
+
+
+def conversation(question: Sequence[str], trace: Sequence[str], answer: str) -> list[str]:
+    """Question and thought-out answer in the chat layout of recurrent_depth.reasoning.format."""
+    opening = [BEGIN_TEXT, "<|begin_header|>", "user", "<|end_header|>", *question, "<|end_turn|>"]
+    reply = ["<|begin_header|>", "Huginn", "<|end_header|>", BEGIN_THINK, *trace, END_THINK]
+    return [*opening, *reply, BEGIN_ANSWER, answer, END_ANSWER, "<|end_turn|>"]
+
+
+class ThinkingSource:
+    """Puzzles with traces that are whole, cut anywhere, or empty: a stateless source for pretraining.
+
+    Labels: the next word of the reply, but not the end of a trace that was cut (or the model would learn to stop at
+    random); inside the question, the cup after every move, which teaches the hidden axis.
+    """
+
+    def __init__(self, config: ThinkingDataConfig, split: Split, seed: int, total_steps: int) -> None:
+        unknown = [domain for domain in config.domains if domain not in DOMAINS]
+        if unknown:
+            raise ValueError(f"data.domains names {unknown}; known are {', '.join(DOMAINS)}")
+        self.config, self.split, self.seed, self.total_steps = config, split, seed, total_steps
+        self.vocab_size = len(WORDS)
+        self.sequence_length = len(conversation([""] * (1 + config.max_length), [""] * 2 * config.max_length, "")) - 1
+
+    def fingerprint(self) -> str:
+        content = {"config": asdict(self.config), "moves": DOMAINS, "seed": self.seed}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def tokenizer_json(self) -> str | None:
+        return thinking_tokenizer().to_str(pretty=True)
+
+    def batch(self, first_row: int, count: int, step: int) -> Batch:
+        most = curriculum(self.config, step, self.total_steps, self.split)
+        rows = [self._row(number, most) for number in range(first_row, first_row + count)]
+        width = max(len(ids) for ids, _ in rows)
+        input_ids = torch.full((count, width), _PAD)
+        targets = torch.full((count, width), IGNORE_INDEX)
+        for index, (ids, labels) in enumerate(rows):
+            input_ids[index, : len(ids)] = torch.tensor(ids)
+            targets[index, : len(labels)] = torch.tensor(labels)
+        return Batch(input_ids, targets)
+
+    def _row(self, number: int, most: int) -> tuple[list[int], list[int]]:
+        """Ids and aligned labels of one row, the last word being a label only."""
+        rng = generator(self.seed, THINKING_STREAM, int(self.split == "validation"), number)
+        domain = self.config.domains[int(rng.integers(len(self.config.domains)))]
+        fewest = min(self.config.min_length, most)
+        puzzle = draw_puzzle(rng, domain, int(rng.integers(fewest, most + 1)))
+        whole = puzzle.steps(0, len(puzzle.moves))
+        written = (len(whole), int(rng.integers(len(whole))), 0)[int(rng.integers(3))]
+        words = conversation(puzzle.question, whole[:written], puzzle.answer)
+        ids = [_IDS[word] for word in words]
+        think = words.index(BEGIN_THINK)
+        labels = [IGNORE_INDEX] * think + ids[think + 1 :]
+        if written < len(whole):
+            labels[think + written] = IGNORE_INDEX
+        first_move = words.index(puzzle.moves[0])
+        for offset, cup in enumerate(puzzle.cups):
+            labels[first_move + offset] = _IDS[cup]
+        return ids[:-1], labels

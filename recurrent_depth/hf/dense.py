@@ -1,0 +1,137 @@
+"""The control of a fine-tuning: a dense transformers model through the same rows, schedule and number of steps."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from recurrent_depth.data.loader import Batch, PackedDataConfig, Source, open_source
+from recurrent_depth.training.optimizer import OptimizerConfig, learning_rate
+from recurrent_depth.training.run import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseCommand(RunConfig):
+    """Fine-tune a dense transformers model by the recipe of a recurrent one.
+
+    Reads the same file as `recurrent-depth train`: data, steps, batch_size, micro_steps, seed, log_every, optimizer,
+    runtime.dtype and runtime.activation_checkpointing. `model`, health and validation depths are a recurrent model's
+    and have no meaning here. Rows must be prepared with the dense model's own tokenizer. For several GPUs start it by
+    torchrun; the rows of a micro-step are divided among the ranks.
+
+    Args:
+        dense: folder or hub name of the model.
+        resume: continue from the newest checkpoint in `out`.
+    """
+
+    dense: str
+    resume: bool = False
+
+
+class Rows(Dataset):
+    """A source's rows in the order in which the trainer of recurrent models reads them."""
+
+    def __init__(self, source: Source, count: int) -> None:
+        self.source, self.count = source, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        return as_features(self.source.batch(number, 1, 0))
+
+
+def as_features(batch: Batch) -> dict[str, Tensor]:
+    """One row of T tokens for a transformers model: T + 1 ids, since it shifts the labels itself; restarting
+    positions tell the documents apart."""
+    ids, targets = batch.input_ids[0], batch.targets[0]
+    features = {
+        "input_ids": torch.cat([ids, targets[-1:].clamp(min=0)]),
+        "labels": torch.cat([targets.new_full((1,), -100), targets]),
+    }
+    if batch.position_ids is not None:
+        positions = batch.position_ids[0]
+        features["position_ids"] = torch.cat([positions, positions[-1:] + 1])
+    return features
+
+
+class InOrder(Trainer):
+    """A Trainer that reads rows in their own order, which is shuffled and seeded already."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def train_dense(command: DenseCommand) -> Path:
+    """Fine-tune; returns the folder of the model."""
+    config = command
+    if not isinstance(config.data, PackedDataConfig):
+        raise ValueError("a dense model is fine-tuned on prepared rows: give data.path")
+    if config.data.document_masking and not config.data.restart_positions:
+        raise ValueError("a dense model knows packed examples by their positions: set data.restart_positions: true")
+    out = Path(config.out)
+    if out.exists() and any(out.iterdir()) and not command.resume:
+        raise FileExistsError(f"{out} is not empty; continue with --resume true or choose another out")
+    source = open_source(config.data, "train", config.seed, config.steps)
+    model = load_dense(config.dense)
+    if source.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the rows use {source.vocab_size} token ids, {config.dense} has {model.config.vocab_size}; prepare them "
+            "with its own tokenizer"
+        )
+    optimizer, schedule = optimizer_of(model, config.optimizer, config.steps)
+    trainer = InOrder(
+        model=model,
+        args=arguments(config),
+        train_dataset=Rows(source, config.steps * config.batch_size),
+        optimizers=(optimizer, schedule),
+    )
+    trainer.train(resume_from_checkpoint=command.resume or None)
+    trainer.save_model(str(out / "model"))
+    AutoTokenizer.from_pretrained(config.dense).save_pretrained(out / "model")
+    return out / "model"
+
+
+def load_dense(path: str) -> Any:
+    """The model for training. With a cache transformers would not tell packed examples apart by their positions."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.config.use_cache = False
+    return model
+
+
+def arguments(config: RunConfig) -> TrainingArguments:
+    """The recipe in transformers' words."""
+    rows = config.rows_per_rank(int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1)
+    gpu = config.runtime.device != "cpu" and torch.cuda.is_available()
+    half = config.runtime.dtype == "bfloat16" or (config.runtime.dtype == "auto" and gpu)
+    return TrainingArguments(
+        output_dir=config.out,
+        max_steps=config.steps,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=config.micro_steps,
+        max_grad_norm=config.optimizer.gradient_clip,
+        bf16=half,
+        use_cpu=not gpu,
+        gradient_checkpointing=config.runtime.activation_checkpointing != "none",
+        logging_steps=config.log_every,
+        save_steps=config.checkpoint.every,
+        seed=config.seed,
+        report_to=[],
+        remove_unused_columns=False,
+    )
+
+
+def optimizer_of(model: nn.Module, config: OptimizerConfig, steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
+    """AdamW with decay on matrices alone, and the schedule of the recurrent recipe."""
+    if config.name != "adamw":
+        raise ValueError(f"optimizer.name is {config.name!r}; the dense control is trained with adamw")
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    return optimizer, LambdaLR(optimizer, lambda step: learning_rate(config, step, steps) / config.lr)

@@ -1,0 +1,95 @@
+"""The dense control goes through the same rows and the same schedule."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from reasoning_rows import puzzles, write_rows
+from recurrent_depth.data.loader import PackedDataConfig, open_source
+from recurrent_depth.hf.dense import DenseCommand, as_features, load_dense, optimizer_of, train_dense
+from recurrent_depth.hf.loading import _fast_tokenizer
+from recurrent_depth.reasoning.dataset import ReasoningDataConfig, prepare_reasoning
+from recurrent_depth.training.optimizer import OptimizerConfig, learning_rate
+from recurrent_depth.training.parallel import RuntimeConfig
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense")
+    config = ReasoningDataConfig(out=str(folder / "data"), block=90, **write_rows(folder / "in", puzzles(60)))
+    prepare_reasoning(config)
+    shape = LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(shape).save_pretrained(folder / "llama")
+    _fast_tokenizer(folder / "data" / "tokenizer.json").save_pretrained(folder / "llama")
+    return folder
+
+
+def data(folder):
+    return PackedDataConfig(str(folder / "data"), document_masking=True, restart_positions=True)
+
+
+def test_a_llama_sees_the_labels_and_the_borders_of_packed_examples(prepared):
+    model = load_dense(str(prepared / "llama")).double().eval()
+    for p in model.parameters():
+        p.data.mul_(3.0)  # tokens that differ enough for a leak to show
+    batch = open_source(data(prepared), "train", 0, 1).batch(0, 1, 0)
+    features = {name: value[None] for name, value in as_features(batch).items()}
+    with torch.no_grad():
+        count = (batch.targets != -100).sum().item()
+        together = model(**features).loss.item() * count
+        alone = 0.0
+        for document in batch.document_ids[0].unique():
+            own = batch.document_ids[0] == document
+            ids, targets = batch.input_ids[0][own], batch.targets[0][own]
+            logits = model(ids[None]).logits[0]
+            alone += torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum").item()
+        leaking = model(features["input_ids"], labels=features["labels"]).loss.item() * count
+    assert together == pytest.approx(alone, rel=1e-6)  # transformers takes the loss in fp32
+    assert abs(leaking - alone) > 1e-3 * alone
+
+
+def test_the_schedule_is_that_of_the_recurrent_recipe():
+    config = OptimizerConfig(name="adamw", lr=0.1, warmup_steps=3, cooldown_steps=4)
+    optimizer, schedule = optimizer_of(torch.nn.Linear(2, 2), config, 10)
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([learning_rate(config, step, 10) for step in range(10)])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [config.weight_decay, 0.0]
+
+
+def command(folder, out, **changes):
+    options = {
+        "data": data(folder), "dense": str(folder / "llama"), "steps": 12, "batch_size": 4, "micro_steps": 2,
+        "log_every": 1, "optimizer": OptimizerConfig(name="adamw", lr=3e-3, warmup_steps=2, cooldown_steps=2),
+        "runtime": RuntimeConfig(device="cpu"),
+    }  # fmt: skip
+    return DenseCommand(out=str(out), **(options | changes))
+
+
+def test_a_tiny_llama_learns_the_rows(prepared, tmp_path):
+    folder = train_dense(command(prepared, tmp_path / "run"))
+    (state,) = (tmp_path / "run").glob("checkpoint-12/trainer_state.json")
+    values = [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+    assert len(values) == 12
+    assert sum(values[-3:]) < 0.9 * sum(values[:3])
+    assert LlamaForCausalLM.from_pretrained(folder).config.vocab_size == 128
+    with pytest.raises(FileExistsError, match="resume"):
+        train_dense(command(prepared, tmp_path / "run"))
+
+
+def test_rows_of_another_tokenizer_and_huginn_adam_are_refused(prepared, tmp_path):
+    small = LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(small).save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match="its own tokenizer"):
+        train_dense(command(prepared, tmp_path / "a", dense=str(tmp_path / "small")))
+    with pytest.raises(ValueError, match="adamw"):
+        train_dense(command(prepared, tmp_path / "b", optimizer=OptimizerConfig()))
