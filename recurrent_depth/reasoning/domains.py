@@ -28,8 +28,9 @@ class Labeller(Protocol):
 
 @dataclass(frozen=True)
 class Clusters:
-    """Clusters of TF-IDF vectors, reduced by SVD, by k-means (scikit-learn), for questions in English. A domain is named
-    by its top terms.
+    """Clusters of TF-IDF vectors of English words, reduced by SVD, by k-means (scikit-learn).
+
+    A domain is named by its top terms.
 
     Args:
         clusters: number of domains.
