@@ -7,7 +7,7 @@ from typing import Any
 
 from recurrent_depth.data.packed import DataError
 from recurrent_depth.reasoning.endpoint import EndpointConfig
-from recurrent_depth.reasoning.grading import Item, JudgeGrader, RuleGrader, Verdict, count_verdicts
+from recurrent_depth.reasoning.grading import Grader, Item, JudgeGrader, RuleGrader, Verdict, count_verdicts
 from recurrent_depth.reasoning.local import LocalConfig
 from recurrent_depth.reasoning.pool import Example, read_jsonl
 from recurrent_depth.reasoning.stages import Context, Outcome, Stage, existing, file_digest, stage
@@ -99,7 +99,7 @@ class Difficulty(Stage):
         verdicts: dict[str, list[Verdict | None]] = {}
         for model in self.models:
             texts = model.texts(examples, context)
-            verdicts[model.name] = self._grade(examples, texts, context)
+            verdicts[model.name] = _grade(self.grader, examples, texts, context)
         for row, example in enumerate(examples):
             reason, detail = self._reason({name: graded[row] for name, graded in verdicts.items()})
             if reason is None:
@@ -108,11 +108,6 @@ class Difficulty(Stage):
                 outcome.drops.append(context.drop(example, reason, detail))
         outcome.facts = {name: _count(graded) for name, graded in verdicts.items()}
         return outcome
-
-    def _grade(self, examples: list[Example], texts: list[str | None], context: Context) -> list[Verdict | None]:
-        attempted = [(e, text) for e, text in zip(examples, texts, strict=True) if text is not None]
-        graded = iter(self.grader.grade([Item(e.question, e.answer, text) for e, text in attempted], context))
-        return [None if text is None else next(graded) for text in texts]
 
     def _reason(self, verdicts: dict[str, Verdict | None]) -> tuple[str | None, str]:
         """Why the row goes; None where it stays."""
@@ -127,6 +122,13 @@ class Difficulty(Stage):
             if verdict.correct is None:
                 return f"attempt by {name} not graded", verdict.note
         return None, ""
+
+
+def _grade(grader: Grader, examples: list[Example], texts: list[str | None], context: Context) -> list[Verdict | None]:
+    """A verdict a row; None where there is no attempt."""
+    attempted = [(e, text) for e, text in zip(examples, texts, strict=True) if text is not None]
+    graded = iter(grader.grade([Item(e.question, e.answer, text) for e, text in attempted], context))
+    return [None if text is None else next(graded) for text in texts]
 
 
 def _count(verdicts: list[Verdict | None]) -> dict[str, Any]:

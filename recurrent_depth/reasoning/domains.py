@@ -28,7 +28,9 @@ class Labeller(Protocol):
 
 @dataclass(frozen=True)
 class Clusters:
-    """Clusters of TF-IDF vectors, reduced by SVD, by k-means (scikit-learn). A domain is named by its top terms.
+    """Clusters of TF-IDF vectors of English words, reduced by SVD, by k-means (scikit-learn).
+
+    A domain is named by its top terms.
 
     Args:
         clusters: number of domains.
@@ -64,7 +66,7 @@ class Clusters:
             raise DataError(
                 f"the questions share too few words to cluster ({error}); give or ask for labels"
             ) from error
-        components = min(self.components, min(vectors.shape) - 1)
+        components = max(min(self.components, min(vectors.shape) - 1), 1)
         reduce = make_pipeline(TruncatedSVD(components, random_state=context.seed), Normalizer(copy=False))
         means = KMeans(self.clusters, n_init=4, random_state=context.seed).fit(reduce.fit_transform(vectors))
         names = self._names(vectors, means.labels_, words.get_feature_names_out())
@@ -141,8 +143,9 @@ class Domains(Stage):
         others = [question for source in self.benchmark for question in evaluation_questions(source, context)]
         labels: list[str | None] = [example.domain for example in examples]
         found: list[str | None] = []
-        if self.labeller is not None:
-            labels, found = self.labeller.label([example.question for example in examples], others, context)
+        labeller: Labeller | None = self.labeller
+        if labeller is not None:
+            labels, found = labeller.label([example.question for example in examples], others, context)
         outcome = Outcome([])
         for example, name in zip(examples, labels, strict=True):
             if name is None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from recurrent_depth.data.packed import DataError
-from recurrent_depth.reasoning.replies import Reply, ReplyCache
+from recurrent_depth.reasoning.replies import Reply, ReplyCache, progress
 from recurrent_depth.reasoning.stages import digest
 
 
@@ -20,9 +20,9 @@ class EndpointConfig:
         model: its name there.
         api_key_env: environment variable that holds the key; a server on one's own machine needs none.
         system: system message; null for none.
-        max_tokens: longest reply, its reasoning included.
-        temperature: of sampling.
-        seed: sent along; null for none.
+        max_tokens: longest reply, its reasoning included; null sends none (some models want another name, see extra).
+        temperature: of sampling; null sends none.
+        seed: of sampling; null sends none.
         extra: further fields of the request, for example {reasoning_effort: high}.
         concurrency: requests under way at once.
         timeout_s: seconds to wait for a reply.
@@ -36,8 +36,8 @@ class EndpointConfig:
     model: str
     api_key_env: str = "OPENAI_API_KEY"
     system: str | None = None
-    max_tokens: int = 4096
-    temperature: float = 0.0
+    max_tokens: int | None = 4096
+    temperature: float | None = 0.0
     seed: int | None = 0
     extra: dict[str, Any] = field(default_factory=dict)
     concurrency: int = 8
@@ -48,8 +48,9 @@ class EndpointConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "concurrency", "give_up_after"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         if not 0 <= self.allowed_failures <= 1:
             raise ValueError(f"allowed_failures is {self.allowed_failures}; it must lie between 0 and 1")
 
@@ -95,7 +96,8 @@ class EndpointWriter:
                 failed[key] = reply
 
         with ThreadPoolExecutor(self.config.concurrency) as threads:
-            list(threads.map(ask, wanted.keys(), wanted.values()))
+            for _ in progress(threads.map(ask, wanted.keys(), wanted.values()), len(wanted), self.config.model):
+                pass
         self._check(failed, len(wanted))
         return [failed[key] if key in failed else cache.replies[key] for key in keys]
 
@@ -115,12 +117,12 @@ class EndpointWriter:
             return Reply("", error=f"not asked: {config.give_up_after} requests in a row had failed")
         system = [] if config.system is None else [{"role": "system", "content": config.system}]
         messages: list[Any] = [*system, {"role": "user", "content": prompt}]
-        optional: dict[str, Any] = {} if config.seed is None else {"seed": config.seed}
+        sampling = {"max_tokens": config.max_tokens, "temperature": config.temperature, "seed": config.seed}
+        given: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
         try:
             completion = self.client.chat.completions.create(
-                model=config.model, messages=messages, max_tokens=config.max_tokens, temperature=config.temperature,
-                extra_body=config.extra, **optional,
-            )  # fmt: skip
+                model=config.model, messages=messages, extra_body=config.extra, **given
+            )
             reply = _reply(completion)
         except (OpenAIError, AttributeError, IndexError, TypeError, ValueError) as error:  # failed, or not a completion
             self.failed_in_a_row += 1

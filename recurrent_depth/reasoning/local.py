@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recurrent_depth.reasoning.replies import Reply, ReplyCache
+from recurrent_depth.reasoning.replies import Reply, ReplyCache, progress
 from recurrent_depth.reasoning.stages import digest, file_digest
 from recurrent_depth.runs import find_checkpoint, is_run
 
@@ -80,7 +80,8 @@ class LocalWriter:
 
     def write(self, prompts: Sequence[str], cache: ReplyCache) -> list[Reply]:
         keys = [digest([self.fingerprint, prompt]) for prompt in prompts]
-        for batch in _batches(dict(zip(keys, map(self._encode, prompts), strict=True)), self.config.batch_size):
+        batches = list(_batches(dict(zip(keys, map(self._encode, prompts), strict=True)), self.config.batch_size))
+        for batch in progress(batches, len(batches), self.config.model):
             if any(cache.get(key) is None for key in batch):
                 cache.put(dict(zip(batch, self._decode(list(batch.values())), strict=True)))
         return [cache.replies[key] for key in keys]

@@ -2,10 +2,13 @@
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+from rich.console import Console
+from rich.progress import track
 
 from recurrent_depth.data.packed import DataError
 
@@ -45,6 +48,14 @@ class WriterConfig(Protocol):
 
     def open(self) -> Writer:
         """Load the model, or prepare the client."""
+
+
+T = TypeVar("T")
+
+
+def progress(work: Iterable[T], total: int, name: str) -> Iterable[T]:
+    """A bar on a terminal while the work is done."""
+    return track(work, description=name, total=total, console=Console(stderr=True), transient=True)
 
 
 class ReplyCache:

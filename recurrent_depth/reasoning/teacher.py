@@ -7,7 +7,7 @@ from typing import Any
 from recurrent_depth.reasoning.endpoint import EndpointConfig
 from recurrent_depth.reasoning.local import LocalConfig
 from recurrent_depth.reasoning.pool import Example
-from recurrent_depth.reasoning.replies import Reply, ReplyCache
+from recurrent_depth.reasoning.replies import Reply, ReplyCache, WriterConfig
 from recurrent_depth.reasoning.stages import Context, Outcome, Stage, digest, stage
 
 
@@ -86,7 +86,7 @@ class Teacher(Stage):
         return reply.text.strip(), reply.text.strip()
 
 
-def ask(writer: EndpointConfig | LocalConfig, prompts: list[str], context: Context) -> list[Reply]:
+def ask(writer: WriterConfig, prompts: list[str], context: Context) -> list[Reply]:
     """The replies of a model, those that the cache holds included. Without prompts the model is not loaded."""
     if not prompts:
         return []

@@ -21,6 +21,9 @@ def stage(url, **options):
     return {"stage": "teacher", "writer": writer, "prompt": "Solve: {question}", **options}
 
 
+WRITER = {"system": "Be brief", "max_tokens": 77, "temperature": None, "extra": {"reasoning_effort": "high"}}
+
+
 def thoughtful(body):
     return {"content": f"<think>\nI read: {asked(body)}\n</think>\n\nIt is 1."}
 
@@ -28,7 +31,7 @@ def thoughtful(body):
 def test_rows_without_a_trace_get_one(tmp_path):
     rows = [example(0), *lacking(3)[1:]]
     with chat_server(thoughtful) as server:
-        options = {"prices": {"tokens_in": 2.0, "tokens_out": 10.0}, "writer": {"system": "Be brief", "max_tokens": 77}}
+        options = {"prices": {"tokens_in": 2.0, "tokens_out": 10.0}, "writer": WRITER}
         outcome = run_stage(stage(server.url, **options), rows, tmp_path)
         sent = sorted(server.requests, key=asked)
     assert outcome.examples[0] == rows[0]
@@ -39,6 +42,8 @@ def test_rows_without_a_trace_get_one(tmp_path):
     assert [asked(body) for body in sent] == ["Solve: What is 1 plus 1?", "Solve: What is 2 plus 1?"]
     assert sent[0]["messages"][0] == {"role": "system", "content": "Be brief"}
     assert (sent[0]["model"], sent[0]["max_tokens"], sent[0]["seed"]) == ("teacher", 77, 0)
+    assert "temperature" not in sent[0]
+    assert sent[0]["reasoning_effort"] == "high"
     words_in, words_out = 2 * (2 + 6), 2 * (1 + 8 + 1 + 3)
     assert outcome.facts == {
         "requests": 2, "failed": 0, "tokens in": words_in, "tokens out": words_out,
