@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from tokenizers import Tokenizer
 
 from recurrent_depth.data.documents import Document
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.tokenizer import BEGIN_TEXT
 
 BEGIN_HEADER, END_HEADER, END_TURN = "<|begin_header|>", "<|end_header|>", "<|end_turn|>"

@@ -9,15 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from recurrent_depth.data.layout import Split
 from recurrent_depth.data.tasks import TASKS
 
 IGNORE_INDEX = -100
-Split = Literal["train", "validation"]
 
 
 @dataclass(frozen=True)

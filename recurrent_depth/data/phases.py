@@ -24,9 +24,8 @@ from recurrent_depth.data.documents import Document
 from recurrent_depth.data.encoding import DocumentEncoder
 from recurrent_depth.data.filters import HASH_RANGES, Duplicates, counted, evaluation_ngrams
 from recurrent_depth.data.job import Job
-from recurrent_depth.data.loader import Split
+from recurrent_depth.data.layout import DataError, Split
 from recurrent_depth.data.mix import passes, row_copies, rows_of_file
-from recurrent_depth.data.packed import DataError
 from recurrent_depth.data.report import write_report
 from recurrent_depth.data.rows import RowFile, row_schema, take_rows, write_parquet
 from recurrent_depth.data.sources import read

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.packing import Packer, PackingCounts, Policy, Row
 
 ROWS_PER_GROUP = 1000
@@ -69,8 +70,11 @@ class RowFile:
 
 def take_rows(file: Path, numbers: np.ndarray) -> pa.Table:
     """Some rows of an Arrow file, by number; the file is mapped, so only these are read."""
-    with pa.memory_map(str(file)) as content:
-        return pa.ipc.open_file(content).read_all().take(numbers)
+    try:
+        with pa.memory_map(str(file)) as content:
+            return pa.ipc.open_file(content).read_all().take(numbers)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{file} is damaged ({error}); begin anew with --restart true") from error
 
 
 def write_parquet(table: pa.Table, file: Path) -> None:
