@@ -259,7 +259,7 @@ class _SplitOfPart:
         self.rows = RowFile(file, job.config.sequence_length + 1, policy, schema)
         self.documents = self.bytes = 0
 
-    def add(self, ids: list[int], size: int) -> None:
+    def add(self, ids: np.ndarray, size: int) -> None:
         self.documents += 1
         self.bytes += size
         self.rows.add(ids)
