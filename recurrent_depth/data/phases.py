@@ -33,7 +33,7 @@ from recurrent_depth.data.tokenizer import load_tokenizer, train_tokenizer
 from recurrent_depth.data.work import Result
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
-_BATCH_CHARACTERS = 1_000_000
+_BATCH_CHARACTERS = 50_000
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ class _SplitOfPart:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents to encode together: enough for the tokenizer's threads, little enough for memory."""
+    """Documents to encode together: enough for the tokenizer's threads, little enough for the processor's cache."""
     batch: list[Document] = []
     characters = 0
     for document in documents:
