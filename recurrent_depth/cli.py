@@ -67,16 +67,23 @@ def run_verb(verb: Verb, prog: str, arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    from recurrent_depth.runs import CheckpointError
-    from recurrent_depth.training.health import TrainingAborted
-
     try:
         options = parse_options(getattr(module, verb.options), prog, arguments)
         getattr(module, verb.function)(options)
-    except (ValueError, OSError, CheckpointError, TrainingAborted) as error:
+    except Exception as error:
+        if not isinstance(error, _mendable_errors()):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _mendable_errors() -> tuple[type[Exception], ...]:
+    """Errors whose message is all a user needs; imported late, so that a verb without torch starts fast."""
+    from recurrent_depth.runs import CheckpointError
+    from recurrent_depth.training.health import TrainingAborted
+
+    return ValueError, OSError, CheckpointError, TrainingAborted
 
 
 def _extra(verb: Verb) -> str:

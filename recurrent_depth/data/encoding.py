@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from recurrent_depth.data.documents import Document
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.tokenizer import BEGIN_TEXT
 
 BEGIN_HEADER, END_HEADER, END_TURN = "<|begin_header|>", "<|end_header|>", "<|end_turn|>"
@@ -24,26 +25,30 @@ class DocumentEncoder:
         tokenizer.encode_special_tokens = True
         self.tokenizer = tokenizer
         begin = tokenizer.token_to_id(BEGIN_TEXT)
-        self.opening = [] if begin is None else [begin]
+        dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.int32
+        self.opening = np.array([] if begin is None else [begin], dtype=dtype)
         marks = [tokenizer.token_to_id(mark) for mark in (BEGIN_HEADER, END_HEADER, END_TURN)]
         self.marks = [mark for mark in marks if mark is not None]
 
-    def encode(self, documents: Sequence[Document]) -> list[list[int]]:
-        """Token ids of each document."""
+    def encode(self, documents: Sequence[Document]) -> list[np.ndarray]:
+        """Token ids of each document, in 16 bits while the vocabulary fits."""
         segments = [segment for document in documents for segment in _segments(document)]
         encodings = iter(self.tokenizer.encode_batch_fast(segments, add_special_tokens=False))
         return [self._ids(document, encodings) for document in documents]
 
-    def _ids(self, document: Document, encodings: Iterator) -> list[int]:
+    def _ids(self, document: Document, encodings: Iterator) -> np.ndarray:
         if not document.turns:
-            return self.opening + next(encodings).ids
+            return np.concatenate([self.opening, self._array(next(encodings).ids)])
         if len(self.marks) < 3:
             raise DataError(f"the tokenizer lacks one of {BEGIN_HEADER}, {END_HEADER}, {END_TURN}; chats need them")
         begin_header, end_header, end_turn = self.marks
-        ids = list(self.opening)
+        ids: list[int] = []
         for _ in document.turns:
             ids += [begin_header, *next(encodings).ids, end_header, *next(encodings).ids, end_turn]
-        return ids
+        return np.concatenate([self.opening, self._array(ids)])
+
+    def _array(self, ids: list[int]) -> np.ndarray:
+        return np.array(ids, dtype=self.opening.dtype)
 
 
 def _segments(document: Document) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from recurrent_depth.data.decontamination import NgramIndex
 from recurrent_depth.data.documents import Document
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.sources import SourceConfig, cut, read
 
 if TYPE_CHECKING:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from recurrent_depth.data.layout import Split
 from recurrent_depth.data.notes import noted_tokenizer, random_places, with_notes
 from recurrent_depth.data.report_task import REPORTS, ReportTask
 from recurrent_depth.data.tasks import TASKS, StateTask
@@ -21,7 +22,6 @@ from recurrent_depth.model.random import LENGTH_STREAM, generator
 
 IGNORE_INDEX = -100
 GENERATED: dict[str, StateTask | ReportTask] = {**TASKS, **REPORTS}
-Split = Literal["train", "validation"]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.sources import SourceConfig
 
 

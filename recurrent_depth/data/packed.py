@@ -15,15 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from recurrent_depth.data.loader import Batch, PackedDataConfig, Split
+from recurrent_depth.data.layout import MANIFEST, TOKENIZER, DataError, Split
+from recurrent_depth.data.loader import Batch, PackedDataConfig
 
-MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.json"
 _CACHED_GROUPS = 2  # rows are read in order, so the one in use and the next
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on; the message names the file and what to do."""
 
 
 class PackedSource:

@@ -4,6 +4,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 Policy = Literal["concat", "best-fit", "huginn"]
 
 
@@ -11,7 +14,7 @@ Policy = Literal["concat", "best-fit", "huginn"]
 class Row:
     """`length` token ids, and the positions at which documents begin (a continued document begins before the row)."""
 
-    input_ids: list[int]
+    input_ids: np.ndarray
     doc_starts: list[int]
 
 
@@ -50,63 +53,61 @@ class Packer:
     length: int
     policy: Policy = "concat"
     counts: PackingCounts = field(default_factory=PackingCounts)
-    _ids: list[int] = field(default_factory=list)
+    _pieces: list[np.ndarray] = field(default_factory=list)
+    _filled: int = 0
     _starts: list[int] = field(default_factory=list)
-    _waiting: list[list[int]] = field(default_factory=list)
+    _waiting: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, document: list[int]) -> Iterator[Row]:
-        """Pack one document; yields the rows that became full."""
+    def add(self, document: ArrayLike) -> Iterator[Row]:
+        """Pack the token ids of one document; yields the rows that became full."""
+        ids = np.asarray(document)
         if self.policy == "best-fit":
-            yield from self._add_best_fit(document)
-            return
-        rest = document
-        first = True
-        while rest:
-            if first:
-                self._starts.append(len(self._ids))
-            room = self.length - len(self._ids)
-            self._ids.extend(rest[:room])
-            rest, first = rest[room:], False
-            if len(self._ids) == self.length:
+            yield from self._add_best_fit(ids)
+        elif len(ids):
+            yield from self._place(ids)
+
+    def _place(self, ids: np.ndarray) -> Iterator[Row]:
+        """Put a document at the end of the open row, and what does not fit into the next rows."""
+        self._starts.append(self._filled)
+        while len(ids):
+            room = self.length - self._filled
+            piece, ids = ids[:room], ids[room:]
+            self._pieces.append(piece)
+            self._filled += len(piece)
+            if self._filled == self.length:
                 yield self._take()
                 if self.policy == "huginn":
-                    self.counts.rests += len(rest)
+                    self.counts.rests += len(ids)
                     return
 
     def _take(self) -> Row:
-        row = Row(self._ids, self._starts)
+        row = Row(np.concatenate(self._pieces), self._starts)
         self.counts.kept += self.length
-        self._ids, self._starts = [], []
+        self._pieces, self._filled, self._starts = [], 0, []
         return row
 
-    def _add_best_fit(self, document: list[int], window: int = 64) -> Iterator[Row]:
+    def _add_best_fit(self, ids: np.ndarray, window: int = 64) -> Iterator[Row]:
         """Keep up to `window` documents waiting; the longest that fits the open row goes next."""
-        self._waiting.append(document)
+        self._waiting.append(ids)
         if len(self._waiting) >= window:
             yield from self._place_one()
 
     def _place_one(self) -> Iterator[Row]:
-        room = self.length - len(self._ids)
-        fitting = [d for d in self._waiting if len(d) <= room]
-        chosen = max(fitting, key=len) if fitting else min(self._waiting, key=len)
-        self._waiting.remove(chosen)
-        self._starts.append(len(self._ids))
-        while chosen:
-            room = self.length - len(self._ids)
-            self._ids.extend(chosen[:room])
-            chosen = chosen[room:]
-            if len(self._ids) == self.length:
-                yield self._take()
+        room = self.length - self._filled
+        sizes = [len(ids) for ids in self._waiting]
+        fitting = [size for size in sizes if size <= room]
+        chosen = self._waiting.pop(sizes.index(max(fitting) if fitting else min(sizes)))
+        yield from self._place(chosen)
 
     def finish(self) -> Iterator[Row]:
         """Place what waits; what does not fill a row is dropped and counted."""
         while self._waiting:
             yield from self._place_one()
-        self.counts.unfilled += len(self._ids)
-        self._ids, self._starts = [], []
+        self.counts.unfilled += self._filled
+        self._pieces, self._filled, self._starts = [], 0, []
 
 
-def pack(documents: Iterable[list[int]], length: int, policy: Policy = "concat") -> tuple[list[Row], PackingCounts]:
+def pack(documents: Iterable[ArrayLike], length: int, policy: Policy = "concat") -> tuple[list[Row], PackingCounts]:
     """All rows of a set of documents, and the counts of tokens kept and dropped."""
     packer = Packer(length, policy)
     rows = [row for document in documents for row in packer.add(document)]

@@ -24,9 +24,8 @@ from recurrent_depth.data.documents import Document
 from recurrent_depth.data.encoding import DocumentEncoder
 from recurrent_depth.data.filters import HASH_RANGES, Duplicates, counted, evaluation_ngrams
 from recurrent_depth.data.job import Job
-from recurrent_depth.data.loader import Split
+from recurrent_depth.data.layout import DataError, Split
 from recurrent_depth.data.mix import passes, row_copies, rows_of_file
-from recurrent_depth.data.packed import DataError
 from recurrent_depth.data.report import write_report
 from recurrent_depth.data.rows import RowFile, row_schema, take_rows, write_parquet
 from recurrent_depth.data.sources import read
@@ -34,7 +33,7 @@ from recurrent_depth.data.tokenizer import load_tokenizer, train_tokenizer
 from recurrent_depth.data.work import Result
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
-_BATCH_CHARACTERS = 1_000_000
+_BATCH_CHARACTERS = 50_000
 
 
 @dataclass(frozen=True)
@@ -260,7 +259,7 @@ class _SplitOfPart:
         self.rows = RowFile(file, job.config.sequence_length + 1, policy, schema)
         self.documents = self.bytes = 0
 
-    def add(self, ids: list[int], size: int) -> None:
+    def add(self, ids: np.ndarray, size: int) -> None:
         self.documents += 1
         self.bytes += size
         self.rows.add(ids)
@@ -278,7 +277,7 @@ class _SplitOfPart:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents to encode together: enough for the tokenizer's threads, little enough for memory."""
+    """Documents to encode together: enough for the tokenizer's threads, little enough for the processor's cache."""
     batch: list[Document] = []
     characters = 0
     for document in documents:

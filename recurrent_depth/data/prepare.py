@@ -9,18 +9,21 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 
 from recurrent_depth.data.executors import datatrove_executors, run_here
 from recurrent_depth.data.job import Job, PrepareConfig, SlurmConfig
-from recurrent_depth.data.packed import MANIFEST, DataError
+from recurrent_depth.data.layout import MANIFEST, DataError
 from recurrent_depth.data.report import summary
 
 __all__ = ["PrepareConfig", "SlurmConfig", "prepare"]
+
+_PATIENCE = 3.0  # seconds
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any] | None:
@@ -101,10 +104,19 @@ def _begin(job: Job) -> None:
 
 @contextmanager
 def _alone(job: Job) -> Iterator[None]:
-    """No other process prepares the same folder meanwhile."""
+    """No other process prepares the same folder meanwhile; children of a killed one get a moment to end."""
     with job.work.path("lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"another process is preparing {job.out}; wait for it") from error
+        deadline = time.monotonic() + _PATIENCE
+        while not _locked(lock):
+            if time.monotonic() > deadline:
+                raise DataError(f"another process is preparing {job.out}; wait for it")
+            time.sleep(0.05)
         yield
+
+
+def _locked(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -7,7 +7,7 @@ from typing import Any
 
 from recurrent_depth.data.filters import REASONS
 from recurrent_depth.data.job import Job
-from recurrent_depth.data.packed import MANIFEST
+from recurrent_depth.data.layout import MANIFEST
 
 REPORT = "report.md"
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recurrent_depth.data.documents import Document, FieldError, document_from
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 
 STDLIB = "python-stdlib"
 _SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")

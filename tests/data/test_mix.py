@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from recurrent_depth.cli import parse_options
 from recurrent_depth.data.filters import FilterConfig
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.mix import chosen_rows, passes, row_copies, rows_of_file
-from recurrent_depth.data.packed import DataError
 from recurrent_depth.data.prepare import PrepareConfig, prepare
 from recurrent_depth.data.sources import SourceConfig
 from recurrent_depth.data.tokenizer import load_tokenizer

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.loader import PackedDataConfig, open_source
-from recurrent_depth.data.packed import DataError
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.training.launch import train
 from recurrent_depth.training.validation import ValidationConfig

@@ -15,9 +15,10 @@ import yaml
 
 from recurrent_depth.cli import main, parse_options
 from recurrent_depth.data.job import Job
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.phases import phases
 from recurrent_depth.data.prepare import PrepareConfig, prepare
+from recurrent_depth.data.sources import read
 
 WORDS = [a + b + c for a in "bdgklmnprst" for b in "aeiou" for c in ("", "n", "r", "s", "lo", "mi")]
 
@@ -122,10 +123,40 @@ def test_other_options_and_changed_sources_are_noticed(options, tmp_path, monkey
         prepare(config_of(options, out, sequence_length=32, restart=True))
 
 
+def test_damage_to_unfinished_work_is_named(options, tmp_path, monkeypatch):
+    out = tmp_path / "data"
+    config = config_of(options, out)
+    with monkeypatch.context() as patch:
+        patch.setattr("recurrent_depth.data.phases.write_parquet", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(config)
+    shard = sorted((tmp_path / "data.unfinished" / "rows").glob("*.train.arrow"))[1]
+    shard.write_bytes(shard.read_bytes()[:-200])
+    with pytest.raises(DataError, match=rf"{shard.name} is damaged.*--restart true"):
+        prepare(config)
+    assert not out.exists()
+
+
+def test_a_source_that_lost_lines_meanwhile_is_noticed(options, tmp_path, monkeypatch):
+    config = config_of(options, tmp_path / "data")
+
+    def shorter(source, part):
+        return (document for document in list(read(source, part))[:-1])
+
+    with monkeypatch.context() as patch:
+        patch.setattr("recurrent_depth.data.phases.sign_part", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(config)
+    monkeypatch.setattr("recurrent_depth.data.phases.read", shorter)
+    with pytest.raises(DataError, match="source first changed while it was prepared"):
+        prepare(config)
+
+
 def test_two_at_once_are_refused(options, tmp_path, monkeypatch, capsys):
     out = tmp_path / "data"
     arguments = ["prepare", "--config", str(options), "--out", str(out)]
     statuses = []
+    monkeypatch.setattr("recurrent_depth.data.prepare._PATIENCE", 0.1)
     monkeypatch.setattr("recurrent_depth.data.prepare._run", lambda job: statuses.append(main(arguments)) or True)
     assert prepare(config_of(options, out)) is None
     assert statuses == [1]
