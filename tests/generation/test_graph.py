@@ -10,7 +10,8 @@ from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.generation.exits import RULES, OutputKL, StateChange, exit_rule
 from recurrent_depth.generation.forcing import ThinkingBudget
-from recurrent_depth.generation.graph import StaticToken, decode_captured
+from recurrent_depth.generation.graph import Captured, StaticToken, decode_captured
+from recurrent_depth.generation.modes import decode_in_mode
 from support import lively_model
 
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [3]]
@@ -122,6 +123,17 @@ def test_buffers_do_not_move(model):
         token.run([6, 7], [True, False])
     after = {name: getattr(token, name, getattr(token.cache, name, None)).data_ptr() for name in before}
     assert after == before
+
+
+def test_is_one_of_the_modes(model):
+    from recurrent_depth.hf.engine import EngineOptions
+
+    mode = EngineOptions(captured=True).mode()
+    assert mode == Captured()
+    options = Decoding(max_new_tokens=4, num_steps=3)
+    assert decode_in_mode(model, PROMPTS, options, mode).tokens == decode(model, PROMPTS, options).tokens
+    with pytest.raises(ValueError, match="slots and captured"):
+        EngineOptions(slots=2, captured=True).mode()
 
 
 def test_one_rule_and_one_depth_for_all(model):
