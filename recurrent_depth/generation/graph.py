@@ -79,10 +79,10 @@ def decode_captured(
     )
     account(output.depths, mask.sum(1), mask.sum(1).tolist())
     token = StaticToken(model, cache, mask, options.exit, steps, least, options.warm_start)
-    token.state.copy_(output.state[:, -1:])
-    token.logits.copy_(output.logits[:, -1])
     if ids.is_cuda and options.max_new_tokens > 1:
         token.capture()
+    token.state.copy_(output.state[:, -1:])
+    token.logits.copy_(output.logits[:, -1])
     result.computed_steps = output.computed
     while True:
         drawn = draw(token.logits, options, names, token.positions + 1)
@@ -126,7 +126,7 @@ class StaticToken(ProjectedAttend):
         self.taken = torch.zeros_like(self.ids)  # steps of the core
         self.mask = torch.zeros(B, cache.max_length, dtype=torch.bool, device=device)
         self.mask[:, :width] = mask.bool()
-        self.columns = torch.full((B,), width - 1, device=device)  # where the newest token is kept
+        self.columns = torch.full((B,), width, device=device)  # where the next token goes
         self.lengths = self.columns + 1
         self.positions = mask.sum(1) - 1  # of the newest token, padding not counted
         self.state = torch.zeros(B, 1, config.n_embd, dtype=dtype, device=device)
@@ -149,8 +149,6 @@ class StaticToken(ProjectedAttend):
         """Feed each request its next token, and think; returns the steps that were run. Results are in the buffers."""
         self.ids.copy_(torch.tensor(tokens)[:, None])
         self.running.copy_(torch.tensor(running)[:, None])
-        self.columns += 1
-        self.lengths += 1
         self.positions += self.running[:, 0]
         self.mask.scatter_(1, self.columns[:, None], self.running)
         begin, *steps, finish = self.regions
@@ -163,6 +161,8 @@ class StaticToken(ProjectedAttend):
             if late is not None and late.nobody_thinks(after=i):
                 break
         finish()
+        self.columns += 1
+        self.lengths += 1
         return done
 
     def begin(self) -> None:
@@ -217,27 +217,33 @@ class StaticToken(ProjectedAttend):
         return ops.decode_attention(q, entries, cache.depths, self.mask, self.steps[step], self.lengths)
 
     def capture(self) -> None:
-        """Replace each region by the replay of its CUDA graph. Afterwards they must be called in their order.
+        """Replace each region by the replay of its CUDA graph; from then on they must be called in their order.
 
-        Before capturing, everything runs once with no request running: libraries set themselves up, kernels compile,
-        and nothing that counts is written.
+        Everything is rehearsed once before: libraries set themselves up and kernels compile outside of the graphs.
         """
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        state = self.state.clone()
-        with torch.cuda.stream(side):
-            for region in self.regions:
-                region()
-        torch.cuda.current_stream().wait_stream(side)
-        pool = torch.cuda.graph_pool_handle()
         replays: list[Region] = []
-        for region in self.regions:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.stream(side):
+            self.rehearse()
+            torch.cuda.synchronize()
+            pool = torch.cuda.graph_pool_handle()
+            for region in self.regions:
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=pool)
                 region()
-            replays.append(graph.replay)
+                graph.capture_end()
+                replays.append(graph.replay)
+        torch.cuda.current_stream().wait_stream(side)
         self.regions = replays
-        self.state.copy_(state)
+
+    def rehearse(self) -> None:
+        """Run every region with no request running: no key and no value is written, and the depth at the next column
+        is set again by its token. State and logits change.
+        """
+        self.running.zero_()
+        for region in self.regions:
+            region()
 
 
 class _Late:
