@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recurrent_depth.model.random import truncated_normal
+
 Kernels = Literal["auto", "triton", "torch"]
 """Who computes the element-wise operations: `auto` is triton on a GPU (CUDA or ROCm) and torch elsewhere."""
 
@@ -72,13 +74,14 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Ops:
-    """One implementation of every operation that a block calls."""
+    """One implementation of every operation that a block calls, and of the noise an initial state is made of."""
 
     rms_norm: Callable[..., Tensor] = rms_norm
     add_norm: Callable[..., Tensor] = add_norm
     add_norm_norm: Callable[..., tuple[Tensor, Tensor]] = add_norm_norm
     bias_rope: Callable[..., tuple[Tensor, Tensor, Tensor]] = bias_rope
     swiglu: Callable[[Tensor], Tensor] = swiglu
+    truncated_normal: Callable[..., Tensor] = truncated_normal
 
 
 TORCH_OPS = Ops()
@@ -104,8 +107,8 @@ def choose_ops(kernels: Kernels, device: torch.device, released_rounding: bool =
             f"kernels: triton needs a CUDA or ROCm device, and the model is on {device.type}; set kernels: auto or "
             "torch (for tests on a CPU, set TRITON_INTERPRET=1 before the start)"
         )
-    ops = Ops(fused.rms_norm, fused.add_norm, fused.add_norm_norm, fused.bias_rope, fused.swiglu)
-    return _rounding(ops, released_rounding)
+    norms = (fused.rms_norm, fused.add_norm, fused.add_norm_norm)
+    return _rounding(Ops(*norms, fused.bias_rope, fused.swiglu, fused.truncated_normal), released_rounding)
 
 
 def _rounding(ops: Ops, released: bool) -> Ops:
