@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ class Shape:
     """Of the head: tokens of a micro-step, width, vocabulary; the last is Huginn's."""
 
     tokens: int = 4096
-    width: int = 512
+    width: int = 256
     vocabulary: int = 65_536
     chunk: int = 512
 
@@ -56,20 +57,20 @@ VARIANTS: dict[str, Callable[[Shape], Callable[[Tensor, Tensor, Tensor], Tensor]
 }
 
 
+def resident_bytes() -> int:
+    """Memory of this process now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def measure(variant: str, shape: Shape, dtype: torch.dtype, repeats: int) -> dict[str, object]:
-    """In a process that does nothing else: seconds and memory beyond the inputs and their gradients."""
+    """In a process that does nothing else: seconds, and memory beyond the inputs (their gradients are part of it)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     hidden = torch.randn(shape.tokens, shape.width, device=device).to(dtype).requires_grad_()
     weight = (torch.randn(shape.vocabulary, shape.width, device=device) * 0.05).to(dtype).requires_grad_()
     targets = torch.randint(shape.vocabulary, (shape.tokens,), device=device)
     loss_of = VARIANTS[variant](shape)
-    small = Shape(8, shape.width, shape.vocabulary)
-    loss_of(hidden[: small.tokens], weight, targets[: small.tokens]).backward()  # warm up, and make the gradients
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated() if device == "cuda" else resident_bytes()
     times = []
     for _ in range(repeats):
         hidden.grad = weight.grad = None

@@ -3,8 +3,8 @@
     python scripts/check_kernels.py            # prints the table; writes benchmarks/results/kernels_aot.md
     python scripts/check_kernels.py --planted  # checks a matrix tile that is too large, and must exit with 1
 
-Exits with 1, and names the kernels, where one would not launch (shared memory, threads), spills registers, or multiplies
-matrices without the instructions for it. Needs no GPU; must run without TRITON_INTERPRET.
+Exits with 1, and names the kernels, where one would not launch (shared memory, threads), spills registers, or
+multiplies matrices without the instructions for it. Needs no GPU; must run without TRITON_INTERPRET.
 """
 
 import argparse
@@ -35,7 +35,7 @@ HEADER = """# Kernels, compiled ahead of time
 Written by `make kernels-check` (scripts/check_kernels.py) with triton {version}: every launch at the shape of the 3.5B
 model (width 5280, 55 heads of 96, inner width 17,920). Nothing here was run: no time is measured. A cell holds the
 block, warps (w), registers a thread (r), KiB of shared memory a program (K), the widest load in bits (b), the family of
-matrix instructions, and bytes spilled, if any.
+matrix instructions, and bytes spilled, if any. Backward passes are compiled in bf16 alone, in which that model trains.
 """
 
 
@@ -56,7 +56,7 @@ def launches(arch: str, dtype: str, planted: bool = False) -> dict[str, Launch]:
         found = [planted_tile.matrix_product()]
     else:
         found = catalogue.launches(arch, dtype=DTYPES[dtype]) + catalogue.decode_launches(arch, DTYPES[dtype])
-    return {_label(launch): launch for launch in found}
+    return {_label(launch): launch for launch in found if dtype == "bf16" or "backward" not in launch.name}
 
 
 def _label(launch: Launch) -> str:
@@ -107,6 +107,7 @@ def _row(task: Task) -> str:
     hidden = ("BLOCK", "K", "ACCUMULATE", "WIDE")
     shown = {k.lower(): v for k, v in launch.constants.items() if v is not False and not k.startswith(hidden)}
     variant = [k if v is True else f"{k} {v}" for k, v in shown.items()]
+    variant += [task.label.partition(" with ")[2]] if " with " in task.label else []
     return f"{launch.name} {task.dtype}" + (f": {', '.join(variant)}" if variant else "")
 
 

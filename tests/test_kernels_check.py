@@ -53,6 +53,8 @@ def test_what_compiles_cleanly_and_cannot_launch_is_a_fault():
     assert good.faults() == []
     assert "lower num_warps" in dataclasses.replace(good, threads=2048).faults()[0]
     assert "does not use v_mfma" in dataclasses.replace(good, matrix_instructions=()).faults()[0]
+    assert dataclasses.replace(good, spilled=8).faults() == []
+    assert "spill" in dataclasses.replace(good, spilled=72).faults()[0]
     few_rows = dataclasses.replace(good, arch="sm_90", matrix_instructions=("mma.sync",))
     assert few_rows.faults() == []  # wgmma takes 64 rows at least
     assert "wgmma" in dataclasses.replace(few_rows, dots=((64, "bf16"),)).faults()[0]

@@ -24,6 +24,9 @@ SHARED_LIMIT = {
 
 MAX_THREADS = 1024
 
+TOLERATED_SPILL = 16
+"""Bytes: assemblers park a register or two outside the loop, even far below the limit, and each version others."""
+
 _DOT = re.compile(r"tt\.dot .*: tensor<(\d+)x\d+x(\w+)> \* ")
 _MATRIX = re.compile(r"\b(wgmma|mma\.sync|tcgen05\.mma|v_mfma)")
 _LOADS = re.compile(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)|(?:global|buffer)_load_(?:dwordx(\d)|b(\d+)|dword\b|u?short)")
@@ -59,7 +62,7 @@ class Compiled:
             found.append(f"{self.threads} threads are more than {MAX_THREADS}: lower num_warps")
         if self.shared > SHARED_LIMIT[self.arch]:
             found.append(f"{self.shared} bytes of shared memory exceed {SHARED_LIMIT[self.arch]}: use a smaller tile")
-        if self.spilled:
+        if self.spilled > TOLERATED_SPILL:
             found.append(f"{self.spilled} bytes of registers spill a thread: use a smaller tile or more warps")
         wanted = self._wanted_instruction()
         if wanted is not None and wanted not in self.matrix_instructions:

@@ -210,7 +210,7 @@ def decode_attention(
 
 def splits_for(pairs: int, columns: int, block: int, programs: int) -> int:
     """Splits of the columns, a power of two: as many programs as wished for, no split below one block."""
-    most = max(1, min(programs // pairs, triton.cdiv(columns, block), 32))
+    most = max(1, min(programs // pairs, triton.cdiv(columns, block), 16))
     return 1 << (most.bit_length() - 1)
 
 

@@ -138,7 +138,7 @@ def norm_rows_backward(
     """Gradients of x + branch [..., D], and in fp32 of weight_a and weight_b [D] (empty without weight_b)."""
     x, branch = x.contiguous(), None if branch is None else branch.contiguous()
     width, rows = x.shape[-1], scale_a.numel()
-    programs = min(rows, 2 * processors(x.device))
+    programs = min(rows, processors(x.device))
     grad_x = torch.empty_like(x, dtype=grad_a.dtype)
     part_a = x.new_empty((programs, width), dtype=torch.float32)
     part_b = part_a.new_empty((0, 0) if weight_b is None else (programs, width))

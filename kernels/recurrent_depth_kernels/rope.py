@@ -1,7 +1,8 @@
 """Bias of q and k and rotary embedding of interleaved pairs, forward and backward.
 
 One pass over the fused projection: p * cos + flip(p) * sin for q and k, where `sin` carries the sign of its pair
-(-, +, -, +, ...) and flip swaps the two of a pair; v is copied, so that the projection can be freed.
+(-, +, -, +, ...) and flip swaps the two of a pair; v stays where it is. The backward pass writes the projection's
+gradient whole, once.
 
 Shapes: B batch, T tokens, H heads, K head size, D = H K.
 """
@@ -28,10 +29,10 @@ def flipped(x, BLOCK: tl.constexpr):
 
 @triton.jit
 def rope_forward(
-    qkv_ptr, bias_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, tokens, width, rotary_batch,
+    qkv_ptr, bias_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, tokens, width, rotary_batch,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token and BLOCK columns of its q, k and v. `rotary_batch` is how far the tables of two rows are apart."""
+    """One token and BLOCK columns of its q and k. `rotary_batch` is how far the tables of two rows are apart."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
@@ -48,7 +49,6 @@ def rope_forward(
     k = k * cos + flipped(k, BLOCK) * sin
     tl.store(q_ptr + target, q.to(q_ptr.dtype.element_ty), mask=mask)
     tl.store(k_ptr + target, k.to(k_ptr.dtype.element_ty), mask=mask)
-    tl.store(v_ptr + target, tl.load(source + 2 * width, mask=mask, other=0), mask=mask)
 
 
 @triton.jit
@@ -88,24 +88,22 @@ def rope_backward(
 
 
 @op
-def rope(
-    qkv: Tensor, qk_bias: Tensor | None, cos: Tensor, sin: Tensor, n_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """q, k, v, each [B, T, H, K] and contiguous."""
+def rope(qkv: Tensor, qk_bias: Tensor | None, cos: Tensor, sin: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
+    """Rotated q and k of a projection [B, T, 3 D], each [B, T, H, K] and contiguous. `bias_rope` has the gradients."""
     refuse_fp64(qkv, "rope")
     B, T, triple = qkv.shape
     width, K = triple // 3, triple // 3 // n_heads
-    q, k, v = (qkv.new_empty((B, T, n_heads, K)) for _ in range(3))
+    q, k = (qkv.new_empty((B, T, n_heads, K)) for _ in range(2))
     chosen = settings("rope", width, qkv.dtype, qkv.device)
     arguments = {
         "qkv_ptr": qkv.contiguous(), "bias_ptr": qkv if qk_bias is None else qk_bias.contiguous(),
-        "cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous(), "q_ptr": q, "k_ptr": k, "v_ptr": v, "tokens": T,
-        "width": width, "rotary_batch": _rotary_batch(cos),
+        "cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous(), "q_ptr": q, "k_ptr": k, "tokens": T, "width": width,
+        "rotary_batch": _rotary_batch(cos),
     }  # fmt: skip
     constants = {"K": K, "HAS_BIAS": qk_bias is not None, "BLOCK": chosen["block"]}
     grid = (B * T, triton.cdiv(width, chosen["block"]))
     Launch(rope_forward, grid, arguments, constants, chosen["num_warps"], 1).run()
-    return q, k, v
+    return q, k
 
 
 @op
@@ -118,7 +116,7 @@ def rope_gradient(
     grads = grad_q, grad_k, grad_v
     if any(g.stride() != grad_q.stride() or g.stride(-1) != 1 for g in grads):
         grads = grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()
-    programs = min(rows, 2 * processors(grad_q.device))
+    programs = min(rows, processors(grad_q.device))
     grad_qkv = grad_q.new_empty((B, T, 3 * width))
     part = grad_q.new_empty((programs if has_bias else 0, 2, 1, H, K), dtype=torch.float32)
     chosen = settings("rope_backward", width, grad_q.dtype, grad_q.device)
@@ -140,20 +138,23 @@ def _rotary_batch(cos: Tensor) -> int:
     return 0 if cos.shape[0] == 1 else cos.shape[1] * cos.shape[2]
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, qk_bias, cos, sin, _ = inputs
-    ctx.bias_dtype = None if qk_bias is None else qk_bias.dtype
-    ctx.save_for_backward(cos, sin)
+class _BiasRope(torch.autograd.Function):
+    """Outside the op because v is a view of its input, which an op must not return."""
 
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, qk_bias: Tensor | None, cos: Tensor, sin: Tensor, n_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx.bias_dtype = None if qk_bias is None else qk_bias.dtype
+        ctx.save_for_backward(cos, sin)
+        q, k = rope(qkv, qk_bias, cos, sin, n_heads)
+        return q, k, qkv.unflatten(-1, (3, n_heads, -1))[:, :, 2]
 
-def _differentiate(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
-    cos, sin = ctx.saved_tensors
-    has_bias = ctx.bias_dtype is not None
-    grad_qkv, grad_bias = rope_gradient(grad_q, grad_k, grad_v, cos, sin, has_bias)
-    return grad_qkv, grad_bias.to(ctx.bias_dtype) if has_bias else None, None, None, None
-
-
-rope.register_autograd(_differentiate, setup_context=_remember)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        has_bias = ctx.bias_dtype is not None
+        grad_qkv, grad_bias = rope_gradient(*grads, *ctx.saved_tensors, has_bias)
+        return grad_qkv, grad_bias.to(ctx.bias_dtype) if has_bias else None, None, None, None
 
 
 def bias_rope(
@@ -162,7 +163,7 @@ def bias_rope(
     """Split, add the q/k bias, rotate interleaved pairs.
 
     qkv [B, T, 3 H K], qk_bias [2, 1, H, K] or None, cos and sin [B or 1, T, K] in fp32, where `sin` carries the sign
-    of its pair. Returns q, k, v, each [B, H, T, K] over memory [B, T, H, K].
+    of its pair. Returns q, k, v, each [B, H, T, K] over memory [B, T, H, K]; v is a view of qkv.
     """
-    q, k, v = rope(qkv, qk_bias, cos, sin, n_heads)
+    q, k, v = _BiasRope.apply(qkv, qk_bias, cos, sin, n_heads)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -58,44 +58,41 @@ def decode_captured(
     on_token: OnToken | None = None,
 ) -> Decoded:
     """As `decode`, with the same tokens; see there for the arguments."""
-    rule = options.exit
-    if isinstance(rule, Sequence):
+    if isinstance(options.exit, Sequence):
         raise ValueError("captured decoding takes one exit rule for all requests; give one, or decode plainly")
     ids, mask = padded(model, prompts, options)
-    B, width = ids.shape
-    steps, weight = one_depth(options, model.config), model.lm_head.weight
+    (B, width), weight = ids.shape, model.lm_head.weight
+    steps, least = one_depth(options, model.config)
     room = width + options.max_new_tokens
     cache = RecurrentCache(model.config, B, room, steps, options.cache_budget, weight.dtype, weight.device)
-    names = name_tensor(requests, B, ids.device)
-    each = Each(options, model.config, prompts)
+    names, each = name_tensor(requests, B, ids.device), Each(options, model.config, prompts)
     result = Decoded([[] for _ in prompts], [[] for _ in prompts], cache_bytes=cache.num_bytes)
+    running = [True] * B
+
+    def account(depths: Tensor, contexts: Tensor, new_tokens: list[int]) -> None:
+        for row, (core_steps, context) in enumerate(zip(depths.sum(1).tolist(), contexts.tolist(), strict=True)):
+            if running[row]:
+                count(result, model.config, row, new_tokens[row], core_steps, context)
 
     output = adaptive_forward(
-        model, ids, mask, cache, rule, steps, each.min_steps, options.prefix_monotone, last_logits_only=True
+        model, ids, mask, cache, options.exit, steps, least, options.prefix_monotone, last_logits_only=True
     )
-    contexts = mask.sum(1)
-    result.computed_steps += output.computed
-    for row, (tokens, context) in enumerate(zip(mask.sum(1).tolist(), contexts.tolist(), strict=True)):
-        count(result, model.config, row, tokens, int(output.depths[row].sum()), context)
-    token = StaticToken(model, cache, mask, rule, steps, each.min_steps[0], options.warm_start)
-    token.state.copy_(output.state[:, -1:])
+    account(output.depths, mask.sum(1), mask.sum(1).tolist())
+    token = StaticToken(model, cache, mask, options.exit, steps, least, options.warm_start)
     if ids.is_cuda and options.max_new_tokens > 1:
         token.capture()
-    logits, running = output.logits[:, -1], [True] * B
-    for place in range(options.max_new_tokens):
-        drawn = draw(logits, options, names, contexts)
+    token.state.copy_(output.state[:, -1:])
+    token.logits.copy_(output.logits[:, -1])
+    result.computed_steps = output.computed
+    while True:
+        drawn = draw(token.logits, options, names, token.positions + 1)
         for row, chosen in enumerate(drawn.tolist()):
             if running[row]:
                 running[row] = write(result, row, chosen, each.forcing[row], options, on_token)
-        if not any(running) or place + 1 == options.max_new_tokens:
-            break
+        if not any(running):
+            return result
         result.computed_steps += B * token.run([written[-1] for written in result.tokens], running)
-        logits, contexts = token.logits, token.lengths_of_text
-        depths = token.taken[:, 0].tolist()
-        for row, context in enumerate(contexts.tolist()):
-            if running[row]:
-                count(result, model.config, row, 1, depths[row], context)
-    return result
+        account(token.taken, token.positions + 1, [1] * B)
 
 
 class StaticToken(ProjectedAttend):
@@ -129,9 +126,9 @@ class StaticToken(ProjectedAttend):
         self.taken = torch.zeros_like(self.ids)  # steps of the core
         self.mask = torch.zeros(B, cache.max_length, dtype=torch.bool, device=device)
         self.mask[:, :width] = mask.bool()
-        self.columns = torch.full((B,), width - 1, device=device)  # where the newest token is kept
+        self.columns = torch.full((B,), width, device=device)  # where the next token goes
         self.lengths = self.columns + 1
-        self.lengths_of_text = mask.sum(1)  # without padding and holes
+        self.positions = mask.sum(1) - 1  # of the newest token, padding not counted
         self.state = torch.zeros(B, 1, config.n_embd, dtype=dtype, device=device)
         self.injected = torch.zeros_like(self.state)
         _, self.adapt = model.transformer.injection(self.state)
@@ -152,9 +149,7 @@ class StaticToken(ProjectedAttend):
         """Feed each request its next token, and think; returns the steps that were run. Results are in the buffers."""
         self.ids.copy_(torch.tensor(tokens)[:, None])
         self.running.copy_(torch.tensor(running)[:, None])
-        self.columns += 1
-        self.lengths += 1
-        self.lengths_of_text += self.running[:, 0]
+        self.positions += self.running[:, 0]
         self.mask.scatter_(1, self.columns[:, None], self.running)
         begin, *steps, finish = self.regions
         begin()
@@ -166,12 +161,14 @@ class StaticToken(ProjectedAttend):
             if late is not None and late.nobody_thinks(after=i):
                 break
         finish()
+        self.columns += 1
+        self.lengths += 1
         return done
 
     def begin(self) -> None:
         """Embedding and prelude."""
         part = self.model.transformer
-        cos, sin = rotary_at(self.model.freqs_cis, (self.lengths_of_text[:, None] - 1).clamp(min=0))
+        cos, sin = rotary_at(self.model.freqs_cis, self.positions[:, None])
         self.cos.copy_(cos)
         self.sin.copy_(sin)
         self.active.copy_(self.running)
@@ -220,27 +217,33 @@ class StaticToken(ProjectedAttend):
         return ops.decode_attention(q, entries, cache.depths, self.mask, self.steps[step], self.lengths)
 
     def capture(self) -> None:
-        """Replace each region by the replay of its CUDA graph. Afterwards they must be called in their order.
+        """Replace each region by the replay of its CUDA graph; from then on they must be called in their order.
 
-        Before capturing, everything runs once with no request running: libraries set themselves up, kernels compile,
-        and nothing that counts is written.
+        Everything is rehearsed once before: libraries set themselves up and kernels compile outside of the graphs.
         """
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        state = self.state.clone()
-        with torch.cuda.stream(side):
-            for region in self.regions:
-                region()
-        torch.cuda.current_stream().wait_stream(side)
-        pool = torch.cuda.graph_pool_handle()
         replays: list[Region] = []
-        for region in self.regions:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.stream(side):
+            self.rehearse()
+            torch.cuda.synchronize()
+            pool = torch.cuda.graph_pool_handle()
+            for region in self.regions:
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=pool)
                 region()
-            replays.append(graph.replay)
+                graph.capture_end()
+                replays.append(graph.replay)
+        torch.cuda.current_stream().wait_stream(side)
         self.regions = replays
-        self.state.copy_(state)
+
+    def rehearse(self) -> None:
+        """Run every region with no request running: no key and no value is written, and the depth at the next column
+        is set again by its token. State and logits change.
+        """
+        self.running.zero_()
+        for region in self.regions:
+            region()
 
 
 class _Late:

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 from recurrent_depth.generation.decoding import Decoded, Decoding, OnToken, decode
+from recurrent_depth.generation.graph import Captured, decode_captured
 from recurrent_depth.generation.scheduler import Refill, decode_refilled
 from recurrent_depth.generation.speculative import Speculation, decode_speculatively
 from recurrent_depth.generation.wavefront import Wavefront, decode_wavefront
 from recurrent_depth.model.transformer import RecurrentDepthModel
 
-Mode = Speculation | Wavefront | Refill
+Mode = Speculation | Wavefront | Refill | Captured
 
 
 def decode_in_mode(
@@ -27,4 +28,6 @@ def decode_in_mode(
         return decode_wavefront(model, prompts, options, mode, requests=requests, on_token=on_token)
     if isinstance(mode, Refill):
         return decode_refilled(model, prompts, options, mode, requests=requests, on_token=on_token)
+    if isinstance(mode, Captured):
+        return decode_captured(model, prompts, options, requests=requests, on_token=on_token)
     return decode(model, prompts, options, requests=requests, on_token=on_token)

@@ -16,6 +16,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from recurrent_depth.generation.decoding import Decoded, Decoding, OnToken
 from recurrent_depth.generation.exits import exit_rule
 from recurrent_depth.generation.forcing import ThinkingBudget
+from recurrent_depth.generation.graph import Captured
 from recurrent_depth.generation.modes import Mode, decode_in_mode
 from recurrent_depth.generation.scheduler import Refill
 from recurrent_depth.generation.speculative import Speculation
@@ -27,7 +28,8 @@ from recurrent_depth.hf.loading import unwrap
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How to decode, in numbers and texts. At most one of draft_steps, wavefront_steps and slots chooses a mode.
+    """How to decode, in numbers and texts. At most one of draft_steps, wavefront_steps, slots and captured
+    chooses a mode.
 
     Args:
         num_steps: steps of the core for a token, at most; null takes the model's.
@@ -46,6 +48,7 @@ class EngineOptions:
         wavefront_threshold: freeze a position whose state a pass changes by less.
         wavefront_average: weight of the earlier embedding in the moving average a position reads.
         slots: keep so many requests in the batch, and refill it at once when a token or a request is done.
+        captured: replay the steps as CUDA graphs, so that launching them costs no time; on a CPU they run one by one.
         seed: of sampling.
         think: open a thinking part and keep the budget below.
         think_begin, think_end: its delimiters, one token each.
@@ -69,6 +72,7 @@ class EngineOptions:
     wavefront_threshold: float = 0.03
     wavefront_average: float = 0.1
     slots: int | None = None
+    captured: bool = False
     seed: int = 0
     think: bool = False
     think_begin: str = "<|begin_think|>"
@@ -90,6 +94,8 @@ class EngineOptions:
             )  # fmt: skip
         if self.slots is not None:
             modes["slots"] = Refill(self.slots)
+        if self.captured:
+            modes["captured"] = Captured()
         if len(modes) > 1:
             raise ValueError(f"{' and '.join(modes)} each choose a way to decode; give one of them")
         return next(iter(modes.values()), None)

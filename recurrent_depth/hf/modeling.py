@@ -256,15 +256,15 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         split_steps(steps)
         if state is not None:
             return steps, state.to(x.dtype)
-        row = torch.arange(x.shape[0], device=x.device)
+        row, ops = torch.arange(x.shape[0], device=x.device), self.transformer.core_block.ops
         if self.training and config.state_init == "like-init":
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
             row = row + (micro_step << 24) + rank * x.shape[0]
-            return steps, random_state(config, row, positions, seed=seed, step=step).to(x.dtype)
+            return steps, random_state(config, row, positions, seed=seed, step=step, ops=ops).to(x.dtype)
         state_seed = self.config.state_seed if state_seed is None else state_seed
         if state_seed is None:
             return steps, torch.zeros_like(x)
-        state = random_state(config, torch.zeros_like(row), positions, seed=state_seed)
+        state = random_state(config, torch.zeros_like(row), positions, seed=state_seed, ops=ops)
         return steps, state.to(x.dtype)
 
     def _attend(self, mask: Any, slots: Slots | None, kwargs: dict[str, Any]) -> Attend:

@@ -7,13 +7,15 @@ code of released checkpoints does (in fp32 both are the same).
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from recurrent_depth.model.random import truncated_normal
 
 Kernels = Literal["auto", "triton", "torch"]
 """Who computes the element-wise operations: `auto` is triton on a GPU (CUDA or ROCm) and torch elsewhere."""
@@ -116,13 +118,14 @@ def decode_attention(
 
 @dataclass(frozen=True)
 class Ops:
-    """One implementation of every operation that a block calls."""
+    """One implementation of every operation that a block calls, and of the noise an initial state is made of."""
 
     rms_norm: Callable[..., Tensor] = rms_norm
     add_norm: Callable[..., Tensor] = add_norm
     add_norm_norm: Callable[..., tuple[Tensor, Tensor]] = add_norm_norm
     bias_rope: Callable[..., tuple[Tensor, Tensor, Tensor]] = bias_rope
     swiglu: Callable[[Tensor], Tensor] = swiglu
+    truncated_normal: Callable[..., Tensor] = truncated_normal
     rope_into_cache: Callable[..., Tensor] = rope_into_cache
     decode_attention: Callable[..., Tensor] = decode_attention
 
@@ -150,11 +153,7 @@ def choose_ops(kernels: Kernels, device: torch.device, released_rounding: bool =
             f"kernels: triton needs a CUDA or ROCm device, and the model is on {device.type}; set kernels: auto or "
             "torch (for tests on a CPU, set TRITON_INTERPRET=1 before the start)"
         )
-    ops = Ops(
-        fused.rms_norm, fused.add_norm, fused.add_norm_norm, fused.bias_rope, fused.swiglu, fused.rope_into_cache,
-        fused.decode_attention,
-    )  # fmt: skip
-    return _rounding(ops, released_rounding)
+    return _rounding(Ops(**{field.name: getattr(fused, field.name) for field in fields(Ops)}), released_rounding)
 
 
 def _rounding(ops: Ops, released: bool) -> Ops:

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from recurrent_depth.model.attention import Attend
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.layers import Rotary, SandwichBlock
-from recurrent_depth.model.random import DEPTH_STREAM, generator, truncated_normal
+from recurrent_depth.model.ops import TORCH_OPS, Ops
+from recurrent_depth.model.random import DEPTH_STREAM, generator
 
 NumSteps = int | tuple[int, int]
 """Steps of the core: an int (all carry gradient), or (steps without gradient, steps with)."""
@@ -58,13 +59,15 @@ def sample_depth(config: ModelConfig, *, seed: int, step: int, micro_step: int) 
     return total - with_gradient, with_gradient
 
 
-def random_state(config: ModelConfig, rows: Tensor, positions: Tensor, *, seed: int, step: int = 0) -> Tensor:
+def random_state(
+    config: ModelConfig, rows: Tensor, positions: Tensor, *, seed: int, step: int = 0, ops: Ops = TORCH_OPS
+) -> Tensor:
     """An initial state of variance 2/5: rows [B], positions [B or 1, T] -> [B, T, D] in fp32.
 
     In training a function of (seed, step, row, position, channel); at test time pass row 0 for every row, so that
     neither the batch nor its padding matters.
     """
-    return truncated_normal(rows, positions, config.n_embd, seed=seed, step=step) * config.state_std
+    return ops.truncated_normal(rows, positions, config.n_embd, seed=seed, step=step) * config.state_std
 
 
 class RecurrentCore(nn.ModuleList):
@@ -75,6 +78,7 @@ class RecurrentCore(nn.ModuleList):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(SandwichBlock(config) for _ in range(config.n_layers_in_recurrent_block))
+        self.ops = TORCH_OPS
         self.activation_checkpointing: Checkpointing = "none"
 
     def forward(

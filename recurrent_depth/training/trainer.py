@@ -136,7 +136,8 @@ class Trainer:
         device = self.ranks.device
         rows = torch.arange(B, device=device) + self._row_in_step(micro)
         positions = torch.arange(T, device=device)[None]
-        return random_state(model, rows, positions, seed=self.config.seed, step=self.step)
+        ops = self.model.transformer.core_block.ops
+        return random_state(model, rows, positions, seed=self.config.seed, step=self.step, ops=ops)
 
     def _agree(self, loss: Tensor, norm: Tensor) -> tuple[float, float, bool]:
         """Loss over all ranks, gradient norm, and whether any rank was asked to stop: one collective, one sync."""

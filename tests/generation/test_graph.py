@@ -10,7 +10,8 @@ from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.generation.exits import RULES, OutputKL, StateChange, exit_rule
 from recurrent_depth.generation.forcing import ThinkingBudget
-from recurrent_depth.generation.graph import StaticToken, decode_captured
+from recurrent_depth.generation.graph import Captured, StaticToken, decode_captured
+from recurrent_depth.generation.modes import decode_in_mode
 from support import lively_model
 
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [3]]
@@ -111,6 +112,25 @@ def test_a_step_is_one_graph_without_breaks(model):
     assert torch.equal(token.taken, expected.taken)
 
 
+def test_a_rehearsal_leaves_no_trace(model):
+    """Before capturing, all regions run once; the prompts in the cache and what follows stay as they are."""
+    fresh, rehearsed = static_token(model, StateChange(0.3), budget=2), static_token(model, StateChange(0.3), budget=2)
+    entries = torch.randn(fresh.cache.entries.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for token in (fresh, rehearsed):
+        token.cache.entries[..., :3, :] = entries[..., :3, :]
+        token.cache.depths[:, :3] = torch.tensor([1, 3, 2])
+    with torch.no_grad():
+        rehearsed.rehearse()
+        assert torch.equal(rehearsed.cache.entries, fresh.cache.entries)
+        assert torch.equal(rehearsed.cache.depths[:, :3], fresh.cache.depths[:, :3])
+        for tokens, running in (([4, 5], [True, True]), ([6, 7], [True, False])):
+            assert fresh.run(tokens, running) == rehearsed.run(tokens, running)
+    for name in ("logits", "state", "taken", "mask", "columns", "positions"):
+        assert torch.equal(getattr(fresh, name), getattr(rehearsed, name)), name
+    assert torch.equal(rehearsed.cache.entries, fresh.cache.entries)
+    assert torch.equal(rehearsed.cache.depths[:, :5], fresh.cache.depths[:, :5])
+
+
 def test_buffers_do_not_move(model):
     """A captured graph works on addresses."""
     token = static_token(model, OutputKL(0.02), budget=2)
@@ -122,6 +142,17 @@ def test_buffers_do_not_move(model):
         token.run([6, 7], [True, False])
     after = {name: getattr(token, name, getattr(token.cache, name, None)).data_ptr() for name in before}
     assert after == before
+
+
+def test_is_one_of_the_modes(model):
+    from recurrent_depth.hf.engine import EngineOptions
+
+    mode = EngineOptions(captured=True).mode()
+    assert mode == Captured()
+    options = Decoding(max_new_tokens=4, num_steps=3)
+    assert decode_in_mode(model, PROMPTS, options, mode).tokens == decode(model, PROMPTS, options).tokens
+    with pytest.raises(ValueError, match="slots and captured"):
+        EngineOptions(slots=2, captured=True).mode()
 
 
 def test_one_rule_and_one_depth_for_all(model):

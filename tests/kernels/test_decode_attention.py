@@ -114,7 +114,7 @@ def test_splits_fill_the_device_and_keep_whole_blocks():
     assert splits_for(55, 4096, 32, 528) == 8  # batch 1 of the 3.5B model on 132 processors
     assert splits_for(55 * 64, 4096, 32, 528) == 1
     assert splits_for(1, 64, 32, 528) == 2
-    assert splits_for(1, 10**6, 32, 528) == 32
+    assert splits_for(1, 10**6, 32, 528) == 16
 
 
 def test_shapes_that_do_not_fit_say_so():

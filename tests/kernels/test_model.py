@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.ops import choose_ops, use_ops
+from recurrent_depth.model.recurrence import random_state
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth_kernels.launch import watched
 
@@ -123,3 +124,12 @@ def test_checkpointed_steps_give_the_same_gradients(vectors, device):
         model(ids, num_steps=2, labels=ids).loss.backward()
         gradients.append(model.transformer.adapter.weight.grad)
     assert torch.equal(*gradients)
+
+
+def test_a_random_state_is_drawn_by_the_kernel(device):
+    config = ModelConfig(n_embd=48, n_heads=3)
+    rows, positions = torch.arange(2, device=device), torch.arange(5, device=device)[None]
+    with watched() as seen:
+        drawn = random_state(config, rows, positions, seed=3, step=4, ops=choose_ops("triton", torch.device(device)))
+    assert [launch.name for launch in seen] == ["normal_noise"]
+    assert (drawn - random_state(config, rows, positions, seed=3, step=4)).abs().max() < 1e-6

@@ -56,7 +56,7 @@ def test_every_module_computes_by_the_chosen_ops():
     chosen = choose_ops("triton", GPU)
     use_ops(model, chosen)
     holders = [m for m in model.modules() if hasattr(m, "ops")]
-    assert len(holders) == 3 * (4 + 3) + 1  # blocks: four norms, attention, MLP, itself; and ln_f
+    assert len(holders) == 3 * (4 + 3) + 2  # blocks: four norms, attention, MLP, itself; the core, and ln_f
     assert all(m.ops is chosen for m in holders)
 
 

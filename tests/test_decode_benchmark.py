@@ -1,0 +1,25 @@
+"""The bytes that benchmarks/decode_gpu.py divides by the bandwidth."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from decode_gpu import bytes_of_a_token
+from recurrent_depth.generation.cache import cache_bytes
+from recurrent_depth.model.config import SHAPES
+from recurrent_depth.model.transformer import RecurrentDepthModel
+
+
+def test_a_token_reads_every_matrix_and_its_part_of_the_cache():
+    config = SHAPES["small"]
+    with torch.device("meta"):
+        model = RecurrentDepthModel(config)
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    core = sum(p.numel() for p in model.transformer.core_block.parameters() if p.ndim == 2) + config.n_embd**2
+    once, twice = (bytes_of_a_token(config, 3, 100, steps) for steps in (1, 2))
+    assert once["weights"] == 2 * matrices  # tied embeddings: the table is the head
+    assert twice["weights"] - once["weights"] == 2 * core  # the state's half of the adapter
+    assert twice["keys_and_values"] == cache_bytes(config, 3, 100, 2, dtype=torch.bfloat16)
