@@ -15,10 +15,10 @@ from recurrent_depth.generation.wavefront import Wavefront
 from support import lively_model
 
 MODES = {
-    "plain": (None, {"exit": OutputKL(0.02)}),
+    "plain": (None, {"exit": OutputKL(0.2)}),
     "speculative": (Speculation(2, 3), {}),
     "wavefront": (Wavefront(2, exact=True), {}),
-    "refilled": (Refill(32), {"exit": StateChange(0.3), "cache_budget": 2}),
+    "refilled": (Refill(32), {"exit": StateChange(0.6), "cache_budget": 2}),
 }
 
 
