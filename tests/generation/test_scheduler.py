@@ -29,7 +29,7 @@ def random_prompts(lengths, seed, vocab_size=50):
 def test_tokens_and_depths_equal_one_at_a_time(model, data):
     lengths = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=6), "lengths")
     prompts = random_prompts(lengths, data.draw(st.integers(0, 99), "prompt seed"))
-    rules = [None, StateChange(0.3), OutputKL(0.02), StableArgmax(2)]
+    rules = [None, StateChange(0.6), OutputKL(0.2), StableArgmax(2)]
     exits = [data.draw(st.sampled_from(rules)) for _ in prompts]
     steps = [data.draw(st.integers(2, 6)) for _ in prompts]
     common = {
