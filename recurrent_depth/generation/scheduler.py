@@ -32,13 +32,22 @@ from recurrent_depth.model.transformer import RecurrentDepthModel
 
 @dataclass(frozen=True)
 class Refill:
-    """Hold `slots` requests in the batch at a time."""
+    """How the batch is kept full.
+
+    Args:
+        slots: requests in the batch at a time.
+        together: requests whose tokens have left the core wait until so many have (or none thinks any more), so that
+            coda, head and the prelude of what follows run once for all; None: half of those in the batch.
+    """
 
     slots: int = 8
+    together: int | None = None
 
     def __post_init__(self) -> None:
         if self.slots < 1:
             raise ValueError(f"slots is {self.slots}; at least one request must have a place")
+        if self.together is not None and not 1 <= self.together <= self.slots:
+            raise ValueError(f"together is {self.together}; it must be between 1 and slots, {self.slots}")
 
 
 @dataclass
@@ -110,20 +119,26 @@ class _Batch:
             weight.dtype, weight.device,
         )  # fmt: skip
         self.names = name_tensor(requests, len(prompts), weight.device)
+        self.refill = refill
         self.waiting = deque(range(len(prompts)))
         self.slots: list[_Slot | None] = [None] * slots
         self.tokens = ThinkingTokens(model, self.cache)
         self.result = Refilled([[] for _ in prompts], [[] for _ in prompts], cache_bytes=self.cache.num_bytes)
 
     def run(self) -> Refilled:
-        starting: list[_Start] = []
-        while True:
-            self._start(starting + self._admitted())
-            if len(self.tokens) == 0:
-                break
-            starting = self._finish(self._pass())
+        done: list[int] = []
+        self._start(self._admitted())
+        while len(self.tokens):
+            done += self._pass()
+            if len(done) >= self._together() or len(self.tokens) == 0:
+                self._start(self._finish(done) + self._admitted())
+                done = []
         self.result.computed_steps = self.tokens.computed
         return self.result
+
+    def _together(self) -> int:
+        busy = sum(slot is not None for slot in self.slots)
+        return self.refill.together or max(1, busy // 2)
 
     def _admitted(self) -> list[_Start]:
         """The prompts of requests that find a free slot."""

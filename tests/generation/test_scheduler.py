@@ -42,7 +42,9 @@ def test_tokens_and_depths_equal_one_at_a_time(model, data):
     options = Decoding(exit=exits, num_steps=steps, **common)
     # Keys are copied together where they are small, and read in place where they are large.
     with patch("recurrent_depth.generation.tokens.COPY_LIMIT", data.draw(st.sampled_from([0, 10**9]), "copy limit")):
-        found = decode_refilled(model, prompts, options, Refill(data.draw(st.integers(1, 4), "slots")))
+        slots = data.draw(st.integers(1, 4), "slots")
+        together = data.draw(st.none() | st.integers(1, slots), "together")
+        found = decode_refilled(model, prompts, options, Refill(slots, together))
     for i, prompt in enumerate(prompts):
         alone = decode(model, [prompt], Decoding(exit=exits[i], num_steps=steps[i], **common), requests=[i])
         assert found.tokens[i] == alone.tokens[0]
@@ -85,6 +87,8 @@ def test_what_it_cannot_do_is_refused(model):
         decode_refilled(model, [[1]], Decoding(num_steps=2, prefix_monotone=False))
     with pytest.raises(ValueError, match="slots is 0"):
         Refill(0)
+    with pytest.raises(ValueError, match="together is 5"):
+        Refill(4, together=5)
     with pytest.raises(ValueError, match="exit has 2 values for 1"):
         decode_refilled(model, [[1]], Decoding(max_new_tokens=2, exit=[None, None]))
     with pytest.raises(ValueError, match="exceed block_size 64"):
