@@ -75,6 +75,7 @@ def command(folder, out, **changes):
     return DenseCommand(out=str(out), **(options | changes))
 
 
+@pytest.mark.slow
 def test_a_tiny_llama_learns_the_rows(prepared, tmp_path):
     folder = train_dense(command(prepared, tmp_path / "run"))
     (state,) = (tmp_path / "run").glob("checkpoint-12/trainer_state.json")
