@@ -8,19 +8,16 @@ the last move again), resumed (three moves, and three more after every "Wait"; r
 0 to 8 forced waits, and with budgets that cut the trace. Writes results/budget_forcing.json and pictures.
 """
 
-import argparse
 import dataclasses
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-import torch
 from inline_notes import over_seeds
-from puzzle_models import Row, draw, examiner, fine_tune, row_of, train_base
+from puzzle_models import Row, draw, each_base, examiner, fine_tune, options_of, row_of
 
 from common import RESULTS, interval, kept, write_result
 from recurrent_depth.data.thinking import WAIT, Puzzle
@@ -121,24 +118,16 @@ def print_table(kind: str, cells: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--bases", nargs="*", help="run folders of base models, one a seed; default: train them")
-    parser.add_argument("--keep", help="folder that keeps what each seed gave, so that an interrupted run goes on")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    seeds = [int(seed) for seed in options.seeds.split(",")]
+    options = options_of(__doc__)
     runs: dict[str, list[list[Cell]]] = {kind: [] for kind in KINDS}
-    with tempfile.TemporaryDirectory() as scratch:
-        for index, seed in enumerate(seeds):
-            base = Path(options.bases[index]) if options.bases else train_base(seed, Path(scratch) / str(seed))
-            for kind in KINDS:
-                cells = kept(options.keep, f"{kind}-{seed}", lambda b=base, k=kind, s=seed: as_json(measure(b, k, s)))
-                runs[kind].append([Cell(**cell) for cell in cells])
+    for seed, base in each_base(options):
+        for kind in KINDS:
+            cells = kept(options.keep, f"{kind}-{seed}", lambda b=base, k=kind, s=seed: as_json(measure(b, k, s)))
+            runs[kind].append([Cell(**cell) for cell in cells])
     results = {kind: summarise(of_kind) for kind, of_kind in runs.items()}
     for kind, result in results.items():
         print_table(kind, result["cells"])
-    settings = {"seeds": seeds, "examples": EXAMPLES, "steps": STEPS, "questions": QUESTIONS, "moves": [6, 10]}
+    settings = {"seeds": options.seeds, "examples": EXAMPLES, "steps": STEPS, "questions": QUESTIONS, "moves": [6, 10]}
     write_result("budget_forcing", {**settings, "kinds": results})
     plot_waits(results, RESULTS / "budget_forcing.png")
     cells = over_seeds(runs["resumed"])

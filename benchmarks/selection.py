@@ -7,7 +7,6 @@ the five equally often. Curated (s1's recipe): drop what the base model solves, 
 2^-rank of length. Writes results/selection.json.
 """
 
-import argparse
 import json
 import os
 import tempfile
@@ -18,8 +17,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-import torch
-from puzzle_models import Row, draw, examiner, fine_tune, row_of, train_base
+from puzzle_models import Row, draw, each_base, examiner, fine_tune, options_of, row_of
 
 from common import interval, kept, write_result
 from recurrent_depth.data.thinking import DOMAINS, Puzzle, draw_puzzle, thinking_tokenizer
@@ -103,18 +101,10 @@ def run_seed(base: Path, seed: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--bases", nargs="*", help="run folders of base models, one a seed; default: train them")
-    parser.add_argument("--keep", help="folder that keeps what each seed gave, so that an interrupted run goes on")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    seeds = [int(seed) for seed in options.seeds.split(",")]
+    options = options_of(__doc__)
     runs: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for index, seed in enumerate(seeds):
-            base = Path(options.bases[index]) if options.bases else train_base(seed, Path(scratch) / str(seed))
-            runs += kept(options.keep, f"seed-{seed}", lambda b=base, s=seed: run_seed(b, s))
+    for seed, base in each_base(options):
+        runs += kept(options.keep, f"seed-{seed}", lambda b=base, s=seed: run_seed(b, s))
     table = {}
     for recipe in dict.fromkeys(run["recipe"] for run in runs):
         values = [run["accuracy"]["all"] for run in runs if run["recipe"] == recipe]
