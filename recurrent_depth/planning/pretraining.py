@@ -6,10 +6,12 @@ a step. Communication is counted in whole tensors, as tests/training/test_collec
 
 import dataclasses
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import nn
 
+from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.flops import mean_training_flops
 from recurrent_depth.model.recurrence import sample_depth
 from recurrent_depth.model.transformer import RecurrentDepthModel
@@ -69,13 +71,18 @@ class Sizes:
 
 def sizes(job: Job) -> Sizes:
     """Counted on the meta device."""
+    return _sizes(job.run.model, job.run.optimizer.name == "muon")
+
+
+@lru_cache
+def _sizes(config: ModelConfig, muon: bool) -> Sizes:
     with torch.device("meta"):
-        model = RecurrentDepthModel(job.run.model)
+        model = RecurrentDepthModel(config)
     named = dict(model.named_parameters())
     total, core = model.num_parameters, _count(model.transformer.core_block)
     outer = [_count(block) for block in [*model.transformer.prelude, *model.transformer.coda]]
     by_muon = [p for name, p in named.items() if p.ndim == 2 and "wte" not in name and "lm_head" not in name]
-    moments = 2 * total - (sum(p.numel() for p in by_muon) if job.run.optimizer.name == "muon" else 0)
+    moments = 2 * total - (sum(p.numel() for p in by_muon) if muon else 0)
     return Sizes(total, core, sum(outer), outer[0], moments)
 
 
@@ -126,8 +133,10 @@ def _gathered(job: Job, size: Sizes) -> int:
 
 
 def _deepest(job: Job) -> tuple[int, int]:
-    """Steps with gradient of the deepest of the run's first 4096 depths; those without gradient keep nothing."""
+    """Most steps with gradient, for full backpropagation of the run's first 4096 depths; those without keep nothing."""
     run = job.run
+    if run.model.mean_backprop_depth is not None:
+        return 0, run.model.mean_backprop_depth
     depths = [sample_depth(run.model, seed=run.seed, step=step, micro_step=0) for step in range(min(run.steps, 4096))]
     return 0, max(with_gradient for _, with_gradient in depths)
 
@@ -188,13 +197,15 @@ def remedies(job: Job, device: Device) -> list[str]:
     taken: list[str] = []
     if fits(job, device):
         return taken
+    least = sum(memory(job).values())
     for field, value in (
         ("loss_chunk_size", 2048), ("activation_checkpointing", "step"), ("activation_checkpointing", "block"),
         ("shard_size", None), ("reshard_after_forward", True),
     ):  # fmt: skip
         changed = _with(job, field, value)
-        if sum(memory(changed).values()) < sum(memory(job).values()):
-            job = changed
+        needed = sum(memory(changed).values())
+        if needed < least:
+            job, least = changed, needed
             taken.append(f"--runtime.{field} {'null' if value is None else str(value).lower()}")
         if fits(job, device):
             return taken
