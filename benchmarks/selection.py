@@ -27,7 +27,7 @@ from recurrent_depth.reasoning.pool import SourceConfig, read_examples
 from recurrent_depth.runs import load_run_model
 
 SHARES = {"swap": 0.70, "cycle": 0.14, "flip": 0.08, "turn": 0.05, "pair": 0.03}
-POOL, SIZE, STEPS, QUESTIONS = 2000, 250, 200, 250
+POOL, SIZE, STEPS, QUESTIONS = 2000, 250, 150, 200
 NUM_STEPS, ENOUGH = 8, 40  # steps of the core and thinking tokens of every question
 
 
