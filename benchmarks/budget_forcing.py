@@ -8,21 +8,18 @@ the last move again), resumed (three moves, and three more after every "Wait"; r
 0 to 8 forced waits, and with budgets that cut the trace. Writes results/budget_forcing.json and pictures.
 """
 
-import argparse
 import dataclasses
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-import torch
 from inline_notes import over_seeds
-from puzzle_models import Row, draw, examiner, fine_tune, row_of, train_base
+from puzzle_models import Row, draw, each_base, examiner, fine_tune, options_of, row_of
 
-from common import RESULTS, interval, write_result
+from common import RESULTS, interval, kept, write_result
 from recurrent_depth.data.thinking import WAIT, Puzzle
 from recurrent_depth.evaluation.budget_plots import plot_frontier, plot_heat_map
 from recurrent_depth.evaluation.scaling import Cell, axis_reports, frontier
@@ -32,7 +29,7 @@ WAITS = [0, 1, 2, 4, 8]
 BUDGETS = [0, 8, 16]
 ENOUGH = 64  # thinking tokens: no trace here needs as many
 ROUND = 3  # moves of a round of the kind "resumed"
-EXAMPLES, STEPS, QUESTIONS = 800, 200, 128
+EXAMPLES, STEPS, QUESTIONS = 800, 150, 128
 
 
 def finished(puzzle: Puzzle, waits: int) -> list[str]:
@@ -72,6 +69,10 @@ def measure(base: Path, kind: str, seed: int) -> list[Cell]:
     return forced + [asks.ask(r, budget).cell(f"think={budget}", r, budget) for budget in BUDGETS for r in DEPTHS]
 
 
+def as_json(cells: list[Cell]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(cell) for cell in cells]
+
+
 def summarise(runs: list[list[Cell]]) -> dict[str, Any]:
     cells = over_seeds(runs)
     forced = [cell for cell in cells if cell.label.startswith("waits")]
@@ -81,8 +82,8 @@ def summarise(runs: list[list[Cell]]) -> dict[str, Any]:
             dataclasses.asdict(cell) | {"interval_95": bounds} for cell, bounds in zip(cells, intervals, strict=True)
         ],
         "waits": [dataclasses.asdict(report) for report in axis_reports(forced)],
-        "frontier": [dataclasses.asdict(cell) for cell in frontier(cells)],
-        "runs": [[dataclasses.asdict(cell) for cell in run] for run in runs],
+        "frontier": as_json(frontier(cells)),
+        "runs": [as_json(run) for run in runs],
     }
 
 
@@ -117,19 +118,16 @@ def print_table(kind: str, cells: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--bases", nargs="*", help="run folders of base models, one a seed; default: train them")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    with tempfile.TemporaryDirectory() as scratch:
-        bases = [Path(base) for base in options.bases or []] or [train_base(s, Path(scratch) / str(s)) for s in seeds]
-        runs = {kind: [measure(base, kind, s) for base, s in zip(bases, seeds, strict=True)] for kind in KINDS}
+    options = options_of(__doc__)
+    runs: dict[str, list[list[Cell]]] = {kind: [] for kind in KINDS}
+    for seed, base in each_base(options):
+        for kind in KINDS:
+            cells = kept(options.keep, f"{kind}-{seed}", lambda b=base, k=kind, s=seed: as_json(measure(b, k, s)))
+            runs[kind].append([Cell(**cell) for cell in cells])
     results = {kind: summarise(of_kind) for kind, of_kind in runs.items()}
     for kind, result in results.items():
         print_table(kind, result["cells"])
-    settings = {"seeds": seeds, "examples": EXAMPLES, "steps": STEPS, "questions": QUESTIONS, "moves": [6, 10]}
+    settings = {"seeds": options.seeds, "examples": EXAMPLES, "steps": STEPS, "questions": QUESTIONS, "moves": [6, 10]}
     write_result("budget_forcing", {**settings, "kinds": results})
     plot_waits(results, RESULTS / "budget_forcing.png")
     cells = over_seeds(runs["resumed"])

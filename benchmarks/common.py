@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import statistics
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,18 @@ def interval(values: list[float]) -> list[float]:
 
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Two-sided 95% quantiles of Student's t for 1, 2, ... degrees of freedom."""
+
+
+def kept(folder: str | None, name: str, compute: Callable[[], Any]) -> Any:
+    """The JSON FOLDER/NAME.json, or what `compute` returns, which is then kept there: a long benchmark in parts."""
+    if folder is None:
+        return compute()
+    path = Path(folder) / f"{name}.json"
+    if not path.is_file():
+        value = compute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value))
+    return json.loads(path.read_text())
 
 
 def write_result(name: str, payload: dict[str, Any]) -> Path:

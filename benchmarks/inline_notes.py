@@ -37,7 +37,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "reasoning" / "inl
 TASK = TASKS["permutation_automaton"]
 DEPTHS = [1, 2, 3, 4, 6, 8, 12, 16, 32]
 EVERY = [None, 8, 4, 2, 1]
-LENGTH, ROWS = 16, 1024
+LENGTH, ROWS = 16, 512
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
 """What the two benchmarks on puzzles share: a base model a seed, fine-tuning on rows, questions to ask."""
 
+import argparse
 import dataclasses
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from recurrent_depth.cli import parse_options
 from recurrent_depth.data.loader import PackedDataConfig
@@ -30,6 +32,25 @@ def train_base(seed: int, out: Path) -> Path:
     return train(
         parse_options(TrainCommand, "train", [*arguments, "--seed", str(seed), "--out", str(out)]).run_config()
     )
+
+
+def options_of(description: str | None) -> argparse.Namespace:
+    """The command line of both benchmarks."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--bases", nargs="*", help="run folders of base models, one a seed; default: train them")
+    parser.add_argument("--keep", help="folder that keeps what each seed gave, so that an interrupted run goes on")
+    options = parser.parse_args()
+    options.seeds = [int(seed) for seed in options.seeds.split(",")]
+    torch.set_num_threads(1)
+    return options
+
+
+def each_base(options: argparse.Namespace) -> Iterator[tuple[int, Path]]:
+    """Seeds with their base models."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for index, seed in enumerate(options.seeds):
+            yield seed, Path(options.bases[index]) if options.bases else train_base(seed, Path(scratch) / str(seed))
 
 
 def row_of(puzzle: Puzzle, trace: Sequence[str]) -> Row:

@@ -7,7 +7,6 @@ the five equally often. Curated (s1's recipe): drop what the base model solves, 
 2^-rank of length. Writes results/selection.json.
 """
 
-import argparse
 import json
 import os
 import tempfile
@@ -18,10 +17,9 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-import torch
-from puzzle_models import Row, draw, examiner, fine_tune, row_of, train_base
+from puzzle_models import Row, draw, each_base, examiner, fine_tune, options_of, row_of
 
-from common import interval, write_result
+from common import interval, kept, write_result
 from recurrent_depth.data.thinking import DOMAINS, Puzzle, draw_puzzle, thinking_tokenizer
 from recurrent_depth.evaluation.budgets import Examiner
 from recurrent_depth.reasoning.curate import CurateConfig, curate
@@ -29,7 +27,7 @@ from recurrent_depth.reasoning.pool import SourceConfig, read_examples
 from recurrent_depth.runs import load_run_model
 
 SHARES = {"swap": 0.70, "cycle": 0.14, "flip": 0.08, "turn": 0.05, "pair": 0.03}
-POOL, SIZE, STEPS, QUESTIONS = 3000, 300, 250, 250
+POOL, SIZE, STEPS, QUESTIONS = 2000, 250, 150, 200
 NUM_STEPS, ENOUGH = 8, 40  # steps of the core and thinking tokens of every question
 
 
@@ -103,15 +101,10 @@ def run_seed(base: Path, seed: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--bases", nargs="*", help="run folders of base models, one a seed; default: train them")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    with tempfile.TemporaryDirectory() as scratch:
-        bases = [Path(base) for base in options.bases or []] or [train_base(s, Path(scratch) / str(s)) for s in seeds]
-        runs = [result for base, seed in zip(bases, seeds, strict=True) for result in run_seed(base, seed)]
+    options = options_of(__doc__)
+    runs: list[dict[str, Any]] = []
+    for seed, base in each_base(options):
+        runs += kept(options.keep, f"seed-{seed}", lambda b=base, s=seed: run_seed(b, s))
     table = {}
     for recipe in dict.fromkeys(run["recipe"] for run in runs):
         values = [run["accuracy"]["all"] for run in runs if run["recipe"] == recipe]

@@ -34,7 +34,8 @@ VERBS = {
     "export": Verb("write a Hugging Face folder", "recurrent_depth.hf.export", "ExportConfig", "export"),
     "serve": Verb("OpenAI-compatible server", "recurrent_depth.serving.serve", "ServeConfig", "serve"),
     "chat": Verb("talk to a model on a terminal", "recurrent_depth.serving.chat", "ChatConfig", "chat"),
-    "plan": Verb("memory of fine-tuning", "recurrent_depth.planning", "PlanConfig", "plan"),
+    "average": Verb("merge checkpoints", "recurrent_depth.training.average", "AverageConfig", "average"),
+    "plan": Verb("memory and time of a run", "recurrent_depth.planning.command", "PlanConfig", "plan"),
     "report": Verb("one HTML page", "recurrent_depth.evaluation.report", "ReportConfig", "report"),
 }
 

@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from recurrent_depth.data.loader import TaskDataConfig
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
-from recurrent_depth.training.checkpoint import CheckpointConfig
+from recurrent_depth.runs import checkpoints
 from recurrent_depth.training.optimizer import OptimizerConfig
-from recurrent_depth.training.parallel import RuntimeConfig
+from recurrent_depth.training.parallel import Ranks, RuntimeConfig
 from recurrent_depth.training.run import RunConfig
+from recurrent_depth.training.saving import CheckpointConfig
 from recurrent_depth.training.validation import ValidationConfig
+
+ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 
 
 def small_run(out: Path, **changes: Any) -> RunConfig:
@@ -59,6 +63,23 @@ def losses(run: Path) -> list[float]:
     """The training loss of every step of a run."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [record["loss"] for record in records if record["type"] == "train"]
+
+
+def outcome(folder: str | Path, action: Callable[..., Any], *args: Any) -> None:
+    """Call `action`; what it raises is written to FOLDER/outcome-RANK.txt, and the process fails."""
+    try:
+        action(*args)
+    except Exception as error:
+        (Path(folder) / f"outcome-{os.environ['RANK']}.txt").write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
+def final_tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Weights and moments of the newest checkpoint, by shard file and name."""
+    tensors = {}
+    for path in sorted(checkpoints(run)[-1].glob("*.safetensors")):
+        tensors |= {f"{path.name}:{name}": value for name, value in load_file(path).items()}
+    return tensors
 
 
 def run_ranks(target: Callable[..., None], world_size: int, *args: Any, timeout: float = 240) -> list[int]:

@@ -12,7 +12,8 @@ from recurrent_depth.data.prepare import PrepareConfig
 from recurrent_depth.model.config import SHAPES
 from recurrent_depth.training.command import TrainCommand
 
-CONFIGS = sorted(Path(__file__).parents[1].glob("configs/pretrain/**/*.yaml"))
+FOLDERS = [Path(__file__).parents[1] / "configs" / kind for kind in ("pretrain", "finetune")]
+CONFIGS = sorted(path for folder in FOLDERS for path in folder.rglob("*.yaml"))
 SHELL_GAME = next(path for path in CONFIGS if path.name == "shell-game.yaml")
 
 

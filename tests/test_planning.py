@@ -7,7 +7,9 @@ import torch
 
 from recurrent_depth.model.config import SHAPES, ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
-from recurrent_depth.planning import PlanConfig, activation_bytes, finetuning_bytes, finetuning_table, lora_parameters
+from recurrent_depth.planning.activations import activation_bytes
+from recurrent_depth.planning.command import PlanConfig
+from recurrent_depth.planning.finetuning import finetuning_bytes, finetuning_table, lora_parameters
 
 CONFIG = ModelConfig(n_embd=128, n_heads=4, intermediate_size=352, vocab_size=1024, n_layers_in_recurrent_block=2)
 
@@ -53,4 +55,5 @@ def test_weights_and_lora_are_counted_as_they_are():
 
 def test_the_documented_table_is_the_computed_one():
     guide = (Path(__file__).parents[1] / "docs" / "huggingface.md").read_text()
-    assert finetuning_table(PlanConfig()) in guide
+    plan = PlanConfig()
+    assert finetuning_table(plan.shape, plan.backprop_depth, plan.checkpointing, plan.lora_rank) in guide

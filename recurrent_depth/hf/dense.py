@@ -11,8 +11,9 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from recurrent_depth.data.loader import Batch, PackedDataConfig, Source, open_source
-from recurrent_depth.training.optimizer import OptimizerConfig, learning_rate
+from recurrent_depth.training.optimizer import OptimizerConfig
 from recurrent_depth.training.run import RunConfig
+from recurrent_depth.training.schedule import learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)

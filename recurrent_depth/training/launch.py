@@ -1,14 +1,16 @@
 """From a configuration to a finished run: checks first, then training."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
 
 from recurrent_depth.runs import CheckpointError, checkpoints, read_details
+from recurrent_depth.training.faults import check_ranks_agree, code_version, explained, flat, flight_recorder
 from recurrent_depth.training.parallel import Ranks, start_processes
-from recurrent_depth.training.run import RunConfig, as_yaml, fingerprint
+from recurrent_depth.training.run import RunConfig, as_yaml
 from recurrent_depth.training.trainer import Trainer
 
 
@@ -16,44 +18,41 @@ def train(config: RunConfig, *, resume: bool = False, accept_changed_data: bool 
     """Train, or continue, the run of `config`; returns its folder.
 
     Args:
-        resume: continue from the newest checkpoint of config.out, or start if there is none.
+        resume: continue from the newest checkpoint of config.out, or start if there is none. A restart by
+            `torchrun --max-restarts` always continues.
         accept_changed_data: resume although the data set is not the one the checkpoint was made with.
     """
+    run = Path(config.out)
+    resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    recorder = run / "flight-recorder"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        flight_recorder(recorder)
     ranks = start_processes(config.runtime)
     try:
-        run = Path(config.out)
-        found = checkpoints(run)
-        if found and not resume:
-            raise FileExistsError(f"{run} holds checkpoints already; continue with --resume true or choose another out")
-        trainer = Trainer(config, ranks)
-        _check_ranks_agree(trainer, ranks)
-        if found:
-            _check_resume(trainer, found[-1], accept_changed_data)
-            trainer.resume(found[-1])
-        elif config.init_from is not None:
-            _start_from(trainer, config.init_from)
-        if ranks.is_main:
-            _write_run_files(run, config, trainer)
-        ranks.barrier()
-        trainer.fit()
-        return run
+        with explained(ranks, config.runtime.timeout_minutes, recorder):
+            _train(config, run, ranks, resume, accept_changed_data)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    return run
 
 
-def _check_ranks_agree(trainer: Trainer, ranks: Ranks) -> None:
-    """All ranks must see the same configuration and the same data."""
-    if ranks.world_size == 1:
-        return
-    mine = {"configuration": fingerprint(asdict(trainer.config)), "data": trainer.train_source.fingerprint()}
-    everyone: list[dict[str, str]] = [{} for _ in range(ranks.world_size)]
-    dist.all_gather_object(everyone, mine)
-    for what in mine:
-        values = [seen[what] for seen in everyone]
-        if len(set(values)) > 1:
-            odd = [rank for rank, value in enumerate(values) if value != values[0]]
-            raise RuntimeError(f"rank(s) {odd} see another {what} than rank 0; start all ranks from the same files")
+def _train(config: RunConfig, run: Path, ranks: Ranks, resume: bool, accept_changed_data: bool) -> None:
+    check_ranks_agree(ranks, {"code": code_version(), "configuration": flat(asdict(config))})
+    found = checkpoints(run)
+    if found and not resume:
+        raise FileExistsError(f"{run} holds checkpoints already; continue with --resume true or choose another out")
+    trainer = Trainer(config, ranks)
+    check_ranks_agree(ranks, {"data": {"fingerprint": trainer.train_source.fingerprint()}})
+    if found:
+        _check_resume(trainer, found[-1], accept_changed_data)
+        trainer.resume(found[-1])
+    elif config.init_from is not None:
+        _start_from(trainer, config.init_from)
+    if ranks.is_main:
+        _write_run_files(run, config, trainer)
+    ranks.barrier()
+    trainer.fit()
 
 
 def _check_resume(trainer: Trainer, checkpoint: Path, accept_changed_data: bool) -> None:

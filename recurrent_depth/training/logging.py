@@ -34,6 +34,13 @@ class RunLog:
                 if isinstance(value, int | float):
                     self.tensorboard.add_scalar(name, value, step)
 
+    def rewind(self, step: int, record: dict[str, Any]) -> None:
+        """Forget the records after `step`, which will run again, and say why."""
+        self.file.close()
+        _drop_records_from(self.path, step)
+        self.file = self.path.open("a")
+        self.write(step, record)
+
     def show(self, step: int, total: int, text: str) -> None:
         """Move the progress bar, or print a plain line every few seconds."""
         if self.progress is not None:

@@ -1,4 +1,4 @@
-"""Optimizers and the learning-rate schedule."""
+"""Optimizers behind one configuration."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -10,28 +10,40 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from recurrent_depth.training.muon import MuonAdamW
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """How weights move.
 
     Args:
-        name: `adamw` (torch's) or `huginn` (arXiv 2502.05171, section 4.3: atan2 form, no epsilon, update clipping).
+        name: `huginn` (arXiv 2502.05171, section 4.3: atan2 form, no epsilon, update clipping), `adamw` and `nadamw`
+            (torch's, decoupled weight decay), or `muon` (matrices of the blocks by Muon, the rest by AdamW).
         lr: peak learning rate.
         weight_decay: decay of matrices; none on norms and biases. For `huginn` it is not multiplied by lr, but by
             lr / peak lr.
+        eps: of the Adam variants; `huginn` has none.
+        momentum: of `muon`.
         gradient_clip: largest global gradient norm.
+        schedule: after the warm-up: `trapezoid` (hold, then decay over cooldown_steps), `constant`, or `linear` and
+            `cosine` decay to the end of the run.
         warmup_steps: linear warm-up.
-        cooldown_steps: linear decay to 0 over the last steps of the run; 0 for none.
+        cooldown_steps: of `trapezoid`: linear decay over the last steps of the run; 0 for none.
+        final_lr: where a decay ends, as a share of lr.
     """
 
-    name: Literal["adamw", "huginn"] = "huginn"
+    name: Literal["huginn", "adamw", "nadamw", "muon"] = "huginn"
     lr: float = 4e-5
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 4e-5
+    eps: float = 1e-8
+    momentum: float = 0.95
     gradient_clip: float = 1.0
+    schedule: Literal["trapezoid", "constant", "linear", "cosine"] = "trapezoid"
     warmup_steps: int = 4096
     cooldown_steps: int = 0
+    final_lr: float = 0.0
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
@@ -43,6 +55,14 @@ class OptimizerConfig:
         if self.weight_decay < 0 or self.warmup_steps < 0 or self.cooldown_steps < 0:
             raise ValueError(
                 "optimizer.weight_decay, optimizer.warmup_steps and optimizer.cooldown_steps must not be negative"
+            )
+        if self.eps <= 0 or not 0 <= self.momentum < 1 or not 0 <= self.final_lr <= 1:
+            raise ValueError(
+                "optimizer.eps must be positive, optimizer.momentum in [0, 1) and optimizer.final_lr in [0, 1]"
+            )
+        if self.cooldown_steps and self.schedule != "trapezoid":
+            raise ValueError(
+                f"optimizer.cooldown_steps belongs to the schedule trapezoid; set it to 0 for {self.schedule}"
             )
 
 
@@ -110,28 +130,33 @@ def _ratio_square_sum(grad: Tensor, exp_avg_sq: Tensor) -> Tensor:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Two groups: matrices decay, norms and biases do not."""
-    matrices = [p for name, p in model.named_parameters() if not _is_norm_or_bias(name)]
-    others = [p for name, p in model.named_parameters() if _is_norm_or_bias(name)]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    """Matrices decay, norms and biases do not; for Muon the embedding is a group of its own."""
+    named = list(model.named_parameters())
+    matrices: dict[str, Any] = {
+        "params": [p for name, p in named if not _is_norm_or_bias(name)],
+        "weight_decay": config.weight_decay,
+    }
+    others: dict[str, Any] = {"params": [p for name, p in named if _is_norm_or_bias(name)], "weight_decay": 0.0}
+    if config.name == "muon":
+        blocks = [p for name, p in named if not _is_norm_or_bias(name) and not _is_embedding(name)]
+        embeddings = [p for name, p in named if _is_embedding(name)]
+        groups = [matrices | {"params": blocks, "muon": True}, matrices | {"params": embeddings}, others]
+        return MuonAdamW(groups, config.lr, config.betas, config.momentum, eps=config.eps)
     if config.name == "huginn":
-        return HuginnAdam(groups, lr=config.lr, betas=config.betas)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, foreach=True)
+        return HuginnAdam([matrices, others], lr=config.lr, betas=config.betas)
+    if config.name == "nadamw":
+        return torch.optim.NAdam(
+            [matrices, others], config.lr, config.betas, config.eps, decoupled_weight_decay=True, foreach=True
+        )
+    return torch.optim.AdamW([matrices, others], config.lr, config.betas, config.eps, foreach=True)
+
+
+def _is_embedding(name: str) -> bool:
+    return "wte" in name or "lm_head" in name
 
 
 def _is_norm_or_bias(name: str) -> bool:
     return name.endswith("bias") or "norm_" in name or "ln_f" in name
-
-
-def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Warm-up, constant, cool-down: the rate of step `step`, counted from 0."""
-    warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
-    left = total_steps - step
-    cooldown = min(1.0, left / (config.cooldown_steps + 1)) if config.cooldown_steps else 1.0
-    return config.lr * min(warmup, cooldown)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

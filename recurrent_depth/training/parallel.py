@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from recurrent_depth.model.config import ModelConfig
@@ -34,6 +36,7 @@ class RuntimeConfig:
         kernels: who computes the element-wise operations; `auto` is `triton` on a GPU and `torch` on a CPU.
         loss_chunk_size: tokens whose logits exist at one time; null: all.
         threads: CPU threads of each process; null leaves torch's choice.
+        timeout_minutes: how long a rank waits in a collective for the others before the run is ended.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -45,12 +48,15 @@ class RuntimeConfig:
     kernels: Kernels = "auto"
     loss_chunk_size: int | None = None
     threads: int | None = None
+    timeout_minutes: float = 10.0
 
     def __post_init__(self) -> None:
         for name in ("shard_size", "loss_chunk_size", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"runtime.{name} is {value}; it must be at least 1, or null")
+        if self.timeout_minutes <= 0:
+            raise ValueError("runtime.timeout_minutes must be positive")
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,18 @@ def start_processes(config: RuntimeConfig) -> Ranks:
     if use_gpu:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if use_gpu else "gloo")
+        _join("nccl" if use_gpu else "gloo", timedelta(minutes=config.timeout_minutes))
     return Ranks(rank, world, device)
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Join the process group. torchrun keeps its store over restarts, with the addresses of dead workers in it: on one
+    node every attempt gets keys of its own. (Over several nodes attempts are not counted alike; see docs/scaling.md.)
+    """
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def compute_dtype(config: RuntimeConfig, device: torch.device) -> torch.dtype:

@@ -1,6 +1,5 @@
 """The configuration of a run: every part lives beside its component, this page puts them together."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -9,10 +8,12 @@ import yaml
 
 from recurrent_depth.data.loader import PackedDataConfig, TaskDataConfig, ThinkingDataConfig
 from recurrent_depth.model.config import ModelConfig
-from recurrent_depth.training.checkpoint import CheckpointConfig
 from recurrent_depth.training.health import HealthConfig
 from recurrent_depth.training.optimizer import OptimizerConfig
 from recurrent_depth.training.parallel import RuntimeConfig
+from recurrent_depth.training.rewind import SpikeConfig
+from recurrent_depth.training.saving import CheckpointConfig
+from recurrent_depth.training.schedule import DepthRampConfig
 from recurrent_depth.training.validation import ValidationConfig
 
 
@@ -30,6 +31,8 @@ class RunConfig:
         seed: of weights, data order, depths and initial states.
         log_every: steps between lines of metrics.jsonl.
         max_hours: save and stop after this time; null for no limit.
+        slurm_margin_minutes: under Slurm, save and stop so long before the job's end (SLURM_JOB_END_TIME).
+        depth_ramp: a curriculum on depth; null samples around model.mean_recurrence from the first step.
         init_from: a run, checkpoint, export or Huginn folder whose weights to start from; null starts from scratch.
     """
 
@@ -42,12 +45,15 @@ class RunConfig:
     seed: int = 0
     log_every: int = 10
     max_hours: float | None = None
+    slurm_margin_minutes: float = 5.0
+    depth_ramp: DepthRampConfig | None = None
     init_from: str | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_steps", "log_every"):
@@ -57,6 +63,12 @@ class RunConfig:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_steps {self.micro_steps}")
         if self.max_hours is not None and self.max_hours <= 0:
             raise ValueError("max_hours must be positive, or null")
+        if self.depth_ramp is not None and self.depth_ramp.start > self.model.mean_recurrence:
+            raise ValueError(
+                f"depth_ramp.start {self.depth_ramp.start} is above model.mean_recurrence {self.model.mean_recurrence}"
+            )
+        if self.slurm_margin_minutes < 0:
+            raise ValueError("slurm_margin_minutes must not be negative")
 
     def rows_per_rank(self, world_size: int) -> int:
         """Rows of one micro-step on one rank."""
@@ -70,13 +82,11 @@ class RunConfig:
 
     def trajectory(self) -> dict[str, Any]:
         """The fields that decide the numbers of a run; a resume must not change them."""
-        free = {"out", "log_every", "max_hours", "runtime", "checkpoint", "validation", "health", "init_from"}
+        free = {
+            "out", "log_every", "max_hours", "slurm_margin_minutes", "runtime", "checkpoint", "validation", "health",
+            "init_from",
+        }  # fmt: skip
         return {name: value for name, value in asdict(self).items() if name not in free}
-
-
-def fingerprint(value: Any) -> str:
-    """A short hash of plain data."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def as_yaml(config: RunConfig) -> str:

@@ -1,5 +1,6 @@
 """The training loop: one readable step, the rest around it."""
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -15,12 +16,16 @@ from recurrent_depth.data.loader import Batch, open_source
 from recurrent_depth.model.flops import training_flops
 from recurrent_depth.model.loss import valid_targets
 from recurrent_depth.model.recurrence import random_state, sample_depth
-from recurrent_depth.training.checkpoint import load_checkpoint, save_checkpoint, training_state
+from recurrent_depth.training.checkpoint import load_checkpoint, training_state
+from recurrent_depth.training.deadline import Deadline
 from recurrent_depth.training.health import HealthMonitor
 from recurrent_depth.training.logging import RunLog
-from recurrent_depth.training.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from recurrent_depth.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from recurrent_depth.training.parallel import Ranks, build_model, set_last_micro_step
+from recurrent_depth.training.rewind import SpikeGuard
 from recurrent_depth.training.run import RunConfig
+from recurrent_depth.training.saving import CheckpointWriter
+from recurrent_depth.training.schedule import learning_rate, ramped
 from recurrent_depth.training.validation import validate
 
 
@@ -38,10 +43,12 @@ class Trainer:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.health = HealthMonitor(config.health)
         self.run = Path(config.out)
+        self.writer = CheckpointWriter(self.run, config.checkpoint, ranks)
+        self.spikes = SpikeGuard(config.spikes, self.run)
+        self.deadline = Deadline(config.max_hours, config.slurm_margin_minutes)
         self.step = 0
         self.log: RunLog | None = None
         self.stop_requested = False
-        self.started = time.monotonic()
 
     def _check_data(self) -> None:
         model, source = self.config.model, self.train_source
@@ -63,13 +70,14 @@ class Trainer:
         config = self.config
         lr = learning_rate(config.optimizer, self.step, config.steps)
         set_learning_rate(self.optimizer, lr)
+        model = ramped(config.model, config.depth_ramp, self.step)
         batches = [self._batch(micro) for micro in range(config.micro_steps)]
         count = self.ranks.all_reduce(sum((valid_targets(b.targets) for b in batches), torch.tensor(0)).float())
         loss = torch.zeros((), device=self.ranks.device)
         depths = []
         for micro, batch in enumerate(batches):
             set_last_micro_step(self.model, micro == config.micro_steps - 1)
-            depth = sample_depth(config.model, seed=config.seed, step=self.step, micro_step=micro)
+            depth = sample_depth(model, seed=config.seed, step=self.draw, micro_step=micro)
             # The data-parallel average divides by the number of ranks; the sum over all valid targets must not.
             micro_loss = self._loss(batch, depth, micro) / count.clamp(min=1)
             (micro_loss * self.ranks.world_size).backward()
@@ -77,7 +85,7 @@ class Trainer:
             depths.append(depth)
         norm = clip_gradients(self.parameters, config.optimizer.gradient_clip)
         loss_value, norm_value, stop = self._agree(loss, norm)
-        finite = loss_value == loss_value and abs(loss_value) != float("inf") and norm_value < float("inf")
+        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -102,7 +110,7 @@ class Trainer:
 
     def _batch(self, micro: int) -> Batch:
         config, ranks = self.config, self.ranks
-        first_row = self.step * config.batch_size + self._row_in_step(micro)
+        first_row = self.draw * config.batch_size + self._row_in_step(micro)
         batch = self.train_source.batch(first_row, self.rows, self.step)
         if int(batch.input_ids.max()) >= config.model.vocab_size:
             raise ValueError(
@@ -110,6 +118,11 @@ class Trainer:
                 f"model.vocab_size is {config.model.vocab_size}; were the data made with another tokenizer?"
             )
         return batch.to(ranks.device)
+
+    @property
+    def draw(self) -> int:
+        """What names the data, depths and noise of this step: the step, moved on by what rewinds left out."""
+        return self.spikes.draw(self.step)
 
     def _row_in_step(self, micro: int) -> int:
         return (micro * self.ranks.world_size + self.ranks.rank) * self.rows
@@ -137,19 +150,20 @@ class Trainer:
         rows = torch.arange(B, device=device) + self._row_in_step(micro)
         positions = torch.arange(T, device=device)[None]
         ops = self.model.transformer.core_block.ops
-        return random_state(model, rows, positions, seed=self.config.seed, step=self.step, ops=ops)
+        return random_state(model, rows, positions, seed=self.config.seed, step=self.draw, ops=ops)
 
     def _agree(self, loss: Tensor, norm: Tensor) -> tuple[float, float, bool]:
-        """Loss over all ranks, gradient norm, and whether any rank was asked to stop: one collective, one sync."""
-        wants_stop = float(self.stop_requested or self._out_of_time())
-        numbers = torch.stack([loss, torch.tensor(wants_stop, device=loss.device)])
-        self.ranks.all_reduce(numbers)
-        loss_value, stops, norm_value = torch.cat([numbers, norm.float()[None]]).tolist()
-        return loss_value, norm_value, stops > 0
+        """Loss over all ranks, gradient norm, and whether any rank was asked to stop: one collective, one sync.
 
-    def _out_of_time(self) -> bool:
-        limit = self.config.max_hours
-        return limit is not None and time.monotonic() - self.started > limit * 3600
+        A background save that failed on any rank ends the run on all of them, here.
+        """
+        stop = float(self.stop_requested or self.deadline.passed())
+        numbers = torch.stack([loss, *torch.tensor([stop, float(self.writer.error is not None)]).to(loss.device)])
+        self.ranks.all_reduce(numbers)
+        loss_value, stops, failed, norm_value = torch.cat([numbers, norm.float()[None]]).tolist()
+        if failed:
+            self.writer.wait()
+        return loss_value, norm_value, stops > 0
 
     # -- the run ----------------------------------------------------------------------------------------------------
 
@@ -160,6 +174,7 @@ class Trainer:
             with self._signals():
                 self._loop()
         finally:
+            self.writer.finish()
             if self.log is not None:
                 self.log.close()
 
@@ -171,6 +186,10 @@ class Trainer:
             began = time.perf_counter()
             record = self.train_step()
             window.add(time.perf_counter() - began, record)
+            if not record["skipped"] and self.spikes.is_spike(record["loss"]):
+                self._rewind(record["loss"])
+                saved_step = self.step
+                continue
             last = self.step == config.steps
             if self.step % config.log_every == 0 or last or record["skipped"]:
                 self._report(record | window.take())
@@ -181,8 +200,24 @@ class Trainer:
                 saved_step = self.step
         if saved_step != self.step:
             self.save()
+        self.writer.wait()
         if self.stop_requested and self.step < config.steps:
             self._say(f"stopped at step {self.step} of {config.steps}; continue with --resume true")
+
+    def _rewind(self, loss: float) -> None:
+        """Go back to a checkpoint from before the spike; the data since then are left out."""
+        self.writer.wait()
+        spike = self.step - 1
+        checkpoint = self.spikes.target(spike)
+        rewind = self.spikes.record(spike, loss, checkpoint, write=self.ranks.is_main)
+        self.ranks.barrier()
+        self.resume(checkpoint)
+        if self.log is not None:
+            self.log.rewind(self.step, {"type": "rewind", **asdict(rewind)})
+        self._say(
+            f"[bold yellow]spike[/] at step {spike}: loss {loss:.4f}, median before {rewind.median:.4f}; back to step "
+            f"{self.step}, leaving out the data of {rewind.skipped} steps"
+        )
 
     def _report(self, record: dict[str, float]) -> None:
         if self.log is None:
@@ -206,32 +241,35 @@ class Trainer:
         if self.log is not None:
             self.log.say(text)
 
-    def save(self) -> Path:
-        """Write a checkpoint of the current step."""
+    def save(self) -> None:
+        """Begin to write a checkpoint of the current step; `writer.wait()` until it is on disk."""
         details = {
             "model": asdict(self.config.model),
             "trajectory": self.config.trajectory(),
             "data": self.train_source.fingerprint(),
+            "last_losses": list(self.spikes.losses),
             "world_size": self.ranks.world_size,
             "torch": torch.__version__,
         }
-        state = training_state(self.model, self.optimizer)
-        return save_checkpoint(self.run, self.step, state, details, self.ranks, self.config.checkpoint)
+        self.writer.save(self.step, training_state(self.model, self.optimizer), details)
 
     def resume(self, checkpoint: Path) -> None:
         """Continue from a checkpoint."""
-        self.step = load_checkpoint(checkpoint, self.model, self.optimizer, self.ranks)
+        details = load_checkpoint(checkpoint, self.model, self.optimizer, self.ranks)
+        self.step = details["step"]
+        self.spikes.restore(details["last_losses"])
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C end the run after the current step, with a checkpoint; a second Ctrl-C at once."""
+        """SIGTERM, SIGUSR1 and Ctrl-C end the run after the current step and save; a second Ctrl-C ends it at once."""
 
         def request_stop(number: int, frame: Any) -> None:
             if self.stop_requested and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.stop_requested = True
 
-        previous = {number: signal.signal(number, request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        previous = {number: signal.signal(number, request_stop) for number in numbers}
         try:
             yield
         finally:

@@ -6,18 +6,22 @@ import json
 
 import pytest
 import torch
+import yaml
+from lm_eval.utils import simple_parse_args_string
 
 from reasoning_rows import puzzles
 from recurrent_depth.cli import main
 from recurrent_depth.data.loader import ThinkingDataConfig
 from recurrent_depth.data.packed import DataError
 from recurrent_depth.data.thinking import WORDS, thinking_tokenizer
+from recurrent_depth.evaluation import EvalConfig, evaluate
 from recurrent_depth.evaluation.budgets import Attempt, Attempts, Examiner, Question
 from recurrent_depth.evaluation.controls import ControlsConfig, best_of, majority, run_controls
+from recurrent_depth.evaluation.sweep import TaskGroup, _budgeted
 from recurrent_depth.generation import decoding
 from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.model.config import ModelConfig
-from recurrent_depth.reasoning.format import Formatter, ThinkingFormat
+from recurrent_depth.reasoning.format import SPARES, Formatter, ThinkingFormat
 from recurrent_depth.training.launch import train
 from support import lively_model, small_run
 
@@ -31,7 +35,7 @@ def exact(questions, answers):
 
 @pytest.fixture(scope="module")
 def examiner():
-    model = lively_model(vocab_size=128, block_size=128)
+    model = lively_model(vocab_size=128, block_size=48)
     questions = [Question(row["question"], row["answer"]) for row in puzzles(9)]
     return Examiner(model, Formatter(thinking_tokenizer(), ThinkingFormat()), questions, exact, 3, batch_size=4)
 
@@ -159,7 +163,7 @@ def test_a_hint_reaches_the_model_and_an_unforced_trace_fits_the_block(examiner)
         r.answer for r in plain.replies
     ] != [r.answer for r in hinted.replies]
     longest = max(len(examiner.formatter.prompt(q.text)) for q in examiner.questions)
-    assert max(r.new_tokens for r in plain.replies) + longest <= 128
+    assert max(r.new_tokens for r in plain.replies) + longest <= 48
     small = dataclasses.replace(examiner, model=lively_model(vocab_size=128, block_size=20))
     with pytest.raises(ValueError, match="no room to think"):
         small.ask(2, 4, forced=False)
@@ -179,6 +183,7 @@ def run(tmp_path_factory):
     return train(small_run(tmp_path_factory.mktemp("budget") / "run", model=model, data=data, steps=6))
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_grid(run, tmp_path, capsys):
     rows = tmp_path / "questions.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in puzzles(5)))
@@ -205,3 +210,42 @@ def test_questions_without_budgets_are_refused(run, tmp_path, capsys):
     command = ["eval", "--model", str(run), "--out", str(tmp_path), "--questions.path", "x.jsonl"]
     assert main(command) == 1
     assert "--thinking-tokens" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_lm_eval_tasks_are_asked_under_every_budget(chat_folder, tmp_path):
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "rows.jsonl").write_text("".join(json.dumps({"q": f"how many {i}?", "a": "7"}) + "\n" for i in range(3)))
+    task = {
+        "task": "count", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tasks / "rows.jsonl")}},
+        "test_split": "test", "output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "{{a}}",
+        "generation_kwargs": {"max_gen_toks": 16, "until": ["?"], "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    (tasks / "count.yaml").write_text(yaml.safe_dump(task))
+    config = EvalConfig(
+        model=str(chat_folder), out=str(tmp_path / "out"), tasks=["count"], include_path=str(tasks), num_steps=[1, 2],
+        thinking_tokens=[0, 8], waits=[0, 2], batch_size=3, gen_kwargs="max_gen_toks=20", apply_chat_template=True,
+    )  # fmt: skip
+    results = evaluate(config)
+    assert {r.mode for r in results} == {f"lm-eval, think={n},waits={w}" for n in (0, 8) for w in (0, 2)}
+    settings = json.loads((tmp_path / "out" / "results.json").read_text())["lm_eval"]
+    spent = {entry["mode"]: entry["engine_spent"] for entry in settings}
+    short, long = spent["lm-eval, think=0,waits=0"], spent["lm-eval, think=8,waits=2"]
+    assert 0 < short["1"]["tokens"] <= 60
+    assert 0 < long["1"]["tokens"] <= 60
+    assert short["2"]["core_steps"] > short["1"]["core_steps"]
+    assert long["2"]["flops"] > long["1"]["flops"]
+
+
+def test_a_budget_is_written_as_options_of_generation():
+    config = EvalConfig("m", "o", ["t"], thinking_tokens=[0, 64], waits=[1], thinking_format=SPARES)
+    groups = _budgeted(config, TaskGroup(["t"], gen_kwargs="max_gen_toks=99"))
+    assert list(groups) == ["think=0,waits=1", "think=64,waits=1"]
+    options = simple_parse_args_string(groups["think=64,waits=1"].gen_kwargs)
+    assert options == {
+        "max_gen_toks": 99, "think": True, "think_at_most": 64, "waits": 1, "wait": "Wait", "think_begin": "<|c_0|>",
+        "think_end": "<|c_1|>",
+    }  # fmt: skip
+    assert _budgeted(EvalConfig("m", "o", ["t"]), TaskGroup(["t"])) == {"": TaskGroup(["t"])}

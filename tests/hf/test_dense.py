@@ -11,8 +11,9 @@ from recurrent_depth.data.loader import PackedDataConfig, open_source
 from recurrent_depth.hf.dense import DenseCommand, as_features, load_dense, optimizer_of, train_dense
 from recurrent_depth.hf.loading import _fast_tokenizer
 from recurrent_depth.reasoning.dataset import ReasoningDataConfig, prepare_reasoning
-from recurrent_depth.training.optimizer import OptimizerConfig, learning_rate
+from recurrent_depth.training.optimizer import OptimizerConfig
 from recurrent_depth.training.parallel import RuntimeConfig
+from recurrent_depth.training.schedule import learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,7 @@ def command(folder, out, **changes):
     return DenseCommand(out=str(out), **(options | changes))
 
 
+@pytest.mark.slow
 def test_a_tiny_llama_learns_the_rows(prepared, tmp_path):
     folder = train_dense(command(prepared, tmp_path / "run"))
     (state,) = (tmp_path / "run").glob("checkpoint-12/trainer_state.json")

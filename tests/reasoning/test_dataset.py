@@ -129,6 +129,7 @@ def test_a_pool_of_which_nothing_is_left_is_an_error(tmp_path):
         prepare_reasoning(ReasoningDataConfig(str(tmp_path / "data"), **inputs))
 
 
+@pytest.mark.slow
 def test_fine_tuning_runs_through_the_trainer_and_lowers_the_loss(tmp_path):
     config = ReasoningDataConfig(out=str(tmp_path / "data"), block=90, **write_rows(tmp_path / "in", puzzles(60)))
     prepare_reasoning(config)

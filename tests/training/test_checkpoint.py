@@ -1,23 +1,18 @@
 """Checkpoints are whole or absent, and damage is named."""
 
 import dataclasses
-import errno
 import json
 
 import pytest
 import torch
 
-import recurrent_depth.training.checkpoint as checkpoint_module
-from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.runs import CheckpointError, checkpoints, find_checkpoint, load_run_model
-from recurrent_depth.training.checkpoint import CheckpointConfig
 from recurrent_depth.training.launch import train
 from recurrent_depth.training.optimizer import OptimizerConfig
-from recurrent_depth.training.parallel import Ranks, build_model
+from recurrent_depth.training.parallel import build_model
+from recurrent_depth.training.saving import CheckpointConfig
 from recurrent_depth.training.trainer import Trainer
-from support import losses, small_run
-
-ONE_RANK = Ranks(0, 1, torch.device("cpu"))
+from support import ONE_RANK, losses, small_run
 
 
 @pytest.fixture(scope="module")
@@ -96,26 +91,6 @@ def test_a_finished_run_is_not_overwritten(finished):
     with pytest.raises(FileExistsError, match="resume"):
         train(small_run(finished))
     assert losses(finished) == before
-
-
-def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
-    original = checkpoint_module._write_shards
-
-    def full_at_second_save(folder, state, ranks):
-        if folder.name.startswith("step-00000008"):
-            (folder / "shard").write_bytes(b"part")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        original(folder, state, ranks)
-
-    monkeypatch.setattr(checkpoint_module, "_write_shards", full_at_second_save)
-    with pytest.raises(CheckpointError, match="No space left"):
-        train(small_run(tmp_path / "run"))
-    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-00000004"]
-    assert isinstance(load_run_model(tmp_path / "run"), RecurrentDepthModel)
-    monkeypatch.undo()
-    train(small_run(tmp_path / "run"), resume=True)
-    train(small_run(tmp_path / "whole"))
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 def test_a_run_without_checkpoint_says_so(tmp_path):

@@ -13,11 +13,10 @@ from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.runs import CheckpointError, load_run_model
 from recurrent_depth.training.initialise import load_weights
 from recurrent_depth.training.launch import train
-from recurrent_depth.training.parallel import Ranks, build_model
-from support import small_run
+from recurrent_depth.training.parallel import build_model
+from support import ONE_RANK, small_run
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "huginn_tiny"
-ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 
 
 def test_a_run_starts_from_another_run(tmp_path):

@@ -1,56 +1,28 @@
 """A run that is killed anywhere and resumed equals the undisturbed run bit for bit."""
 
+import json
 import os
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-import recurrent_depth.training.checkpoint as checkpoint_module
-from recurrent_depth.runs import checkpoints
+from kills import PHASES, plant_kill
 from recurrent_depth.training.launch import train
-from recurrent_depth.training.optimizer import HuginnAdam
-from recurrent_depth.training.trainer import Trainer
-from support import losses, run_ranks, small_run
-
-PHASES = {
-    "data": (Trainer, "_batch"),
-    "backward": (torch.Tensor, "backward"),
-    "optimizer": (HuginnAdam, "_move"),
-    "save": (checkpoint_module, "_write_shards"),
-    "finish": (checkpoint_module, "_finish"),
-}
+from support import final_tensors, losses, run_ranks, small_run
 
 
 def train_until_killed(out: Path, phase: str, call: int, victim: int) -> None:
-    """Train; rank `victim` kills itself in the middle of the `call`-th call of the phase."""
-    owner, name = PHASES[phase]
-    original, calls = getattr(owner, name), [0]
-
-    def deadly(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == call and int(os.environ["RANK"]) == victim:
-            if phase == "save":  # half a file is on disk
-                (args[0] / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-
-    setattr(owner, name, deadly)
+    plant_kill(phase, call, victim)
     train(small_run(out), resume=True)
 
 
 def train_quietly(out: Path) -> None:
     train(small_run(out), resume=True)
-
-
-def final_tensors(run: Path) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for path in sorted(checkpoints(run)[-1].glob("*.safetensors")):
-        tensors |= {f"{path.name}:{name}": value for name, value in load_file(path).items()}
-    return tensors
 
 
 @pytest.mark.slow
@@ -80,3 +52,26 @@ def test_kills_leave_no_trace(tmp_path, world_size):
         assert expected.keys() == actual.keys()
         assert sum(name.endswith("adapter.weight.exp_avg") for name in actual) == world_size
         assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_torchrun_restarts_after_kills(tmp_path):
+    """Four kills under `torchrun --max-restarts`: the run completes by itself, equal to an undisturbed one."""
+    plan = [("data", 10, 1), ("save", 1, 0), ("optimizer", 40, 1), ("backward", 3, 0)]
+    elastic, plain = tmp_path / "elastic", tmp_path / "plain"
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    for out, kills in ((elastic, plan), (plain, [])):
+        out.mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command += ["--max-restarts", str(len(plan)), "--monitor-interval", "0.1"]
+        command += [str(tests / "elastic_run.py"), str(out), json.dumps(kills)]
+        env = os.environ | {"PYTHONPATH": path}
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+    assert (elastic / "attempts-0.txt").read_text().split() == ["0", "1", "2", "3", "4"]
+    assert losses(elastic / "run") == losses(plain / "run")
+    expected, actual = final_tensors(plain / "run"), final_tensors(elastic / "run")
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)

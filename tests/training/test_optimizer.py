@@ -5,12 +5,12 @@ import torch
 
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.training.muon import MuonAdamW, orthogonalised
 from recurrent_depth.training.optimizer import (
     HuginnAdam,
     OptimizerConfig,
     build_optimizer,
     clip_gradients,
-    learning_rate,
 )
 
 
@@ -52,7 +52,7 @@ def test_huginn_adam_bears_zero_gradients():
     assert torch.equal(p.data, torch.ones(4))
 
 
-@pytest.mark.parametrize("name", ["huginn", "adamw"])
+@pytest.mark.parametrize("name", ["huginn", "adamw", "nadamw", "muon"])
 def test_only_matrices_decay(name):
     model = RecurrentDepthModel(ModelConfig())
     model.initialise(0)
@@ -66,14 +66,6 @@ def test_only_matrices_decay(name):
         assert unmoved == (p.ndim == 1 or key.endswith("qk_bias")), key
 
 
-def test_schedule_warms_up_holds_and_cools_down():
-    config = OptimizerConfig(lr=1.0, warmup_steps=4, cooldown_steps=5)
-    rates = [learning_rate(config, step, 20) for step in range(20)]
-    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
-    assert rates[4:15] == [1.0] * 11
-    assert rates[15:] == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
-
-
 def test_gradients_are_clipped_to_the_norm():
     parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))]
     parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0, 0]), torch.tensor([0, 4.0])
@@ -85,3 +77,50 @@ def test_gradients_are_clipped_to_the_norm():
 def test_impossible_values_name_their_field(wrong):
     with pytest.raises(ValueError, match=f"optimizer.{next(iter(wrong))}"):
         OptimizerConfig(**wrong)
+
+
+def stepped(optimizer, weights, gradients):
+    """The weights after the gradients, one step each."""
+    for grads in gradients:
+        for p, grad in zip(weights, grads, strict=True):
+            p.grad = grad.clone()
+        optimizer.step()
+    return [p.detach().clone() for p in weights]
+
+
+def test_muon_and_its_adamw_are_torchs():
+    torch.manual_seed(0)
+    shapes = [(6, 9), (9, 4), (7,)]
+    start = [torch.randn(shape) for shape in shapes]
+    gradients = [[torch.randn(shape) for shape in shapes] for _ in range(4)]
+    ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
+    groups = [{"params": ours[:2], "muon": True, "weight_decay": 0.3}, {"params": ours[2:]}]
+    actual = stepped(MuonAdamW(groups, lr=0.02, weight_decay=0.1), ours, gradients)
+    matrices = torch.optim.Muon(theirs[:2], lr=0.02, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    expected = stepped(matrices, theirs[:2], [grads[:2] for grads in gradients])
+    rest = torch.optim.AdamW(theirs[2:], lr=0.02, betas=(0.9, 0.95), weight_decay=0.1)
+    expected += stepped(rest, theirs[2:], [grads[2:] for grads in gradients])
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_orthogonalised_has_singular_values_near_one():
+    torch.manual_seed(0)
+    for shape in [(8, 8), (5, 20), (20, 5)]:
+        u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+        matrix = u * torch.linspace(0.2, 1.0, min(shape)).double() @ v
+        result = orthogonalised(matrix)
+        singular = torch.linalg.svdvals(result)
+        assert ((singular > 0.6) & (singular < 1.3)).all()
+        off = u.T @ result @ v.T  # diagonal in the bases of the matrix: only singular values move
+        torch.testing.assert_close(off, off.diagonal().diag(), rtol=0, atol=1e-10)
+
+
+def test_muon_takes_the_matrices_of_the_blocks():
+    model = RecurrentDepthModel(ModelConfig())
+    optimizer = build_optimizer(model, OptimizerConfig(name="muon"))
+    names = {p: name for name, p in model.named_parameters()}
+    taken = {names[p] for group in optimizer.param_groups if group["muon"] for p in group["params"]}
+    matrices = ("Wqkv.weight", "proj.weight", "fc.weight", "adapter.weight")
+    assert taken == {name for name in names.values() if name.endswith(matrices)}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +28,7 @@ def close(actual: list[float], expected: list[float], tolerance: float = 1e-5) -
         (2, dataclasses.replace(CPU, shard_size=1), "huginn"),
         pytest.param(2, dataclasses.replace(CPU, reshard_after_forward=True), "adamw", marks=pytest.mark.slow),
         pytest.param(4, dataclasses.replace(CPU, shard_size=2), "huginn", marks=pytest.mark.slow),
-        pytest.param(4, dataclasses.replace(CPU, activation_checkpointing="step"), "adamw", marks=pytest.mark.slow),
+        pytest.param(4, dataclasses.replace(CPU, activation_checkpointing="step"), "nadamw", marks=pytest.mark.slow),
     ],
 )
 def test_ranks_and_sharding_equal_one_process(tmp_path, world_size, runtime, optimizer):
@@ -37,7 +36,8 @@ def test_ranks_and_sharding_equal_one_process(tmp_path, world_size, runtime, opt
     train(config)
     many = dataclasses.replace(config, out=str(tmp_path / "many"), runtime=runtime)
     assert run_ranks(train, world_size, many) == [0] * world_size
-    close(losses(tmp_path / "many"), losses(tmp_path / "one"))
+    # Muon's iteration runs in bfloat16, where sums in another order may round to another number
+    close(losses(tmp_path / "many"), losses(tmp_path / "one"), tolerance=1e-3 if optimizer == "muon" else 1e-5)
 
 
 def train_some(config: RunConfig, steps_before_stop: int) -> None:
@@ -86,14 +86,3 @@ def test_bfloat16_trains_with_fp32_master_weights(tmp_path):
     assert run_ranks(train, 1, run) == [0]
     train(small_run(tmp_path / "fp32"))
     close(losses(tmp_path / "run"), losses(tmp_path / "fp32"), tolerance=2e-2)
-
-
-def different_configuration(out: Path) -> None:
-    train(small_run(out, seed=int(os.environ["RANK"])))
-
-
-@pytest.mark.distributed
-def test_ranks_that_see_different_configurations_do_not_start(tmp_path):
-    codes = run_ranks(different_configuration, 2, tmp_path / "run")
-    assert all(code != 0 for code in codes)
-    assert not (tmp_path / "run" / "checkpoints").exists()

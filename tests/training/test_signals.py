@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -29,7 +30,7 @@ def train_on(config) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("world_size", "number"), [(1, signal.SIGINT), (1, signal.SIGTERM), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(("world_size", "number"), [(1, signal.SIGINT), (1, signal.SIGUSR1), (2, signal.SIGTERM)])
 def test_a_signal_saves_and_exits_cleanly(tmp_path, world_size, number):
     config = small_run(tmp_path / "stopped")
     assert run_ranks(train_with_signal, world_size, config, 5, world_size - 1, number) == [0] * world_size
@@ -38,6 +39,14 @@ def test_a_signal_saves_and_exits_cleanly(tmp_path, world_size, number):
     assert run_ranks(train_on, world_size, config) == [0] * world_size
     assert run_ranks(train_on, world_size, small_run(tmp_path / "whole")) == [0] * world_size
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("seconds_left", "steps"), [(30, 1), (3600, 12)])
+def test_a_slurm_job_saves_before_it_ends(tmp_path, monkeypatch, seconds_left, steps):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + seconds_left))
+    train(small_run(tmp_path / "run", slurm_margin_minutes=1.0))
+    assert len(losses(tmp_path / "run")) == steps
+    assert checkpoints(tmp_path / "run")[-1].name == f"step-{steps:08d}"
 
 
 def test_a_time_limit_saves(tmp_path):

@@ -1,0 +1,81 @@
+"""What autograd keeps of a training step, counted and not estimated.
+
+The model runs on torch's meta device, which allocates nothing, and every tensor that autograd would keep is counted.
+Shapes: B batch, T tokens, H heads, K head size.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.layers import rotary_at
+from recurrent_depth.model.recurrence import Checkpointing
+from recurrent_depth.model.transformer import RecurrentDepthModel
+
+
+class _Flash(torch.autograd.Function):
+    """Attention's shape and what a fused kernel keeps (q, k, v, the output, a number a query); no arithmetic."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:3], device=q.device))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError("nothing is computed here")
+
+
+@lru_cache
+def activation_bytes(
+    config: ModelConfig,
+    batch: int,
+    tokens: int,
+    steps: tuple[int, int],
+    checkpointing: Checkpointing = "none",
+    dtype: torch.dtype = torch.bfloat16,
+) -> int:
+    """Bytes that autograd keeps from prelude to coda for a backward pass; the head and its loss are not included."""
+    with torch.device("meta"):
+        model = RecurrentDepthModel(config).to(dtype)
+        table = torch.empty(model.freqs_cis.shape)
+        rotary = rotary_at(table, torch.zeros(1, tokens, dtype=torch.long))
+        ids = torch.zeros(batch, tokens, dtype=torch.long)
+    model.transformer.core_block.activation_checkpointing = checkpointing
+    owned = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in owned:
+            kept[storage._cdata] = (storage.nbytes(), tensor)  # the tensor, so that no address is used twice
+        return tensor
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, slot: int) -> Tensor:
+        return _Flash.apply(q, k, v)
+
+    part = model.transformer
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        e = part.read(part.embed(ids), rotary, attend)
+        state = part.think(torch.zeros_like(e), e, steps, rotary, attend)
+        part.write(state, rotary, attend)
+    return sum(size for size, _ in kept.values())
+
+
+def head_bytes(config: ModelConfig, batch: int, tokens: int) -> int:
+    """Logits of all tokens at once: in bf16 and fp32, their softmax and its gradient in fp32, the gradient in bf16."""
+    return batch * tokens * config.vocab_size * (2 + 4 + 4 + 4 + 2)
+
+
+def recomputed_bytes(
+    config: ModelConfig, batch: int, tokens: int, checkpointing: Checkpointing, dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """What a recomputed block, or a recomputed step of all core blocks, keeps while its backward pass runs."""
+    if checkpointing == "none":
+        return 0
+    one, two = (activation_bytes(config, batch, tokens, (0, k), "none", dtype) for k in (1, 2))
+    return (two - one) // (config.n_layers_in_recurrent_block if checkpointing == "block" else 1)

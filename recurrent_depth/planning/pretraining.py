@@ -1,0 +1,222 @@
+"""Memory, communication and time of a pretraining run, from its configuration.
+
+Memory is that of FSDP2 with the core as one unit (training/parallel.py): what is kept, and the largest moment of
+a step. Communication is counted in whole tensors, as tests/training/test_collectives.py counts it on real ranks.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.flops import mean_training_flops
+from recurrent_depth.model.recurrence import sample_depth
+from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.planning.activations import activation_bytes, head_bytes, recomputed_bytes
+from recurrent_depth.planning.devices import LINK_EFFICIENCY, RESERVE, Device
+from recurrent_depth.training.run import RunConfig
+
+_MASTER = 4  # bytes of a weight, a gradient or a moment in fp32
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run on `gpus` GPUs with rows of `tokens` tokens."""
+
+    run: RunConfig
+    gpus: int
+    tokens: int
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share one copy of the weights."""
+        return self.run.runtime.shard_size or self.gpus
+
+    @property
+    def replicas(self) -> int:
+        return self.gpus // self.shards
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.float32 if self.run.runtime.dtype == "float32" else torch.bfloat16
+
+    @property
+    def is_wrapped(self) -> bool:
+        """One process in fp32 trains without FSDP."""
+        return self.gpus > 1 or self.compute_dtype != torch.float32
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.run.batch_size * self.tokens
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of the FSDP units (`outer`: all blocks outside the loop, `block`: one) and the optimizer's numbers."""
+
+    total: int
+    core: int
+    outer: int
+    block: int
+    moments: int
+
+    @property
+    def root(self) -> int:
+        """Embedding, adapter and final norm, gathered throughout a step."""
+        return self.total - self.core - self.outer
+
+
+def sizes(job: Job) -> Sizes:
+    """Counted on the meta device."""
+    return _sizes(job.run.model, job.run.optimizer.name == "muon")
+
+
+@lru_cache
+def _sizes(config: ModelConfig, muon: bool) -> Sizes:
+    with torch.device("meta"):
+        model = RecurrentDepthModel(config)
+    named = dict(model.named_parameters())
+    total, core = model.num_parameters, _count(model.transformer.core_block)
+    outer = [_count(block) for block in [*model.transformer.prelude, *model.transformer.coda]]
+    by_muon = [p for name, p in named.items() if p.ndim == 2 and "wte" not in name and "lm_head" not in name]
+    moments = 2 * total - (sum(p.numel() for p in by_muon) if muon else 0)
+    return Sizes(total, core, sum(outer), outer[0], moments)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def memory(job: Job) -> dict[str, int]:
+    """Bytes of one GPU by part, at the moment of a step that needs most; their sum is the peak."""
+    size, width = sizes(job), job.compute_dtype.itemsize
+    accumulates = job.run.micro_steps > 1 and job.is_wrapped
+    always = {
+        "weights (fp32)": _MASTER * size.total // job.shards,
+        "optimizer": _MASTER * size.moments // job.shards,
+        "gathered weights": width * _gathered(job, size),
+        "accumulated gradients, whole": _MASTER * size.total if accumulates else 0,
+    }
+    activations, recomputed, logits = _activations(job)
+    core_gradients = width * size.core
+    moments = [
+        {"activations": activations, "logits and their gradients": logits},
+        {"activations": activations, "recomputed": recomputed, "gradients of the core": core_gradients},
+        {
+            "gradients of the core": core_gradients,
+            "reduction of the core's gradients": _MASTER * size.core if job.is_wrapped else 0,
+            "gradients (fp32)": _MASTER * size.total // job.shards,
+        },
+    ]
+    return always | max(moments, key=lambda moment: sum(moment.values()))
+
+
+def _activations(job: Job) -> tuple[int, int, int]:
+    """Kept for the backward pass, kept again while a part is recomputed, and the head's."""
+    run, runtime, config, dtype = job.run, job.run.runtime, job.run.model, job.compute_dtype
+    rows, recompute = run.rows_per_rank(job.gpus), runtime.activation_checkpointing
+    kept = activation_bytes(config, rows, job.tokens, _deepest(job), recompute, dtype)
+    again = recomputed_bytes(config, rows, job.tokens, recompute, dtype)
+    at_once = min(rows * job.tokens, runtime.loss_chunk_size or rows * job.tokens)
+    return kept, again, head_bytes(config, 1, at_once)
+
+
+def _gathered(job: Job, size: Sizes) -> int:
+    if not job.is_wrapped:
+        return 0
+    if job.run.runtime.reshard_after_forward:
+        return size.root + size.core + size.block
+    return size.total
+
+
+def _deepest(job: Job) -> tuple[int, int]:
+    """Most steps with gradient, for full backpropagation of the run's first 4096 depths; those without keep nothing."""
+    run = job.run
+    if run.model.mean_backprop_depth is not None:
+        return 0, run.model.mean_backprop_depth
+    depths = [sample_depth(run.model, seed=run.seed, step=step, micro_step=0) for step in range(min(run.steps, 4096))]
+    return 0, max(with_gradient for _, with_gradient in depths)
+
+
+def communication(job: Job) -> dict[str, int]:
+    """Bytes of the whole tensors that one GPU takes part in sending, in one optimizer step, whatever the depth."""
+    if not job.is_wrapped or job.gpus == 1:
+        return {"gather": 0, "reduce_scatter": 0, "all_reduce": 0}
+    size, width = sizes(job), job.compute_dtype.itemsize
+    again = job.run.micro_steps * (size.total - size.root) if job.run.runtime.reshard_after_forward else 0
+    sharded, replicated = job.shards > 1, job.replicas > 1
+    return {
+        "gather": width * (size.total + again) if sharded else 0,
+        "reduce_scatter": _MASTER * size.total if sharded else 0,
+        "all_reduce": _MASTER * size.total // job.shards if replicated else 0,
+    }
+
+
+def communication_seconds(job: Job, device: Device) -> float:
+    """Of a step, if nothing overlaps: rings at LINK_EFFICIENCY of the links."""
+    whole, shards, replicas = communication(job), job.shards, job.replicas
+    one_node = shards <= device.per_node
+    # A ring over several nodes leaves each of them once, over all its network ports.
+    inside = device.link if one_node else min(device.link, device.network * device.per_node)
+    across = device.link if job.gpus <= device.per_node else device.network
+    seconds = (whole["gather"] + whole["reduce_scatter"]) * (shards - 1) / shards / inside
+    seconds += 2 * whole["all_reduce"] * (replicas - 1) / replicas / across
+    return seconds / LINK_EFFICIENCY
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Of a run. FLOPs are per token; `useful` leaves recomputation out (MFU), `executed` includes it (HFU)."""
+
+    useful: float
+    executed: float
+    compute_seconds: float
+    communication_seconds: float
+    tokens_per_second: float
+
+
+def throughput(job: Job, device: Device, utilisation: float) -> Throughput:
+    """Expected speed where executed FLOPs run at `utilisation` of the peak and communication does not overlap."""
+    config, recompute = job.run.model, job.run.runtime.activation_checkpointing
+    useful = mean_training_flops(config, job.tokens) / job.tokens
+    executed = mean_training_flops(config, job.tokens, recompute) / job.tokens
+    compute = executed * job.tokens_per_step / job.gpus / (device.peak * utilisation)
+    sending = communication_seconds(job, device)
+    return Throughput(useful, executed, compute, sending, job.tokens_per_step / (compute + sending))
+
+
+def fits(job: Job, device: Device) -> bool:
+    return sum(memory(job).values()) <= device.memory * (1 - RESERVE)
+
+
+def remedies(job: Job, device: Device) -> list[str]:
+    """Changes that, made one after the other, make the run fit; empty if it fits already or none of them helps."""
+    taken: list[str] = []
+    if fits(job, device):
+        return taken
+    least = sum(memory(job).values())
+    for field, value in (
+        ("loss_chunk_size", 2048), ("activation_checkpointing", "step"), ("activation_checkpointing", "block"),
+        ("shard_size", None), ("reshard_after_forward", True),
+    ):  # fmt: skip
+        changed = _with(job, field, value)
+        needed = sum(memory(changed).values())
+        if needed < least:
+            job, least = changed, needed
+            taken.append(f"--runtime.{field} {'null' if value is None else str(value).lower()}")
+        if fits(job, device):
+            return taken
+    rows = job.run.batch_size // job.run.micro_steps
+    while job.gpus < rows and rows % (2 * job.gpus) == 0:
+        job = dataclasses.replace(job, gpus=2 * job.gpus)
+        if fits(job, device):
+            return [*taken, f"--num-gpus {job.gpus}"]
+    return []
+
+
+def _with(job: Job, field: str, value: object) -> Job:
+    runtime = dataclasses.replace(job.run.runtime, **{field: value})  # type: ignore[arg-type]
+    return dataclasses.replace(job, run=dataclasses.replace(job.run, runtime=runtime))

@@ -1,0 +1,31 @@
+"""Bytes of CPU tensors that are alive, and their peak, while code runs: what a GPU's allocator would report."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveMemory(TorchDispatchMode):
+    """Sums the storages of every tensor that an operation returns, while somebody holds it. `peak` is in bytes."""
+
+    def __init__(self, *existing: torch.Tensor) -> None:
+        super().__init__()
+        self.storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self.peak = 0
+        for tensor in existing:
+            self.storages.add(tensor.untyped_storage())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and type(leaf) is torch.Tensor and leaf.device.type == "cpu":
+                self.storages.add(leaf.untyped_storage())
+        self.peak = max(self.peak, self.current())
+        return result
+
+    def current(self) -> int:
+        """Bytes alive now; a storage that was resized counts as what it is."""
+        return sum({storage._cdata: storage.nbytes() for storage in list(self.storages)}.values())

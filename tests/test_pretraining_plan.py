@@ -1,0 +1,134 @@
+"""The plan of a run against what real ranks hold and send, and what the command says."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+
+from live_memory import LiveMemory
+from recurrent_depth.cli import main
+from recurrent_depth.data.loader import TaskDataConfig
+from recurrent_depth.model.config import SHAPES, ModelConfig
+from recurrent_depth.planning.devices import DEVICES
+from recurrent_depth.planning.pretraining import Job, communication, fits, memory, remedies, throughput
+from recurrent_depth.training.optimizer import OptimizerConfig, local
+from recurrent_depth.training.parallel import RuntimeConfig, start_processes
+from recurrent_depth.training.trainer import Trainer
+from support import run_ranks, small_run
+
+TOKENS = 64
+MODEL = ModelConfig(
+    n_embd=128, n_heads=4, intermediate_size=352, vocab_size=1024, n_layers_in_recurrent_block=2, block_size=TOKENS,
+    mean_recurrence=6, mean_backprop_depth=3, sampling_scheme="fixed",
+)  # fmt: skip
+
+
+def wide_run(out, optimizer="huginn", micro_steps=1, **runtime):
+    return small_run(
+        out,
+        model=MODEL,
+        data=TaskDataConfig(name="shell_game", min_length=TOKENS - 1, max_length=TOKENS - 1),
+        micro_steps=micro_steps,
+        optimizer=OptimizerConfig(name=optimizer),
+        runtime=RuntimeConfig(**{"device": "cpu", "threads": 1, "dtype": "bfloat16"} | runtime),
+    )
+
+
+def measured_peak(config) -> int:
+    """Bytes that one rank holds at most in its second step."""
+    trainer = Trainer(config, start_processes(config.runtime))
+    trainer.train_step()
+    moments = [value for p in trainer.parameters for value in trainer.optimizer.state[p].values()]
+    with LiveMemory(*(local(tensor.detach()) for tensor in [*trainer.parameters, *moments])) as live:
+        trainer.train_step()
+    return live.peak
+
+
+def measure(out, cases):
+    peaks = {name: measured_peak(config) for name, config in cases.items()}
+    if os.environ["RANK"] == "0":
+        (out / "peaks.json").write_text(json.dumps(peaks))
+
+
+def assert_planned(out, world_size, cases):
+    assert run_ranks(measure, world_size, out, cases) == [0] * world_size
+    for name, peak in json.loads((out / "peaks.json").read_text()).items():
+        planned = sum(memory(Job(cases[name], world_size, TOKENS)).values())
+        assert peak <= planned <= 1.15 * peak, (name, peak, planned)
+
+
+def test_planned_memory_of_one_process(tmp_path):
+    config = wide_run(tmp_path, dtype="float32")
+    peak = measured_peak(config)
+    assert peak <= sum(memory(Job(config, 1, TOKENS)).values()) <= 1.1 * peak
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_planned_memory_of_two_ranks(tmp_path):
+    cases = {
+        "gathered": wide_run(tmp_path), "freed": wide_run(tmp_path, reshard_after_forward=True),
+        "accumulated": wide_run(tmp_path, micro_steps=2, optimizer="muon"),
+        "step": wide_run(tmp_path, activation_checkpointing="step", loss_chunk_size=64),
+        "block": wide_run(tmp_path, micro_steps=2, activation_checkpointing="block", shard_size=1),
+    }  # fmt: skip
+    assert_planned(tmp_path, 2, cases)
+
+
+def huginn(**changes):
+    runtime = RuntimeConfig(
+        **{"activation_checkpointing": "step", "loss_chunk_size": 2048} | changes.pop("runtime", {})
+    )
+    return small_run(
+        "run", model=SHAPES["huginn-3.5b"], **{"batch_size": 4096, "micro_steps": 32} | changes, runtime=runtime
+    )
+
+
+def test_weights_and_moments_are_divided_by_the_ranks_that_share_them():
+    parameters = 3_564_976_800
+    parts = memory(Job(huginn(), 128, 4096))
+    assert parts["weights (fp32)"] == 4 * parameters // 128
+    parts = memory(Job(huginn(runtime={"shard_size": 8}), 128, 4096))
+    assert parts["optimizer"] == 8 * parameters // 8
+    assert parts["gathered weights"] == 2 * parameters
+
+
+def test_a_run_that_does_not_fit_is_mended():
+    config = huginn(micro_steps=1024, runtime={"activation_checkpointing": "none", "loss_chunk_size": None})
+    job, device = Job(config, 4, 4096), DEVICES["a100"]
+    assert not fits(job, device)
+    changes = remedies(job, device)
+    assert "--runtime.activation_checkpointing step" in changes
+    fields = {text.split()[0].removeprefix("--runtime."): text.split()[1] for text in changes}
+    parsed = {name: json.loads(v) if v[0].isdigit() or v in ("true", "null") else v for name, v in fields.items()}
+    mended = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, **parsed))
+    assert fits(Job(mended, 4, 4096), device)
+    assert remedies(Job(mended, 4, 4096), device) == []
+
+
+def test_time_is_flops_over_peak_plus_bytes_over_links():
+    job, device = Job(huginn(runtime={"shard_size": 8}), 128, 4096), DEVICES["h100"]
+    speed, sent = throughput(job, device, 0.5), communication(job)
+    assert speed.executed == pytest.approx(206e9, rel=0.02)  # 14.1 TFLOP a core step of 4096 tokens, r = 33, k = 8
+    assert speed.useful < speed.executed
+    assert speed.compute_seconds == pytest.approx(speed.executed * 4096 * 4096 / 128 / (0.5 * 989e12))
+    inside = (sent["gather"] + sent["reduce_scatter"]) * 7 / 8 / 450e9
+    across = 2 * sent["all_reduce"] * 15 / 16 / 50e9
+    assert speed.communication_seconds == pytest.approx((inside + across) / 0.7)
+    total = speed.compute_seconds + speed.communication_seconds
+    assert speed.tokens_per_second == pytest.approx(4096 * 4096 / total)
+
+
+def test_the_command_plans_a_shipped_configuration(capsys):
+    config = ["--config", "configs/pretrain/huginn-3.5b-h100.yaml", "--num-gpus", "128"]
+    assert main(["plan", *config, "--utilisation", "0.5"]) == 0
+    text = capsys.readouterr().out
+    assert "It fits." in text
+    assert "| tokens a step, and of the run | 16,777,216 and 795,240,038,400 |" in text
+    assert main(["plan", *config, "--runtime.activation_checkpointing", "none", "--runtime.shard_size", "1"]) == 0
+    assert "It does not fit. It fits with --runtime.activation_checkpointing" in capsys.readouterr().out
+    assert main(["plan", *config, "--device", "tpu"]) == 1
+    assert "known devices" in capsys.readouterr().err
+    assert main(["plan", *config[:2], "--num-gpus", "100"]) == 1
+    assert "do not divide" in capsys.readouterr().err

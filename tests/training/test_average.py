@@ -1,0 +1,66 @@
+"""Merged checkpoints against numpy, and what can be done with the result."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from recurrent_depth.cli import main
+from recurrent_depth.runs import CheckpointError, checkpoints, load_run_model, read_details, run_tokenizer
+from recurrent_depth.training.average import AverageConfig, average
+from recurrent_depth.training.launch import train
+from recurrent_depth.training.saving import CheckpointConfig
+from support import small_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("average") / "run"
+    return train(small_run(folder, checkpoint=CheckpointConfig(every=2, keep_last=9)))
+
+
+def weights(checkpoint):
+    """Straight from the files, in fp64."""
+    (path,) = checkpoint.glob("*.safetensors")
+    return {name: value.astype(np.float64) for name, value in load_file(path).items() if name.startswith("model.")}
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"method": "uniform"}, [2, 4, 6, 8, 10, 12]),
+        ({"method": "ema", "decay": 0.6, "last": 4}, [6, 8, 10, 12]),
+        ({"method": "ema", "decay": 0.9, "last": 2, "every": 3}, [6, 12]),
+    ],
+)
+def test_the_average_is_numpys(run, tmp_path, options, steps):
+    out = average(AverageConfig(model=str(run), out=str(tmp_path / "merged"), **options))
+    parts = [weights(path) for path in checkpoints(run) if read_details(path)["step"] in steps]
+    n, decay = len(steps), options.get("decay")
+    if options["method"] == "uniform":
+        shares = np.full(n, 1 / n)
+    else:
+        shares = np.array([decay ** (n - 1 - i) * (1 - decay if i else 1) for i in range(n)])
+    assert shares.sum() == pytest.approx(1)
+    (checkpoint,) = checkpoints(out)
+    assert read_details(checkpoint)["average"]["steps"] == steps
+    actual = weights(checkpoint)
+    for name in parts[0]:
+        expected = sum(share * part[name] for share, part in zip(shares, parts, strict=True))
+        np.testing.assert_allclose(actual[name], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_merged_run_is_a_model_and_a_start_but_cannot_be_resumed(run, tmp_path):
+    out = tmp_path / "merged"
+    assert main(["average", "--model", str(run), "--out", str(out), "--method", "uniform"]) == 0
+    assert load_run_model(out).config == load_run_model(run).config
+    assert run_tokenizer(out) is not None
+    train(small_run(tmp_path / "next", init_from=str(out), steps=1))
+    with pytest.raises(CheckpointError, match="without moments"):
+        train(small_run(out), resume=True)
+
+
+def test_too_few_checkpoints_and_an_existing_folder_are_named(run, tmp_path, capsys):
+    assert main(["average", "--model", str(run), "--out", str(tmp_path / "m"), "--every", "9"]) == 1
+    assert "keep_last" in capsys.readouterr().err
+    assert main(["average", "--model", str(run), "--out", str(run)]) == 1
+    assert "exists" in capsys.readouterr().err

@@ -1,0 +1,70 @@
+"""Learning rates and depths in the course of a run."""
+
+import math
+
+import pytest
+
+from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.training.launch import train
+from recurrent_depth.training.optimizer import OptimizerConfig
+from recurrent_depth.training.schedule import DepthRampConfig, learning_rate, ramped
+from recurrent_depth.training.trainer import Trainer
+from support import ONE_RANK, small_run
+
+
+def rates(total=20, **fields):
+    config = OptimizerConfig(lr=1.0, warmup_steps=4, **fields)
+    return [learning_rate(config, step, total) for step in range(total)]
+
+
+def test_the_trapezoid_warms_up_holds_and_cools_down():
+    values = rates(cooldown_steps=5)
+    assert values[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert values[4:15] == [1.0] * 11
+    assert values[15:] == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert rates(schedule="constant")[4:] == [1.0] * 16
+
+
+def test_linear_and_cosine_fall_from_the_warm_up_to_the_end():
+    linear, cosine = rates(schedule="linear", final_lr=0.1), rates(schedule="cosine", final_lr=0.1)
+    for step in range(4, 20):
+        left = (20 - step) / 17
+        assert linear[step] == pytest.approx(0.1 + 0.9 * left)
+        assert cosine[step] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * (1 - left))) / 2)
+    assert linear[:4] == cosine[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+
+
+def test_a_cooldown_without_trapezoid_is_refused():
+    with pytest.raises(ValueError, match=r"optimizer\.cooldown_steps"):
+        OptimizerConfig(schedule="cosine", cooldown_steps=5)
+
+
+def test_the_mean_depth_ramps_and_a_resumed_step_draws_the_same(tmp_path):
+    model = ModelConfig(mean_recurrence=32, mean_backprop_depth=4)
+    ramp = DepthRampConfig(start=2, steps=30)
+    assert [ramped(model, ramp, step).mean_recurrence for step in (0, 10, 15, 29, 30, 99)] == [2, 12, 17, 31, 32, 32]
+    assert ramped(model, None, 0) is model
+    run = small_run(tmp_path, model=ModelConfig(vocab_size=64, block_size=32, mean_recurrence=24), depth_ramp=ramp)
+    trainer = Trainer(run, ONE_RANK)
+    depths = []
+    for step in range(40):
+        trainer.step = step
+        depths.append(trainer.train_step()["num_steps"])
+    assert sum(depths[30:]) / 10 > 2 * sum(depths[:10]) / 10
+    trainer.step = 20
+    assert trainer.train_step()["num_steps"] == depths[20]
+
+
+def test_a_ramp_that_falls_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"depth_ramp\.start"):
+        small_run(tmp_path, depth_ramp=DepthRampConfig(start=9))
+
+
+@pytest.mark.parametrize("backprop", [None, 2])
+def test_fixed_depth_and_full_backpropagation_train(tmp_path, backprop):
+    model = ModelConfig(
+        n_embd=32, n_heads=2, intermediate_size=64, vocab_size=64, block_size=32, mean_recurrence=3,
+        mean_backprop_depth=backprop, sampling_scheme="fixed",
+    )  # fmt: skip
+    run = train(small_run(tmp_path / "run", model=model))
+    assert '"num_steps": 3.0' in (run / "metrics.jsonl").read_text()
