@@ -43,7 +43,8 @@ class RecurrentCache:
         self.max_length = max_length
         slots = self.outer + self.core_layers * self.budget
         shape = (slots, 2, batch_size, config.n_heads, max_length, config.head_dim)
-        self.entries = torch.empty(shape, dtype=dtype, device=device)
+        # Zeros, since masked columns are read too: a weight of 0 does not hide a NaN left in fresh memory.
+        self.entries = torch.zeros(shape, dtype=dtype, device=device)
         self.filled = 0
         self.depths = torch.full((batch_size, max_length), num_steps, dtype=torch.long, device=device)
 

@@ -118,7 +118,12 @@ class _Run:
 
     def _round(self) -> None:
         """Draft, verify, write what holds."""
-        G = self.speculation.tokens
+        still_missing = (
+            self.options.max_new_tokens - len(written)
+            for written, goes_on in zip(self.written.tokens, self.running, strict=True)
+            if goes_on
+        )
+        G = min(self.speculation.tokens, max(still_missing))
         if self.cache.length() + G > self.cache.max_length:
             self._compact()
         start = self.cache.length()
@@ -159,7 +164,8 @@ class _Run:
     def _begin(self, ids: Tensor, steps: int) -> tuple[Tensor, Tensor, Rotary]:
         """Prelude and the first steps of new tokens [B, T]: (e, state [B, T, D], rotary)."""
         part, T = self.model.transformer, ids.shape[1]
-        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -T:]
+        # Drafts beyond a row's last token are never written; they must only not leave the rotary table.
+        positions = (self.mask.cumsum(-1) - 1).clamp(0, self.model.config.block_size - 1)[:, -T:]
         rotary = rotary_at(self.model.freqs_cis, positions)
         e = part.read(part.embed(ids), rotary, self._attend(T))
         return e, part.think(torch.zeros_like(e), e, steps, rotary, self._attend(T)), rotary

@@ -290,8 +290,9 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         if wanted and kind in (None, "dynamic", "static"):
             steps = model_kwargs.get("num_steps") or self.config.num_steps or self.config.mean_recurrence
             max_length = max(args[-1], getattr(generation_config, "max_cache_len", None) or 0)
+            static_length = max_length if kind == "static" else None
             model_kwargs["past_key_values"] = make_cache(
-                self.config, sum(split_steps(steps)), max_length if kind == "static" else None
+                self.config, sum(split_steps(steps)), static_length, expected_length=max_length
             )
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)

@@ -4,9 +4,12 @@ Shapes: B batch, T new tokens, S cached tokens, H heads, K head size.
 """
 
 import copy
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, DynamicLayer, StaticCache
 
 from recurrent_depth.hf.configuration import RecurrentDepthConfig
 
@@ -52,10 +55,56 @@ class Slots:
             self.cache.update(*self.deepest[(slot - self.outer) % self.core], slot)
 
 
-def make_cache(config: RecurrentDepthConfig, num_steps: int, static_length: int | None = None) -> Cache:
-    """An empty cache: one that grows, or one for `num_steps` steps and `static_length` tokens."""
+class RoomyLayer(DynamicLayer):
+    """A dynamic layer with room to spare: new tokens are written in place, where torch.cat copies all earlier ones.
+
+    Args:
+        capacity: tokens to make room for at once; beyond it the room grows by half.
+    """
+
+    def __init__(self, capacity: int = 0) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.room: Tensor | None = None  # [2, B, H, capacity, K]; keys and values are views of it
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store k, v [B, H, T, K]; returns all keys and values [B, H, S, K]."""
+        if key_states.requires_grad:  # autograd needs the earlier ones unchanged
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        past = self.get_seq_length()
+        end = past + key_states.shape[-2]
+        room = self.room
+        if room is None or end > room.shape[-2] or not self._lives_in(room):
+            room = self._move(key_states, past, end)
+        room[0, :, :, past:end] = key_states
+        room[1, :, :, past:end] = value_states
+        self.keys, self.values = room[:, :, :, :end].unbind(0)
+        return self.keys, self.values
+
+    def _lives_in(self, room: Tensor) -> bool:
+        """False after transformers has replaced the keys (beams, a changed batch), or left inference mode."""
+        return self.keys.data_ptr() == room.data_ptr() and room.is_inference() == torch.is_inference_mode_enabled()
+
+    def _move(self, like: Tensor, past: int, end: int) -> Tensor:
+        """Make room for `end` tokens and more, and bring the `past` ones there."""
+        B, H, _, K = like.shape
+        self.room = room = like.new_empty(2, B, H, max(self.capacity, end + end // 2 if past else end), K)
+        if past:
+            room[0, :, :, :past] = self.keys
+            room[1, :, :, :past] = self.values
+        return room
+
+
+def make_cache(
+    config: RecurrentDepthConfig, num_steps: int, static_length: int | None = None, expected_length: int = 0
+) -> Cache:
+    """An empty cache: for `num_steps` steps and `static_length` tokens, or one that grows from `expected_length`."""
     if static_length is None:
-        return DynamicCache()
+        cache = DynamicCache()
+        cache.layer_class_to_replicate = partial(RoomyLayer, expected_length)
+        return cache
     sized = copy.copy(config)
     sized.num_steps = num_steps
     return StaticCache(config=sized, max_cache_len=static_length)

@@ -45,6 +45,16 @@ def test_drafts_are_accepted_and_rounds_compact_the_cache(model):
     assert 0 < found.accepted < found.drafted
 
 
+def test_prompts_and_new_tokens_may_fill_the_whole_block():
+    short = lively_model(vocab_size=20, block_size=16)
+    options = Decoding(max_new_tokens=11, num_steps=6)
+    prompts = [[5, 6, 7, 8, 9], [3]]
+    assert (
+        decode_speculatively(short, prompts, options, Speculation(2, 4)).tokens
+        == decode(short, prompts, options).tokens
+    )
+
+
 def test_streaming_can_end_a_request(model):
     options = Decoding(max_new_tokens=20, num_steps=4)
     whole = decode(model, [[5, 6, 7]], options).tokens[0]

@@ -67,8 +67,10 @@ def test_what_a_folder_may_lack_or_hold(tmp_path, expected):
     without_bias = {name: t for name, t in reference.items() if "qk_bias" not in name}
     zero_bias = {name: torch.zeros_like(t) if "qk_bias" in name else t for name, t in reference.items()}
     both_keys = {**zero_bias, "lm_head.weight": zero_bias["transformer.wte.weight"].clone()}
+    head_only = dict(both_keys)
+    del head_only["transformer.wte.weight"]
     outputs = []
-    for number, tensors in enumerate([without_bias, zero_bias, both_keys]):
+    for number, tensors in enumerate([without_bias, zero_bias, both_keys, head_only]):
         folder = tmp_path / str(number)
         folder.mkdir()
         shutil.copy(FIXTURE / "config.json", folder)
@@ -76,6 +78,7 @@ def test_what_a_folder_may_lack_or_hold(tmp_path, expected):
         outputs.append(AutoModelForCausalLM.from_pretrained(folder)(expected["input_ids"], num_steps=2).logits)
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[2], outputs[1])
+    assert torch.equal(outputs[3], outputs[1])
 
 
 def test_a_bf16_rotary_table_keeps_its_rounded_values(tmp_path, expected):
