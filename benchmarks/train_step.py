@@ -2,6 +2,10 @@
 
 python benchmarks/train_step.py            # CPU
 python benchmarks/train_step.py            # on a GPU: the small and the 3.5B shape in bfloat16
+
+The 3.5B shape: one row of 4096 tokens, r = 32, k = 8, steps recomputed, Huginn's optimizer on fp32 master weights. MFU
+leaves recomputation out, HFU includes it; both are shares of the dense bfloat16 peak. The plan's peak of memory stands
+beside the measured one.
 """
 
 import argparse
@@ -14,12 +18,16 @@ from typing import Any
 import torch
 
 from common import write_result
+from recurrent_depth.data.loader import PackedDataConfig
 from recurrent_depth.model.config import SHAPES, ModelConfig
 from recurrent_depth.model.flops import PEAK_FLOPS, training_flops
 from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.planning.pretraining import Job, memory
 from recurrent_depth.training.optimizer import OptimizerConfig, build_optimizer
 from recurrent_depth.training.parallel import Ranks, RuntimeConfig, blocks, build_model, start_processes
+from recurrent_depth.training.run import RunConfig
 
+LOSS_CHUNK = 4096
 WIDTH_128 = ModelConfig(n_embd=128, n_heads=4, intermediate_size=352, vocab_size=4096)
 
 
@@ -41,12 +49,21 @@ def build(
     config: ModelConfig, runtime: RuntimeConfig, ranks: Ranks
 ) -> tuple[RecurrentDepthModel, torch.optim.Optimizer]:
     model = build_model(config, runtime, ranks, seed=0)
-    return model, build_optimizer(model, OptimizerConfig(name="adamw", lr=1e-4))
+    return model, build_optimizer(model, OptimizerConfig(name="huginn" if ranks.device.type == "cuda" else "adamw"))
+
+
+def planned_peak(config: ModelConfig, runtime: RuntimeConfig, rows: int, tokens: int, depth: tuple[int, int]) -> int:
+    """Of one model on one GPU; with eager and compiled copies beside each other, each has as much."""
+    fixed = dataclasses.replace(
+        config, sampling_scheme="fixed", mean_recurrence=sum(depth), mean_backprop_depth=depth[1]
+    )
+    run = RunConfig(out="", data=PackedDataConfig(path=""), model=fixed, batch_size=rows, runtime=runtime)
+    return sum(memory(Job(run, 1, tokens)).values())
 
 
 def one_step(model: RecurrentDepthModel, optimizer: torch.optim.Optimizer, ids: torch.Tensor, depth: Any) -> float:
     began = time.perf_counter()
-    model(ids, targets=ids, num_steps=depth, loss_chunk_size=4096).loss.backward()
+    model(ids, targets=ids, num_steps=depth, loss_chunk_size=LOSS_CHUNK).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     if ids.is_cuda:
@@ -61,7 +78,11 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     rows = []
     for name, config, batch, tokens, depth, recompute in cases(gpu):
-        runtime = RuntimeConfig(activation_checkpointing=recompute, threads=None if gpu else 1)
+        runtime = RuntimeConfig(
+            activation_checkpointing=recompute, threads=None if gpu else 1, loss_chunk_size=LOSS_CHUNK
+        )
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
         ranks = start_processes(runtime)
         ids = torch.randint(0, config.vocab_size, (batch, tokens), device=ranks.device)
         compiled = dataclasses.replace(runtime, compile=True)
@@ -87,6 +108,7 @@ def main() -> None:
                 "recompute": recompute, "seconds": median, "tokens_per_second": round(batch * tokens / median),
                 "executed_flops_per_second": flops / median,
                 "peak_memory_bytes": torch.cuda.max_memory_allocated() if gpu else None,
+                "planned_peak_bytes": planned_peak(config, runtime, batch, tokens, depth) if gpu else None,
                 "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 "hfu": flops / median / peak if peak else None, "mfu": useful / median / peak if peak else None,
             }  # fmt: skip

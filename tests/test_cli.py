@@ -23,6 +23,14 @@ def test_every_shipped_configuration_parses(path):
     assert command.run_config().steps == yaml.safe_load(path.read_text())["steps"]
 
 
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.parent.name == "pretrain"], ids=lambda path: path.stem)
+def test_large_configurations_say_how_they_are_launched_and_can_be_planned(path, capsys):
+    assert f"train.py --config configs/pretrain/{path.name}" in path.read_text()
+    gpus = "8" if "huginn" in path.name else "1"
+    assert main(["plan", "--config", str(path), "--num-gpus", gpus, "--device", "mi300x"]) == 0
+    assert "tokens a second" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", sorted(SHAPES))
 def test_model_files_are_the_named_shapes(name):
     file = SHELL_GAME.parents[2] / "model" / f"{name}.yaml"

@@ -40,6 +40,12 @@ def test_planned_activations_are_those_that_are_kept(steps, checkpointing):
     assert planned == pytest.approx(really_kept(steps, checkpointing), rel=0.02)
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "step", "block"])
+def test_every_step_with_gradient_keeps_the_same(checkpointing):
+    one, two, seven = (activation_bytes(CONFIG, 2, 64, (0, k), checkpointing) for k in (1, 2, 7))
+    assert seven == one + 6 * (two - one)
+
+
 def test_weights_and_lora_are_counted_as_they_are():
     from peft import LoraConfig, get_peft_model
 

@@ -118,7 +118,8 @@ def _activations(job: Job) -> tuple[int, int, int]:
     """Kept for the backward pass, kept again while a part is recomputed, and the head's."""
     run, runtime, config, dtype = job.run, job.run.runtime, job.run.model, job.compute_dtype
     rows, recompute = run.rows_per_rank(job.gpus), runtime.activation_checkpointing
-    kept = activation_bytes(config, rows, job.tokens, _deepest(job), recompute, dtype)
+    one, two = (activation_bytes(config, rows, job.tokens, (0, k), recompute, dtype) for k in (1, 2))
+    kept = one + (_deepest(job) - 1) * (two - one)  # every step keeps the same
     again = recomputed_bytes(config, rows, job.tokens, recompute, dtype)
     at_once = min(rows * job.tokens, runtime.loss_chunk_size or rows * job.tokens)
     return kept, again, head_bytes(config, 1, at_once)
@@ -132,13 +133,13 @@ def _gathered(job: Job, size: Sizes) -> int:
     return size.total
 
 
-def _deepest(job: Job) -> tuple[int, int]:
+def _deepest(job: Job) -> int:
     """Most steps with gradient, for full backpropagation of the run's first 4096 depths; those without keep nothing."""
     run = job.run
     if run.model.mean_backprop_depth is not None:
-        return 0, run.model.mean_backprop_depth
+        return run.model.mean_backprop_depth
     depths = [sample_depth(run.model, seed=run.seed, step=step, micro_step=0) for step in range(min(run.steps, 4096))]
-    return 0, max(with_gradient for _, with_gradient in depths)
+    return max(with_gradient for _, with_gradient in depths)
 
 
 def communication(job: Job) -> dict[str, int]:

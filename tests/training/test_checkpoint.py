@@ -3,9 +3,12 @@
 import dataclasses
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from recurrent_depth.data.loader import PackedDataConfig
 from recurrent_depth.runs import CheckpointError, checkpoints, find_checkpoint, load_run_model
 from recurrent_depth.training.launch import train
 from recurrent_depth.training.optimizer import OptimizerConfig
@@ -84,6 +87,27 @@ def test_another_optimizer_or_other_data_are_refused(finished, tmp_path):
     with pytest.raises(CheckpointError, match="accept-changed-data"):
         train(small_run(run), resume=True)
     train(small_run(run), resume=True, accept_changed_data=True)
+
+
+def write_rows(folder, first):
+    for split in ("train", "validation"):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        rows = [[(first + 7 * i + j) % 50 for j in range(9)] for i in range(16)]
+        pq.write_table(pa.table({"input_ids": rows}), folder / split / "rows.parquet")
+        (folder / "manifest.json").write_text(json.dumps({"vocab_size": 50, "content": f"rows from {first}"}))
+
+
+def test_packed_rows_that_changed_are_refused(tmp_path):
+    write_rows(tmp_path / "data", 0)
+    config = small_run(tmp_path / "run", data=PackedDataConfig(str(tmp_path / "data")))
+    train(dataclasses.replace(config, max_hours=1e-9))
+    write_rows(tmp_path / "data", 1)
+    with pytest.raises(CheckpointError, match="accept-changed-data"):
+        train(config, resume=True)
+    assert len(losses(tmp_path / "run")) == 1
+    write_rows(tmp_path / "data", 0)
+    train(config, resume=True)
+    assert len(losses(tmp_path / "run")) == 12
 
 
 def test_a_finished_run_is_not_overwritten(finished):
