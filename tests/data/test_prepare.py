@@ -1,17 +1,22 @@
 """From text to rows, and back."""
 
+import dataclasses
 import errno
 import itertools
 import json
+import sysconfig
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from recurrent_depth.cli import parse_options
 from recurrent_depth.data import rows as rows_module
 from recurrent_depth.data.encoding import DocumentEncoder
+from recurrent_depth.data.filters import FilterConfig
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.loader import PackedDataConfig, open_source
 from recurrent_depth.data.prepare import PrepareConfig, prepare
@@ -19,6 +24,8 @@ from recurrent_depth.data.sources import read_documents
 from recurrent_depth.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
 
 TEXTS = [f"Document {i}: " + " ".join(f"word{(i * j) % 97}" for j in range(60)) for i in range(120)]
+
+HUGINN_MIX = Path(__file__).parents[2] / "configs" / "data" / "huginn_mix.yaml"
 
 
 @pytest.fixture
@@ -104,6 +111,29 @@ def test_any_text_survives_the_tokenizer():
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
     assert [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == list(range(len(SPECIAL_TOKENS)))
     assert len(SPECIAL_TOKENS) >= 32
+
+
+@pytest.mark.slow
+def test_a_tokenizer_of_full_size(tmp_path):
+    """65,536 entries from the standard library and its tests: all ids fit 16 bits, special tokens are inside."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [file for file in sorted(root.rglob("*.py")) if "site-packages" not in file.parts]
+    texts = [json.dumps({"text": file.read_text(errors="replace")}) + "\n" for file in files]
+    (tmp_path / "texts.jsonl").write_text("".join(texts))
+    config = parse_options(PrepareConfig, "test", ["--config", str(HUGINN_MIX), "--out", str(tmp_path / "data")])
+    assert config.vocab_size == 2**16
+    small = dataclasses.replace(
+        config, source=[str(tmp_path / "texts.jsonl")], sources=[], category_shares={}, filters=FilterConfig(), files=1,
+        sequence_length=512, policy="concat", validation_share=0.1,
+    )  # fmt: skip
+    assert prepare(small)["vocab_size"] == 2**16
+    tokenizer = load_tokenizer(tmp_path / "data")
+    assert tokenizer.get_vocab_size() == 2**16
+    assert [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == list(range(32))
+    rows = pq.read_table(tmp_path / "data" / "train").column("input_ids")
+    assert rows.type == pa.list_(pa.uint16())
+    ids = rows.combine_chunks().flatten().to_numpy()
+    assert 2**15 < int(ids.max()) < 2**16
 
 
 class TestBadInput:

@@ -192,11 +192,39 @@ def test_killed_in_every_phase(options, undisturbed, tmp_path, workers):
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def start(options, out, workers, *more):
+@pytest.mark.slow
+def test_a_killed_worker_process_is_noticed(options, undisturbed, tmp_path):
+    out = tmp_path / "data"
+    process = start(options, out, 3, stderr=subprocess.PIPE)
+    job = Job.plan(config_of(options, out))
+    scan = next(phase for phase in phases(job) if phase.name == "scan")
+    while process.poll() is None and not finished_tasks(job, scan):
+        time.sleep(0.001)
+    workers = [worker for child in children(process.pid) for worker in children(child)]
+    os.kill(workers[0], signal.SIGKILL)
+    _, message = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert b"was killed" in message
+    assert b"Traceback" not in message
+    assert not out.exists()
+    assert start(options, out, 2).wait() == 0
+    assert folder_hash(out) == undisturbed
+
+
+def children(pid):
+    """Processes that this one has started; of ours, the fork server, and of that, the workers."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    try:
+        return [int(child) for task in tasks for child in task.read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
+def start(options, out, workers, stderr=subprocess.DEVNULL):
     command = [sys.executable, "-m", "recurrent_depth.cli", "prepare", "--config", str(options), "--out", str(out)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(
-        [*command, "--workers", str(workers), *more], env=environment, stderr=subprocess.DEVNULL, start_new_session=True
+        [*command, "--workers", str(workers)], env=environment, stderr=stderr, start_new_session=True
     )
 
 
