@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor import compile_fx, metrics
 from torch._inductor import config as inductor
@@ -26,8 +27,9 @@ from common import write_result
 from recurrent_depth.model import ops
 from recurrent_depth.model.attention import causal
 from recurrent_depth.model.config import SHAPES, ModelConfig
-from recurrent_depth.model.layers import SandwichBlock, rotary_at, rotary_table
+from recurrent_depth.model.layers import rotary_at, rotary_table
 from recurrent_depth.model.ops import choose_ops, use_ops
+from recurrent_depth.model.recurrence import RecurrentCore
 
 D, H, INNER, K = 5280, 55, 17_920, 96  # of the 3.5B model
 TOKENS = 4096
@@ -249,17 +251,17 @@ def core_step(device: torch.device, repeats: int) -> dict[str, Any]:
         return dict.fromkeys(variants, NOT_MEASURED)
     config = SHAPES["huginn-3.5b"]
     with torch.device(device):
-        core = torch.nn.ModuleList(SandwichBlock(config) for _ in range(config.n_layers_in_recurrent_block))
-        table = rotary_table(config)
-    core = core.bfloat16()
-    x = torch.randn(1, TOKENS, config.n_embd, device=device, dtype=torch.bfloat16, requires_grad=True)
-    rotary = rotary_at(table, torch.arange(TOKENS, device=device)[None])
+        core, table = RecurrentCore(config).bfloat16(), rotary_table(config)
+        shape, square = (1, TOKENS, config.n_embd), (config.n_embd, config.n_embd)
+        state, injection = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+        weight = (torch.randn(square) * config.init_std).bfloat16().requires_grad_()
+        rotary = rotary_at(table, torch.arange(TOKENS)[None])
+    leaves = [state, injection, weight, *core.parameters()]
 
     def step() -> None:
-        y = x
-        for block in core:
-            y = block(y, rotary, causal, 0)
-        y.sum().backward()
+        adapt = lambda s, e: F.linear(s, weight) + e  # noqa: E731
+        y = core.step(state, injection, adapt, rotary, causal, 0)
+        torch.autograd.grad(y, leaves, torch.ones_like(y))
 
     found: dict[str, Any] = {}
     for name in variants:

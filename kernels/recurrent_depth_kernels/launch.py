@@ -49,11 +49,11 @@ class Launch:
     num_stages: int
 
     def run(self) -> None:
-        """Launch the kernel, unless inside `skipped()` or `planned()`."""
+        """Launch the kernel, unless inside `skipped()` or `planned()`; a grid without programs does nothing."""
         seen = _seen.get()
         if seen is not None:
             seen.append(self)
-        if _skipped.get():
+        if _skipped.get() or 0 in self.grid:
             return
         self._check_devices()
         kernel = self.kernel if INTERPRETED else torch.library.wrap_triton(self.kernel)

@@ -1,8 +1,11 @@
 """Cross-entropy over a linear head, summed over valid targets. Shapes: B batch, T tokens, D width, V vocabulary."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
 
@@ -14,18 +17,46 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_
         hidden: [B, T, D].
         weight: [V, D].
         targets: [B, T], aligned with `hidden` (nothing is shifted here).
-        chunk_size: tokens whose logits exist at one time, recomputed in the backward pass; None: all.
+        chunk_size: tokens whose logits exist at one time; None: all.
 
     Returns a scalar in fp32 (fp64 for fp64 input). For a mean divide by `valid_targets`, summed over ranks.
     """
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
     if chunk_size is None or len(targets) <= chunk_size:
         return _summed(hidden, weight, targets)
-    losses = [
-        checkpoint(_summed, h, weight, t, use_reentrant=False)
-        for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
-    ]
-    return sum(losses[1:], losses[0])
+    return _Chunked.apply(hidden, weight, targets, chunk_size)
+
+
+class _Chunked(torch.autograd.Function):
+    """Gradients are made in the forward pass, while a chunk's logits exist: nothing is computed twice."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
+        with_gradient = any(ctx.needs_input_grad)
+        grad_hidden = torch.empty_like(hidden) if with_gradient else None
+        grad_weight = torch.zeros_like(weight) if with_gradient else None
+        total = wide(hidden.new_zeros(()))
+        for start in range(0, len(targets), chunk_size):
+            rows = slice(start, start + chunk_size)
+            h, target = hidden[rows], targets[rows]
+            logp = wide(F.linear(h, weight)).log_softmax(-1)  # [chunk, V]
+            total = total + F.nll_loss(logp, target, ignore_index=IGNORE_INDEX, reduction="sum")
+            if grad_hidden is not None and grad_weight is not None:
+                valid = target != IGNORE_INDEX
+                gradient = logp.exp_().mul_(valid[:, None])
+                place = torch.arange(len(target), device=target.device)
+                gradient[place, target.clamp(min=0)] -= valid.to(gradient.dtype)
+                narrow = gradient.to(weight.dtype)
+                grad_hidden[rows] = narrow @ weight
+                grad_weight.addmm_(narrow.T, h)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * upstream, grad_weight * upstream, None, None
 
 
 def _summed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

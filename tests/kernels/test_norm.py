@@ -66,6 +66,14 @@ def test_a_row_of_zeros_gives_zeros(device):
     assert x.grad.isfinite().all()
 
 
+def test_no_rows_at_all(device):
+    x, weight = random(0, 24, device=device), random(24, device=device)
+    y = kernels.rms_norm(x, weight, EPS)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, 24)
+    assert weight.grad.abs().sum() == 0
+
+
 def test_released_rounding_is_that_of_the_released_code(device):
     x, y = (random(16, 264, dtype=torch.bfloat16, device=device, seed=s, gradient=False) for s in (1, 2))
     a, b = (w.detach() for w in weights(264, 2, torch.bfloat16, device))

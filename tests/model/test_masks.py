@@ -93,5 +93,21 @@ def test_the_chunked_loss_against_a_plain_one(chunk):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_a_chunked_loss_is_exact_in_bfloat16_and_counts_no_gradient_where_none_is_wanted():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1, 30, 16, dtype=torch.bfloat16), torch.randn(400, 16, dtype=torch.bfloat16)
+    targets = torch.randint(0, 400, (1, 30))
+    whole = linear_cross_entropy(hidden, weight, targets)
+    loss = linear_cross_entropy(hidden, weight, targets, 7)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, whole, rtol=1e-6, atol=0)
+    assert not loss.requires_grad
+    weight.requires_grad_()  # a frozen trunk
+    (3 * linear_cross_entropy(hidden, weight, targets, 7)).backward()
+    wide = weight.detach().double().requires_grad_()
+    (3 * linear_cross_entropy(hidden.double(), wide, targets)).backward()
+    assert (weight.grad - wide.grad).abs().max() < 0.02 * wide.grad.abs().max()
+
+
 def test_labels_are_shifted():
     assert shift_labels(torch.tensor([[4, 5, -100, 7]])).tolist() == [[5, -100, 7, -100]]
