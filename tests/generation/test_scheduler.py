@@ -1,5 +1,7 @@
 """Depth-refilled batching writes what one request at a time writes, at the same depths; fp64."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.generation.exits import OutputKL, StableArgmax, StateChange
+from recurrent_depth.generation.forcing import ThinkingBudget
 from recurrent_depth.generation.scheduler import Refill, decode_refilled
 from support import lively_model
 
@@ -26,7 +29,7 @@ def random_prompts(lengths, seed, vocab_size=50):
 def test_tokens_and_depths_equal_one_at_a_time(model, data):
     lengths = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=6), "lengths")
     prompts = random_prompts(lengths, data.draw(st.integers(0, 99), "prompt seed"))
-    rules = [None, StateChange(0.3), OutputKL(0.02), StableArgmax(2)]
+    rules = [None, StateChange(0.6), OutputKL(0.2), StableArgmax(2)]
     exits = [data.draw(st.sampled_from(rules)) for _ in prompts]
     steps = [data.draw(st.integers(2, 6)) for _ in prompts]
     common = {
@@ -36,11 +39,53 @@ def test_tokens_and_depths_equal_one_at_a_time(model, data):
         "stop": (3, 4, 5),
         "cache_budget": data.draw(st.sampled_from([None, 1, 2, 3]), "budget"),
     }
-    slots = data.draw(st.integers(1, 4), "slots")
-    found = decode_refilled(model, prompts, Decoding(exit=exits, num_steps=steps, **common), Refill(slots))
+    options = Decoding(exit=exits, num_steps=steps, **common)
+    # Keys are copied together where they are small, and read in place where they are large.
+    with patch("recurrent_depth.generation.tokens.COPY_LIMIT", data.draw(st.sampled_from([0, 10**9]), "copy limit")):
+        found = decode_refilled(model, prompts, options, Refill(data.draw(st.integers(1, 4), "slots")))
     for i, prompt in enumerate(prompts):
-        # A shared budget counts slots modulo the deepest request's steps only where that is smaller.
         alone = decode(model, [prompt], Decoding(exit=exits[i], num_steps=steps[i], **common), requests=[i])
         assert found.tokens[i] == alone.tokens[0]
         assert found.steps[i] == alone.steps[0]
     assert found.computed_steps == found.core_steps
+
+
+def test_the_batch_stays_full(model):
+    """Requests of 2 and of 12 steps a token: refilled, the short ones do not wait for the long ones."""
+    prompts = random_prompts([3] * 12, seed=1)
+    steps = [2, 12] * 6
+    options = Decoding(max_new_tokens=6, num_steps=steps)
+    padded = sum(decode(model, prompts[i : i + 4], Decoding(max_new_tokens=6, num_steps=steps[i : i + 4])).core_steps
+                 for i in range(0, 12, 4))  # fmt: skip
+    found = decode_refilled(model, prompts, options, Refill(slots=4))
+    assert found.core_steps == padded
+    longest = 12 * 6  # passes of one long request
+    assert found.passes < 3 * longest  # padded batches of four take as long as their longest, three times
+    assert found.passes >= 6 * longest / 4
+
+
+def test_thinking_budgets_streams_and_stops(model):
+    prompts = random_prompts([4, 2, 6, 1, 3], seed=2)
+    thinking = [ThinkingBudget((40,), (41,), at_most=n) if n else None for n in (3, 0, 1, 5, 0)]
+    options = Decoding(max_new_tokens=10, num_steps=4, exit=StateChange(0.3), thinking=thinking)
+    plain = decode(model, prompts, options)
+    seen = [[] for _ in prompts]
+
+    def fourth(row, token):
+        seen[row].append(token)
+        return row == 2 and len(seen[row]) == 4
+
+    found = decode_refilled(model, prompts, options, Refill(2), on_token=fourth)
+    assert found.tokens == seen
+    assert found.tokens == [*plain.tokens[:2], plain.tokens[2][:4], *plain.tokens[3:]]
+
+
+def test_what_it_cannot_do_is_refused(model):
+    with pytest.raises(ValueError, match="prefix_monotone"):
+        decode_refilled(model, [[1]], Decoding(num_steps=2, prefix_monotone=False))
+    with pytest.raises(ValueError, match="slots is 0"):
+        Refill(0)
+    with pytest.raises(ValueError, match="exit has 2 values for 1"):
+        decode_refilled(model, [[1]], Decoding(max_new_tokens=2, exit=[None, None]))
+    with pytest.raises(ValueError, match="exceed block_size 64"):
+        decode_refilled(model, [[1] * 60], Decoding(max_new_tokens=5))

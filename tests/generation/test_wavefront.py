@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recurrent_depth.generation.decoding import Decoding, decode
+from recurrent_depth.generation.exits import StateChange
 from recurrent_depth.generation.wavefront import Wavefront, decode_wavefront
+from recurrent_depth.model.layers import rotary_at
 from support import lively_model
 
 
@@ -38,3 +40,145 @@ def test_the_exact_wavefront_writes_what_plain_decoding_writes(model, data):
     assert found.steps == plain.steps
     assert 0 <= found.accepted <= found.drafted
     assert found.core_steps >= plain.core_steps
+
+
+@torch.no_grad()
+def reference(model, prompt, new, r, wavefront):
+    """The approximate sampler for one request, with dense windows and one entry a (column, layer): a shared cache."""
+    part, outer = model.transformer, model.transformer.first_core_slot
+    layers = len(part.core_block)
+    kept = {}
+
+    def attend_from(first):
+        def attend(q, k, v, slot):
+            layer = slot if slot < outer else outer + (slot - outer) % layers
+            for i in range(q.shape[2]):
+                kept[layer, first + i] = (k[:, :, i : i + 1], v[:, :, i : i + 1])
+            rows = []
+            for i in range(q.shape[2]):
+                keys, values = (torch.cat([kept[layer, c][n] for c in range(first + i + 1)], dim=2) for n in (0, 1))
+                rows.append(torch.softmax(q[:, :, i : i + 1] @ keys.transpose(2, 3) / q.shape[-1] ** 0.5, -1) @ values)
+            return torch.cat(rows, dim=2)
+
+        return attend
+
+    def rotary(first, n):
+        return rotary_at(model.freqs_cis, torch.arange(first, first + n)[None])
+
+    def think(first, ids, e, state, steps):
+        """(e, state) of positions from `first` on after some steps."""
+        turn = rotary(first, len(ids))
+        read = part.read(part.embed(torch.tensor([ids])), turn, attend_from(first))
+        if e is not None:
+            old = e.shape[1]
+            read[:, :old] = wavefront.average * e + (1 - wavefront.average) * read[:, :old]
+        start = torch.zeros_like(read)
+        if state is not None:
+            start[:, : state.shape[1]] = state
+        return read, part.think(start, read, steps, turn, attend_from(first)), start
+
+    def says(first, state):
+        turn = rotary(first, state.shape[1])
+        return model.lm_head(part.write(state, turn, attend_from(first)))[0].argmax(-1).tolist()
+
+    _, state, _ = think(0, prompt, None, None, r)
+    written = [says(0, state)[-1]]
+    window, front, steps = [written[0]], len(prompt), [0]
+    e = state = None
+    passes = 0
+    while len(written) < new:
+        e, state, start = think(front, window, e, state, wavefront.steps)
+        steps = [n + wavefront.steps for n in steps]
+        passes += 1
+        moved = ((state - start).norm(dim=-1) / state.norm(dim=-1))[0].tolist()
+        drawn = says(front, state)
+        final, stands, fresh = 0, True, len(window)
+        for j, token in enumerate(drawn):
+            is_final = final == j and stands and (moved[j] < wavefront.threshold or steps[j] == r)
+            if is_final:
+                written.append(token)
+                final += 1
+            if j + 1 == len(window):
+                if len(written) + len(window) - final < new and len(window) - final < wavefront.width:
+                    window.append(token)
+                break
+            stands = window[j + 1] == token
+            window[j + 1] = token
+            if not stands and steps[j + 1] == r:  # out of steps with another token: again from s_0
+                fresh = j + 1
+                break
+        front, window = front + final, window[final:]
+        steps = steps[final:fresh] + [0] * (len(window) + final - fresh)
+        e, state = e[:, final:fresh], state[:, final:fresh]
+    return written[:new], passes
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_the_approximate_wavefront_equals_a_dense_reference(model, data):
+    prompt = data.draw(st.lists(st.integers(0, 19), min_size=1, max_size=5), "prompt")
+    wavefront = Wavefront(
+        steps=data.draw(st.integers(1, 3), "steps"),
+        width=data.draw(st.integers(1, 6), "width"),
+        threshold=data.draw(st.sampled_from([0.05, 0.3, 0.6]), "threshold"),
+        average=data.draw(st.sampled_from([0.0, 0.1, 0.5]), "average"),
+    )
+    new, r = data.draw(st.integers(2, 14), "new"), 4 * wavefront.steps
+    written, passes = reference(model, prompt, new, r, wavefront)
+    options = Decoding(max_new_tokens=new, num_steps=r, cache_budget=1)
+    found = decode_wavefront(model, [prompt, [7]], options, wavefront)
+    assert found.tokens[0] == written
+    assert decode_wavefront(model, [prompt], options, wavefront).passes == passes
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_wavefront_of_one_position_is_plain_decoding_at_any_budget(model, data):
+    prompts = [[5, 6, 7], [8]]
+    options = Decoding(
+        max_new_tokens=8,
+        num_steps=data.draw(st.integers(1, 6), "steps"),
+        cache_budget=data.draw(st.sampled_from([None, 1, 2, 4]), "budget"),
+        temperature=data.draw(st.sampled_from([0.0, 1.0]), "temperature"),
+    )
+    wavefront = Wavefront(steps=data.draw(st.integers(1, 4), "steps a pass"), width=1, threshold=0.0)
+    found = decode_wavefront(model, prompts, options, wavefront)
+    assert found.tokens == decode(model, prompts, options).tokens
+    assert found.drafted == 0
+
+
+def test_drafts_enter_and_are_accepted_and_streaming_can_end_a_request(model):
+    prompts = [[5, 6, 7], [8], [9, 10]]
+    options = Decoding(max_new_tokens=30, num_steps=12)
+    found = decode_wavefront(model, prompts, options, Wavefront(steps=3, exact=True))
+    plain = decode(model, prompts, options)
+    assert found.tokens == plain.tokens
+    assert 0 < found.accepted < found.drafted
+    assert found.passes < 30 * 12 / 3
+    seen = []
+
+    def third(row, token):
+        seen.append((row, token))
+        return row == 0 and sum(r == 0 for r, _ in seen) == 3
+
+    stopped = decode_wavefront(model, prompts, options, Wavefront(steps=3, exact=True), on_token=third)
+    assert stopped.tokens == [plain.tokens[0][:3], *plain.tokens[1:]]
+    assert [token for row, token in seen if row == 1] == plain.tokens[1]
+
+
+def test_what_does_not_go_together_is_refused(model):
+    exact = Wavefront(exact=True)
+    with pytest.raises(ValueError, match="cache_budget 2 must be at least num_steps 4"):
+        decode_wavefront(model, [[1]], Decoding(num_steps=4, cache_budget=2), exact)
+    with pytest.raises(ValueError, match="exit"):
+        decode_wavefront(model, [[1]], Decoding(num_steps=4, exit=StateChange()), exact)
+    with pytest.raises(ValueError, match="warm_start"):
+        decode_wavefront(model, [[1]], Decoding(num_steps=4, warm_start=True), exact)
+    with pytest.raises(ValueError, match="one num_steps"):
+        decode_wavefront(model, [[1], [2]], Decoding(num_steps=[4, 2]), exact)
+    with pytest.raises(ValueError, match="min_steps 9"):
+        decode_wavefront(model, [[1]], Decoding(num_steps=4, min_steps=9), exact)
+    with pytest.raises(ValueError, match="at least 1"):
+        Wavefront(steps=0)
+    with pytest.raises(ValueError, match="threshold"):
+        Wavefront(threshold=-1.0)
