@@ -14,6 +14,7 @@ import triton
 from recurrent_depth_kernels import autotune, tuning
 from recurrent_depth_kernels.autotune import Settings
 from recurrent_depth_kernels.catalogue import HEADS, INNER, WIDTH
+from recurrent_depth_kernels.decode_attention import decode_attention
 from recurrent_depth_kernels.gated_mlp import swiglu_rows
 from recurrent_depth_kernels.launch import Launch, skipped, watched
 from recurrent_depth_kernels.noise import truncated_normal_rows
@@ -26,7 +27,7 @@ Call = Callable[[], Any]
 def examples(
     device: torch.device, dtype: torch.dtype, rows: int, width: int, heads: int, inner: int
 ) -> dict[str, tuple[int, Call]]:  # fmt: skip
-    """By op: the width its settings are kept under, and a call that makes its launch."""
+    """By op: the width its settings are kept under, and a call that makes its launches."""
     x, weight = torch.randn(rows, width, device=device, dtype=dtype), torch.ones(width, device=device, dtype=dtype)
     scale = torch.ones(rows, device=device)
     none = scale.new_empty(0)
@@ -36,6 +37,9 @@ def examples(
     gate_up = torch.randn(rows, 2 * inner, device=device, dtype=dtype)
     grad = x.view(1, rows, heads, -1)
     position = torch.arange(rows, device=device)
+    entries = torch.randn(4, 2, 1, heads, rows, width // heads, device=device, dtype=dtype)  # a budget of 4
+    queries = torch.randn(1, heads, 4, width // heads, device=device, dtype=dtype)
+    cached = torch.ones_like(position[None]), None, position[:1], position[:1] + rows
     return {
         "norm": (width, lambda: norm_rows(x, x, weight, weight, 1e-6, False)),
         "norm_backward": (width, lambda: norm_rows_backward(x, x, weight, None, scale, none, x, none, False)),
@@ -43,6 +47,8 @@ def examples(
         "rope": (width, lambda: rope(qkv, bias, table, table, heads)),
         "rope_backward": (width, lambda: rope_gradient(grad, grad, grad, table, table, True)),
         "swiglu": (inner, lambda: swiglu_rows(gate_up)),
+        "attend_one": (width // heads, lambda: decode_attention(queries[:, :, :1], entries, *cached)),
+        "attend_many": (width // heads, lambda: decode_attention(queries, entries, *cached)),
         "noise": (width, lambda: truncated_normal_rows(position[:1], position[None], width, 0, 0, 0)),
     }
 
@@ -50,14 +56,14 @@ def examples(
 def tune(
     calls: dict[str, tuple[int, Call]], dtype: torch.dtype, device_name: str, seconds: Callable[[Launch], float]
 ) -> dict[str, Settings]:  # fmt: skip
-    """The best candidate of every op, by `seconds` of its launch, under the keys of the cache."""
+    """The best candidate of every op, by `seconds` of its launches, under the keys of the cache."""
     found = {}
     for op, (width, call) in calls.items():
 
         def timed(candidate: Settings, op: str = op, call: Call = call) -> float:
             with tuning.tried(op, candidate), skipped(), watched() as launches:
                 call()
-            return seconds(launches[-1])
+            return sum(map(seconds, launches))
 
         best, time = autotune.best(tuning.candidates(op), timed)
         kept = torch.float32 if op == "noise" else dtype

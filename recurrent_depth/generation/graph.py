@@ -1,9 +1,9 @@
 """Decoding as a fixed sequence of GPU work: every step of the core is captured once as a CUDA graph and replayed.
 
-At batch 1 a step of the 3.5B model is some forty launches for half a millisecond of reading weights; launched one by
-one from Python they take longer than the reading. Here all that changes from step to step lies in buffers on the
-device: which rows still think, how many steps they took, where the cache is written. The host launches, and reads
-whether anyone still thinks one step late, so that the device always has work.
+At batch 1 a step of the 3.5B model reads weights for 0.7 ms (by arithmetic, on an H200) in some forty launches, and
+Python needs nearly as long to launch them. Here all that changes from step to step lies in buffers on the device: which
+rows still think, how many steps they took, where the cache is written. The host launches, and reads whether anyone
+still thinks one step late, so that the device always has work.
 
 Shapes: B requests, T tokens of the prompts, S columns of the cache, D width, V vocabulary, M kept by an exit rule.
 """

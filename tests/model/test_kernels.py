@@ -148,9 +148,10 @@ def test_tuning_keeps_the_fastest_launch_of_every_op(some_gpu):
     """With a clock by rule: each thread costs, and blocks of 4096 do not launch."""
 
     def seconds(launch):
-        if launch.constants["BLOCK"] == 4096:
+        block = launch.constants.get("BLOCK", launch.constants.get("BLOCK_S", 0))
+        if block == 4096:
             raise RuntimeError("out of registers")
-        return 1e-6 * launch.num_warps + 1e-9 * launch.constants["BLOCK"]
+        return 1e-6 * launch.num_warps + 1e-9 * block
 
     calls = tune.examples(torch.device("meta"), torch.bfloat16, rows=4, width=264, heads=11, inner=600)
     found = tune.tune(calls, torch.bfloat16, "Some GPU", seconds)
@@ -158,6 +159,8 @@ def test_tuning_keeps_the_fastest_launch_of_every_op(some_gpu):
     assert tuning.settings("rope", 264, torch.bfloat16, GPU) == {"block": 512, "num_warps": 2}
     assert tuning.settings("swiglu", 600, torch.bfloat16, GPU) == {"block": 512, "num_warps": 2}
     assert tuning.row_settings("norm", 264, torch.bfloat16, GPU) == (512, 1)  # fewest warps
+    for op in ("attend_one", "attend_many"):  # kept by head size
+        assert tuning.settings(op, 24, torch.bfloat16, GPU) == {"block": 16, "waves": 2, "num_warps": 2}
     for unmeasured in [("rope", 5280, torch.bfloat16), ("rope", 264, torch.float32)]:
         assert tuning.settings(*unmeasured, GPU) == tuning.TABLE["rope"]["sm_90"]
     with assumed("gfx942"):  # what this GPU measured is not true of another
