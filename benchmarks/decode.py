@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [--model RUN] [--parts generative,mixed,35M] [--repeats 3]
 
-Without --model the recipe configs/pretrain/generative.yaml is trained first. One thread; seconds are CPU seconds of the
+Without --model the recipe of benchmarks/generative.py is trained first. One thread; seconds are CPU seconds of the
 process, prompts included, and every ratio is the median over rounds in which all ways take turns. Writes the named
 parts of results/decode_cpu.json; benchmarks/decode_table.py makes docs/decoding-benchmarks.md of it.
 """
@@ -168,7 +168,7 @@ def by_turns(
 
 
 def options(length: int = LENGTH, **more: Any) -> Decoding:
-    return Decoding(max_new_tokens=2 * length + 2, stop=(TASK.end_id,), **more)
+    return Decoding(max_new_tokens=TASK.written_length(length), stop=(TASK.end_id,), **more)
 
 
 @dataclass
@@ -270,7 +270,7 @@ def add_scores(rows: list[dict[str, Any]], models: dict[str, RecurrentDepthModel
 def measure_generative(model: RecurrentDepthModel, repeats: int) -> dict[str, Any]:
     """All ways at batch 1, 8 and 64 on the longest reports."""
     tuned = tune(model, exam(64, LENGTH, first_row=10_000))
-    models = with_fixed(model, tuned.fewest, 3 * LENGTH + 3)
+    models = with_fixed(model, tuned.fewest, TASK.row_length(LENGTH))
     ways = all_ways(tuned.fewest, tuned.rules, tuned.modes, options)
     rows = []
     for batch in BATCHES:
