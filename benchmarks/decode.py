@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [--model RUN] [--parts generative,mixed,35M] [--repeats 3]
 
-Without --model the recipe configs/pretrain/generative.yaml is trained first. One thread; seconds are CPU seconds of the
+Without --model the recipe of benchmarks/generative.py is trained first. One thread; seconds are CPU seconds of the
 process, prompts included, and every ratio is the median over rounds in which all ways take turns. Writes the named
 parts of results/decode_cpu.json; benchmarks/decode_table.py makes docs/decoding-benchmarks.md of it.
 """
@@ -43,7 +43,7 @@ RULES: tuple[ExitRule, ...] = (
     *(StableArgmax(n) for n in (3, 5, 8)),
 )
 WAVEFRONTS = tuple(Wavefront(steps, exact=exact) for exact in (True, False) for steps in (1, 2, 4))
-SPECULATIONS = tuple(Speculation(steps, tokens) for steps in (4, 6, 8, 12) for tokens in (4, 8, 16))
+SPECULATIONS = tuple(Speculation(steps, tokens) for steps in (4, 8, 12) for tokens in (4, 8))
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def by_turns(
 
 
 def options(length: int = LENGTH, **more: Any) -> Decoding:
-    return Decoding(max_new_tokens=2 * length + 2, stop=(TASK.end_id,), **more)
+    return Decoding(max_new_tokens=TASK.written_length(length), stop=(TASK.end_id,), **more)
 
 
 @dataclass
@@ -198,7 +198,7 @@ def tune(model: RecurrentDepthModel, test: Exam) -> Tuned:
         return row["exact"], row["core_steps_per_token"]
 
     full, _ = scores(f"r={MOST}", options(num_steps=MOST))
-    fixed = {r: scores(f"r={r}", options(num_steps=r))[0] for r in (4, 6, 8, 10, 11, 12, 13, 14, 16, 20, 24)}
+    fixed = {r: scores(f"r={r}", options(num_steps=r))[0] for r in (4, 8, 10, 12, 14, 16, 20, 24)}
     fewest = min((r for r, exact in fixed.items() if exact >= full), default=MOST)
     rules: dict[str, tuple[float, ExitRule]] = {}
     for rule in RULES:
@@ -269,14 +269,14 @@ def add_scores(rows: list[dict[str, Any]], models: dict[str, RecurrentDepthModel
 
 def measure_generative(model: RecurrentDepthModel, repeats: int) -> dict[str, Any]:
     """All ways at batch 1, 8 and 64 on the longest reports."""
-    tuned = tune(model, exam(64, LENGTH, first_row=10_000))
-    models = with_fixed(model, tuned.fewest, 3 * LENGTH + 3)
+    tuned = tune(model, exam(48, LENGTH, first_row=10_000))
+    models = with_fixed(model, tuned.fewest, TASK.row_length(LENGTH))
     ways = all_ways(tuned.fewest, tuned.rules, tuned.modes, options)
     rows = []
     for batch in BATCHES:
         prompts = exam(max(batch, 3), LENGTH).prompts
         rows += by_turns(models, ways, prompts, batch, repeats)
-    add_scores(rows, models, ways, exam(128, LENGTH))
+    add_scores(rows, models, ways, exam(128, LENGTH, first_row=20_000))
     layers = {name: models[name].config.unrolled_layers(1) for name in ("fixed-most", "fixed-fewest")}
     return {
         "rows": rows, "tuning": tuned.candidates, "fewest": tuned.fewest, "fixed_layers": layers,

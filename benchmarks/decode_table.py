@@ -1,30 +1,40 @@
 """The tables of docs/decoding-benchmarks.md, from benchmarks/results/.
 
-python benchmarks/decode_table.py          # prints them; tests/test_readme.py compares
+python benchmarks/decode_table.py          # writes them into the page; tests/test_readme.py compares
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "decoding-benchmarks.md"
 Row = dict[str, Any]
 
 
-def tables() -> list[str]:
-    """All tables, in the order of the page."""
+def tables() -> dict[str, str]:
+    """By the marks of the page."""
     early, accuracy, decode = (
         json.loads((RESULTS / f"{name}.json").read_text()) for name in ("early_exit", "generative", "decode_cpu")
     )
     parts = decode["parts"]
-    return [
-        early_exit(early["rows"]),
-        by_steps(accuracy["runs"]),
-        ways(parts["generative"]["rows"]),
-        mixed(parts["mixed"]["rows"]),
-        ways(parts["35M"]["rows"]),
-        mixed(parts["35M"]["refilled"]),
-    ]
+    return {
+        "early exit": early_exit(early["rows"]),
+        "generative": by_steps(accuracy["runs"]),
+        "ways": ways(parts["generative"]["rows"]),
+        "mixed": mixed(parts["mixed"]["rows"]),
+        "35M": ways(parts["35M"]["rows"]),
+        "refilled 35M": mixed(parts["35M"]["refilled"]),
+    }
+
+
+def filled(page: str, found: dict[str, str]) -> str:
+    """The page with every table behind its mark, `<!-- name -->`."""
+    for name, table in found.items():
+        mark = f"<!-- {name} -->"
+        page = re.sub(f"{mark}\n(\\|.*\n)*", lambda _, text=f"{mark}\n{table}\n": text, page)
+    return page
 
 
 def early_exit(rows: list[Row]) -> str:
@@ -99,4 +109,4 @@ def mixed(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    print("\n\n".join(tables()))
+    PAGE.write_text(filled(PAGE.read_text(), tables()))

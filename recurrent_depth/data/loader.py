@@ -67,7 +67,7 @@ class TaskDataConfig:
     """A generated task.
 
     Args:
-        name: shell_game, permutation_automaton, modular_arithmetic or rotation_report.
+        name: shell_game, permutation_automaton, modular_arithmetic, rotation_report or rotation_report_dense.
         min_length, max_length: instructions of a row at the start and at the end of the length curriculum.
         curriculum_fraction: share of the run's steps over which the length grows; 0 starts at max_length.
         mixed_lengths: every step draws a length between min_length and the curriculum's; otherwise all rows have the

@@ -27,7 +27,8 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype or torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(str(path)) if _has_tokenizer(path) else None
     model = model.to(device=device, dtype=dtype).eval()
-    model.set_kernels(kernels)
+    if isinstance(model, RecurrentDepthForCausalLM):  # difficulty of questions is measured with any model
+        model.set_kernels(kernels)
     return model, tokenizer
 
 

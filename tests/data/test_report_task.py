@@ -7,7 +7,7 @@ from recurrent_depth.data.loader import TaskDataConfig, open_source
 from recurrent_depth.data.report_task import REPORTS
 from recurrent_depth.data.tasks import TASKS
 
-TASK = REPORTS["rotation_report"]
+TASK, DENSE = REPORTS["rotation_report"], REPORTS["rotation_report_dense"]
 
 
 def turn(table, word):
@@ -28,25 +28,31 @@ def follow(start, words):
     return places
 
 
-def report(words):
+def report(words, every):
     """Labels and the written part of a row, from its first words (start and instructions)."""
     start, moves = words[0], words[1:]
     assert len(set(moves)) == len(moves), "an instruction came twice"
     ordered = [word for word in TASK.game.instructions if word in moves]
     colours = [COLOURS[cup] for cup in follow(start, ordered)]
-    written = [start, *(word for pair in zip(ordered, colours, strict=True) for word in pair)]
+    written = [start]
+    for count, (word, colour) in enumerate(zip(ordered, colours, strict=True), start=1):
+        written.append(word)
+        if count % every == 0 or count == len(ordered):
+            written.append(colour)
     return [start, *follow(start, moves), *written, "<|end|>"], written
 
 
-@pytest.mark.parametrize("length", [1, 7, 16, 20])
-def test_rows_against_a_simulation(length):
-    ids, labels = TASK.rows(11, 40, length, seed=5, split=0)
-    assert ids.shape == labels.shape == (40, TASK.row_length(length))
+@pytest.mark.parametrize("length", [1, 4, 7, 16, 20])
+@pytest.mark.parametrize(("task", "every"), [(TASK, 4), (DENSE, 1)])
+def test_rows_against_a_simulation(task, every, length):
+    ids, labels = task.rows(11, 40, length, seed=5, split=0)
+    assert ids.shape == labels.shape == (40, task.row_length(length))
     for row, row_labels in zip(ids.tolist(), labels.tolist(), strict=True):
-        words = TASK.text(row).split()
-        expected, written = report(words[: 1 + length])
-        assert TASK.text(row_labels).split() == expected
+        words = task.text(row).split()
+        expected, written = report(words[: 1 + length], every)
+        assert task.text(row_labels).split() == expected
         assert words[1 + length :] == ["<|report|>", *written]
+        assert len(written) + 1 == task.written_length(length)
 
 
 def test_rows_depend_on_their_number_and_read_prefixes():
@@ -73,7 +79,7 @@ def test_starts_instructions_and_answers_are_balanced():
 
 def test_a_colour_does_not_follow_from_the_last_colour_and_the_move():
     """The best guess from both is right about half the time: a running answer cannot be carried on."""
-    _, labels = TASK.rows(0, 4000, 16, seed=0, split=0)
+    _, labels = DENSE.rows(0, 4000, 16, seed=0, split=0)
     written = labels[:, 18:-1].unflatten(1, (16, 2))  # [row, move, (instruction, colour)]
     before, move, after = written[:, 8, 1] - 25, written[:, 9, 0] - 5, written[:, 9, 1] - 25
     counts = torch.zeros(3, 20, 3)
@@ -85,10 +91,10 @@ def test_the_loader_grows_the_rows_and_knows_the_longest():
     config = TaskDataConfig(name="rotation_report", min_length=2, max_length=10, curriculum_fraction=0.5)
     source = open_source(config, "train", seed=3, total_steps=40)
     widths = [source.batch(0, 2, step).input_ids.shape[1] for step in range(40)]
-    assert widths[0] == 9
+    assert widths[0] == 8
     assert widths == sorted(widths)
-    assert set(widths[20:]) == {33}
-    assert (source.sequence_length, source.vocab_size) == (33, 31)
+    assert set(widths[20:]) == {26}
+    assert (source.sequence_length, source.vocab_size) == (26, 31)
     batch = open_source(config, "validation", 3, 40).batch(4, 3, 0)
     assert torch.equal(batch.input_ids, TASK.rows(4, 3, 10, seed=3, split=1)[0])
     assert source.fingerprint() != open_source(config, "train", seed=4, total_steps=40).fingerprint()
@@ -114,7 +120,8 @@ def test_other_tasks_keep_their_rows():
 def test_mixed_lengths_are_drawn_up_to_the_curriculums():
     config = TaskDataConfig(name="rotation_report", min_length=2, max_length=12, mixed_lengths=True)
     source = open_source(config, "train", seed=0, total_steps=500)
-    lengths = [(source.batch(0, 1, step).input_ids.shape[1] - 3) // 3 for step in range(500)]
+    widths = {TASK.row_length(length): length for length in range(2, 13)}
+    lengths = [widths[source.batch(0, 1, step).input_ids.shape[1]] for step in range(500)]
     assert lengths == [source.length(step) for step in range(500)]
     assert max(lengths[:30]) == 2
     assert max(lengths[:150]) == 6
