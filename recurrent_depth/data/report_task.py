@@ -1,10 +1,11 @@
 """A generated task whose written tokens need depth: read moves, then write them in another order, with what they do.
 
-A row reads `cup2 turn142 turn013 ... report`, and the model writes `cup2 turn013 red turn142 blue ... end`: the start,
-then every instruction of the row in the order of the vocabulary, each followed by the colour of the cup under which the
-ball is by then. Instructions of a row differ, so that their order is fixed. While they are read nothing can be known of
-the written order, and several cups share a colour, so that a colour does not follow from the colours before it: it
-needs the composition of all instructions written so far.
+A row reads `cup2 turn142 turn013 ... report`, and the model writes `cup2 turn013 turn142 ... red ... end`: the start,
+then every instruction of the row in the order of the vocabulary, and after every few of them the colour of the cup
+under which the ball is by then. Instructions of a row differ, so that their order is fixed. While they are read nothing
+can be known of the written order. Several cups share a colour, and colours are far apart, so that one does not follow
+from those before it: it needs the composition of many written instructions. (With a colour after every instruction it
+does follow from the last few, and four steps of the core are enough: docs/decisions.md.)
 """
 
 import itertools
@@ -29,12 +30,14 @@ class ReportTask:
         game: what is tracked; its token ids stay as they are; colours, `report`, `end` and padding follow.
         colours: names of the colours.
         colour_of: colour of each state, as a place in `colours`.
+        every: instructions written between two colours; the last is always followed by one.
     """
 
     name: str
     game: StateTask
     colours: tuple[str, ...]
     colour_of: tuple[int, ...]
+    every: int = 1
 
     @property
     def moves(self) -> tuple[tuple[int, ...], ...]:
@@ -64,14 +67,18 @@ class ReportTask:
         """Tokens that are read: start, instructions, `report`."""
         return length + 2
 
+    def written_length(self, length: int) -> int:
+        """Tokens that are written: the start, instructions, colours, `end`."""
+        return 2 + length + -(-length // self.every)
+
     def row_length(self, length: int) -> int:
-        """Tokens of a row with `length` instructions: those read, the start again, two written for each."""
-        return self.prompt_length(length) + 1 + 2 * length
+        """Tokens of a row with `length` instructions; `end` is only a label."""
+        return self.prompt_length(length) + self.written_length(length) - 1
 
     def rows(self, first_row: int, count: int, length: int, *, seed: int, split: int) -> tuple[Tensor, Tensor]:
         """Rows `first_row` ... of an endless sequence fixed by (seed, split).
 
-        Returns input_ids and labels, each [count, 3 + 3 length]. While a row is read its label is the state in the
+        Returns input_ids and labels, each [count, row_length]. While a row is read its label is the state in the
         order of reading; from `report` on it is the next token, `end` the last. A shorter `length` reads a prefix of
         the same instructions.
         """
@@ -82,8 +89,11 @@ class ReportTask:
         column = np.ones((count, 1), dtype=np.int64)
         ordered = np.sort(chosen, axis=1)
         colours = np.array(self.colour_of)[self.game.run(start, ordered)[:, 1:]] + first + len(self.game.instructions)
-        pairs = np.stack([ordered + first, colours], axis=2).reshape(count, 2 * length)
-        written = np.concatenate([start[:, None], pairs], axis=1)
+        parts = [start[:, None]]
+        for begin in range(0, length, self.every):
+            end = min(begin + self.every, length)
+            parts += [ordered[:, begin:end] + first, colours[:, end - 1 : end]]
+        written = np.concatenate(parts, axis=1)
         input_ids = np.concatenate([start[:, None], chosen + first, self.report_id * column, written], axis=1)
         labels = np.concatenate([self.game.run(start, chosen), written, self.end_id * column], axis=1)
         return torch.from_numpy(input_ids), torch.from_numpy(labels)
@@ -110,4 +120,12 @@ def _next(circle: tuple[int, ...], cup: int) -> int:
     return circle[(circle.index(cup) + 1) % 3] if cup in circle else cup
 
 
-REPORTS = {"rotation_report": ReportTask("rotation_report", rotations(), ("red", "green", "blue"), (0, 0, 1, 1, 2))}
+def _reports() -> list[ReportTask]:
+    game, colours, colour_of = rotations(), ("red", "green", "blue"), (0, 0, 1, 1, 2)
+    return [
+        ReportTask("rotation_report_dense", game, colours, colour_of, every=1),
+        ReportTask("rotation_report", game, colours, colour_of, every=4),
+    ]
+
+
+REPORTS = {task.name: task for task in _reports()}
