@@ -98,8 +98,8 @@ def table(name: str) -> str:
 def main() -> None:
     page = PAGE.read_text()
     for name in TABLES:
-        marked = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        page = marked.sub(lambda match, n=name: match[1] + table(n) + match[2], page)
+        marked = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        page = marked.sub(lambda match, n=name: f"{match[1]}{table(n)}\n{match[2]}", page)
     PAGE.write_text(page)
 
 
