@@ -16,7 +16,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-from inline_notes import over_seeds
+from inline_notes import as_json, over_seeds
 from puzzle_models import Row, draw, each_base, examiner, fine_tune, options_of, row_of
 
 from common import RESULTS, interval, kept, write_result
@@ -67,10 +67,6 @@ def measure(base: Path, kind: str, seed: int) -> list[Cell]:
     asks = examiner(model, draw(QUESTIONS, ["swap"], 6, 10, seed=9))
     forced = [asks.ask(r, ENOUGH, waits).cell(f"waits={waits}", r, ENOUGH) for waits in WAITS for r in DEPTHS]
     return forced + [asks.ask(r, budget).cell(f"think={budget}", r, budget) for budget in BUDGETS for r in DEPTHS]
-
-
-def as_json(cells: list[Cell]) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(cell) for cell in cells]
 
 
 def summarise(runs: list[list[Cell]]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from common import RESULTS, interval, write_result
+from common import RESULTS, interval, kept, write_result
 from recurrent_depth.cli import parse_options
 from recurrent_depth.data.notes import note_id
 from recurrent_depth.data.tasks import TASKS
@@ -37,7 +37,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "reasoning" / "inl
 TASK = TASKS["permutation_automaton"]
 DEPTHS = [1, 2, 3, 4, 6, 8, 12, 16, 32]
 EVERY = [None, 8, 4, 2, 1]
-LENGTH, ROWS = 16, 512
+LENGTH, ROWS = 16, 256
 
 
 @torch.no_grad()
@@ -79,6 +79,10 @@ def measure(model: RecurrentDepthModel) -> list[Cell]:
     return cells
 
 
+def as_json(cells: list[Cell]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(cell) for cell in cells]
+
+
 def over_seeds(runs: list[list[Cell]]) -> list[Cell]:
     """Mean cells; `stderr` is that of the mean over seeds."""
     merged = []
@@ -103,7 +107,7 @@ def summary(cells: list[Cell], runs: list[list[Cell]]) -> dict[str, Any]:
             dataclasses.asdict(cell) | {"interval_95": interval([run[i].accuracy for run in runs])}
             for i, cell in enumerate(cells)
         ],
-        "frontier": [dataclasses.asdict(cell) for cell in frontier(cells)],
+        "frontier": as_json(frontier(cells)),
         "best_by_budget": [
             {"flops": flops, "num_steps": cell.num_steps, "notes": cell.label, "accuracy": cell.accuracy}
             for flops, cell in best
@@ -122,11 +126,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--models", nargs="*", help="trained run folders instead of training, one a seed")
+    parser.add_argument("--keep", help="folder that keeps what each seed gave, so that an interrupted run goes on")
     options = parser.parse_args()
     torch.set_num_threads(1)
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    models = map(load_run_model, options.models) if options.models else map(train_seed, seeds)
-    runs = [measure(model) for model in models]
+    runs = []
+    for index, seed in enumerate(seeds):
+
+        def of_seed(i: int = index, s: int = seed) -> list[dict[str, Any]]:
+            return as_json(measure(load_run_model(options.models[i]) if options.models else train_seed(s)))
+
+        runs.append([Cell(**cell) for cell in kept(options.keep, f"seed-{seed}", of_seed)])
     cells = over_seeds(runs)
     result = summary(cells, runs)
     print("| r | " + " | ".join(dict.fromkeys(cell.label for cell in cells)) + " |")
@@ -134,8 +144,8 @@ def main() -> None:
         print(f"| {r} | " + " | ".join(f"{100 * c.accuracy:.1f}" for c in cells if c.num_steps == r) + " |")
     for row in result["frontier"]:
         print(f"{row['flops']:.3g} FLOPs: r={row['num_steps']}, {row['label']}, {100 * row['accuracy']:.1f}%")
-    each = [[dataclasses.asdict(cell) for cell in run] for run in runs]
-    write_result("inline_notes", {"seeds": seeds, "length": LENGTH, "rows": ROWS, **result, "runs": each})
+    runs_json = [as_json(run) for run in runs]
+    write_result("inline_notes", {"seeds": seeds, "length": LENGTH, "rows": ROWS, **result, "runs": runs_json})
     plot_heat_map(cells, RESULTS / "inline_notes_grid.png", f"final state after {LENGTH} letters, %")
     plot_frontier(cells, RESULTS / "inline_notes_frontier.png", "steps or notes? accuracy over FLOPs")
 

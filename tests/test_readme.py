@@ -30,3 +30,11 @@ def test_the_table_is_the_benchmarks(monkeypatch):
     from readme_table import RESULT, table
 
     assert table(json.loads(RESULT.read_text())) in README
+
+
+def test_the_tables_of_reasoning_are_the_benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from reasoning_tables import PAGE, TABLES, table
+
+    for name in TABLES:
+        assert table(name) in PAGE.read_text(), f"run benchmarks/reasoning_tables.py: {name} has changed"
