@@ -28,7 +28,7 @@ from recurrent_depth.training.run import RunConfig
 from recurrent_depth.training.trainer import Trainer
 from support import run_ranks
 
-TOKENS = 128
+TOKENS = 64
 CORES = len(os.sched_getaffinity(0))
 CASES = {  # name: (ranks, shard_size, reshard_after_forward)
     "one process": (1, None, False),
@@ -41,9 +41,9 @@ CASES = {  # name: (ranks, shard_size, reshard_after_forward)
 
 
 def run_config(out: str, shard_size: int | None, reshard: bool, depth: int) -> RunConfig:
-    """A step of 16 rows of 128 tokens in two micro-steps, in fp32, at a fixed depth."""
+    """A step of 16 rows of 64 tokens in two micro-steps, in fp32, at a fixed depth."""
     model = ModelConfig(
-        n_embd=256, n_heads=4, intermediate_size=704, vocab_size=4096, n_layers_in_recurrent_block=2,
+        n_embd=128, n_heads=4, intermediate_size=352, vocab_size=1024, n_layers_in_recurrent_block=2,
         block_size=TOKENS, mean_recurrence=depth, mean_backprop_depth=4, sampling_scheme="fixed",
     )  # fmt: skip
     runtime = RuntimeConfig(

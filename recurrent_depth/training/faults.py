@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 import recurrent_depth
+from recurrent_depth.runs import CheckpointError
 from recurrent_depth.training.health import TrainingAborted
 from recurrent_depth.training.parallel import Ranks
 
@@ -66,6 +67,8 @@ def explained(ranks: Ranks, timeout_minutes: float, recorder: Path) -> Iterator[
     """Turn the errors of a collective into one that names the cause and what to do."""
     try:
         yield
+    except (TrainingAborted, CheckpointError):  # these explain themselves
+        raise
     except RuntimeError as error:
         text = str(error).lower()
         if ranks.world_size == 1 or not any(word in text for word in ("gloo", "nccl", "timed out", "connection")):

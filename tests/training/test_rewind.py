@@ -69,8 +69,9 @@ def test_two_spikes_add_up_and_a_resume_remembers_them(tmp_path):
     assert [guard.draw(step) for step in (7, 8, 9)] == [7, 14, 15]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_a_kill_in_the_middle_of_a_rewind_changes_nothing(tmp_path, world_size):
     whole, killed = run_config(tmp_path / "whole"), run_config(tmp_path / "killed")
     assert run_ranks(train_with_bad_rows, world_size, whole) == [0] * world_size
