@@ -25,8 +25,8 @@ from recurrent_depth.generation.decoding import (
     count,
     draw,
     name_tensor,
-    one_depth,
     padded,
+    shared_depth,
     write,
 )
 from recurrent_depth.generation.exits import ExitRule
@@ -62,7 +62,7 @@ def decode_captured(
         raise ValueError("captured decoding takes one exit rule for all requests; give one, or decode plainly")
     ids, mask = padded(model, prompts, options)
     (B, width), weight = ids.shape, model.lm_head.weight
-    steps, least = one_depth(options, model.config)
+    steps, least = shared_depth(options, model.config, "captured decoding")
     room = width + options.max_new_tokens
     cache = RecurrentCache(model.config, B, room, steps, options.cache_budget, weight.dtype, weight.device)
     names, each = name_tensor(requests, B, ids.device), Each(options, model.config, prompts)
