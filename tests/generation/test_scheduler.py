@@ -52,6 +52,18 @@ def test_tokens_and_depths_equal_one_at_a_time(model, data):
     assert found.computed_steps == found.core_steps
 
 
+@pytest.mark.parametrize("budget", [None, 1, 2, 4])
+def test_tokens_that_left_early_are_seen_by_those_that_go_deeper(model, budget):
+    prompts = random_prompts([3, 1, 4], seed=1)
+    options = Decoding(max_new_tokens=8, num_steps=6, exit=StateChange(0.6), cache_budget=budget)
+    found = decode_refilled(model, prompts, options, Refill(2))
+    for i, prompt in enumerate(prompts):
+        alone = decode(model, [prompt], options, requests=[i])
+        assert found.tokens[i] == alone.tokens[0]
+        assert found.steps[i] == alone.steps[0]
+    assert len({steps for row in found.steps for steps in row[1:]}) > 2
+
+
 def test_the_batch_stays_full(model):
     """Requests of 2 and of 12 steps a token: refilled, the short ones do not wait for the long ones."""
     prompts = random_prompts([3] * 12, seed=1)
