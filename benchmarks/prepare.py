@@ -130,8 +130,10 @@ def kill_and_run_again(config: PrepareConfig) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--documents", type=int, default=None, help="how many to use; all by default")
     options = parser.parse_args()
     texts = [document.text for document in read_documents("python-stdlib") if document.text.strip()]
+    texts = texts[: options.documents]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = folder / "corpus.jsonl"
