@@ -135,7 +135,7 @@ def _gathered(job: Job, size: Sizes) -> int:
 def _deepest(job: Job) -> int:
     """Most steps with gradient, for full backpropagation of the run's first 4096 depths; those without keep nothing."""
     run = job.run
-    if run.model.mean_backprop_depth is not None:
+    if run.model.mean_backprop_depth is not None and run.model.sampling_scheme != "fixed":
         return run.model.mean_backprop_depth
     depths = [sample_depth(run.model, seed=run.seed, step=step, micro_step=0) for step in range(min(run.steps, 4096))]
     return max(with_gradient for _, with_gradient in depths)
