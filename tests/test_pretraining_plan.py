@@ -58,8 +58,9 @@ def assert_planned(out, world_size, cases):
         assert peak <= planned <= 1.15 * peak, (name, peak, planned)
 
 
-def test_planned_memory_of_one_process(tmp_path):
-    config = wide_run(tmp_path, dtype="float32")
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_planned_memory_of_one_process(tmp_path, micro_steps):
+    config = wide_run(tmp_path, dtype="float32", micro_steps=micro_steps)
     peak = measured_peak(config)
     assert peak <= sum(memory(Job(config, 1, TOKENS)).values()) <= 1.1 * peak
 

@@ -93,12 +93,11 @@ def _count(module: nn.Module) -> int:
 def memory(job: Job) -> dict[str, int]:
     """Bytes of one GPU by part, at the moment of a step that needs most; their sum is the peak."""
     size, width = sizes(job), job.compute_dtype.itemsize
-    accumulates = job.run.micro_steps > 1 and job.is_wrapped
     always = {
         "weights (fp32)": _MASTER * size.total // job.shards,
         "optimizer": _MASTER * size.moments // job.shards,
         "gathered weights": width * _gathered(job, size),
-        "accumulated gradients, whole": _MASTER * size.total if accumulates else 0,
+        "accumulated gradients, whole": _MASTER * size.total if job.run.micro_steps > 1 else 0,
     }
     activations, recomputed, logits = _activations(job)
     core_gradients = width * size.core
@@ -136,7 +135,7 @@ def _gathered(job: Job, size: Sizes) -> int:
 def _deepest(job: Job) -> int:
     """Most steps with gradient, for full backpropagation of the run's first 4096 depths; those without keep nothing."""
     run = job.run
-    if run.model.mean_backprop_depth is not None:
+    if run.model.mean_backprop_depth is not None and run.model.sampling_scheme != "fixed":
         return run.model.mean_backprop_depth
     depths = [sample_depth(run.model, seed=run.seed, step=step, micro_step=0) for step in range(min(run.steps, 4096))]
     return max(with_gradient for _, with_gradient in depths)

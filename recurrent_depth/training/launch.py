@@ -10,6 +10,7 @@ import torch.distributed as dist
 from recurrent_depth.runs import CheckpointError, checkpoints, read_details
 from recurrent_depth.training.faults import check_ranks_agree, code_version, explained, flat, flight_recorder
 from recurrent_depth.training.parallel import Ranks, start_processes
+from recurrent_depth.training.rewind import REWINDS_FILE
 from recurrent_depth.training.run import RunConfig, as_yaml
 from recurrent_depth.training.trainer import Trainer
 
@@ -50,6 +51,8 @@ def _train(config: RunConfig, run: Path, ranks: Ranks, resume: bool, accept_chan
     elif config.init_from is not None:
         _start_from(trainer, config.init_from)
     if ranks.is_main:
+        if not found:  # rewinds of an earlier run whose checkpoints were deleted
+            (run / REWINDS_FILE).unlink(missing_ok=True)
         _write_run_files(run, config, trainer)
     ranks.barrier()
     trainer.fit()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -65,8 +66,11 @@ def test_two_spikes_add_up_and_a_resume_remembers_them(tmp_path):
     entries = json.loads((tmp_path / "run" / REWINDS_FILE).read_text())
     guard = SpikeGuard(SPIKES, tmp_path / "run")
     guard.restore([])
-    assert len(entries) == 2
     assert [guard.draw(step) for step in (7, 8, 9)] == [7, 14, 15]
+    assert len(entries) == 2
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    train(run_config(tmp_path / "run"), resume=True)  # a new run in the old folder knows nothing of them
+    assert not (tmp_path / "run" / REWINDS_FILE).exists()
 
 
 @pytest.mark.slow
