@@ -1,15 +1,12 @@
 """The element-wise operations of a block: bytes moved, time, and share of what memory can give; and a core step.
 
-    python benchmarks/kernels.py        writes kernels_{cpu,gpu}.json; the kernels run on a GPU alone
+    python benchmarks/kernels.py        writes kernels_{cpu,gpu}.json; times are measured on a GPU alone
 
 Bytes are counted at the 3.5B shape on any machine: for eager torch every operation's inputs and outputs, for
 torch.compile what Inductor counts of the kernels it writes, for ours each tensor of a launch once. Times are medians.
 """
 
-import argparse
 import logging
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -194,47 +191,37 @@ def traffic_table() -> list[dict[str, Any]]:
 # Time
 
 
-def median_seconds(action: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    if device.type == "cuda":
-        import triton
+def median_seconds(action: Callable[[], Any]) -> float:
+    """Of many runs on the GPU, its caches flushed between them."""
+    import triton
 
-        return triton.testing.do_bench(action, return_mode="median", rep=200) / 1e3
-    action()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return triton.testing.do_bench(action, return_mode="median", rep=200) / 1e3
 
 
-def copy_bandwidth(device: torch.device, repeats: int) -> float:
+def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second of a large copy, read and written."""
-    source = torch.empty(2**28 if device.type == "cuda" else 2**25, device=device)
+    source = torch.empty(2**28, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device, repeats)
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source))
 
 
-def time_table(
-    traffic: list[dict[str, Any]], device: torch.device, tokens: int, repeats: int, bandwidth: float
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Medians of each implementation, with the bytes that a fused kernel has to move in that time."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+def time_table(device: torch.device, bandwidth: float) -> list[dict[str, Any]]:
+    """Medians of each implementation in bfloat16, with the bytes that a fused kernel has to move in that time."""
+    dtype = torch.bfloat16
     table = []
     for case in CASES:
         for backward in (False, True):
-            inputs = case.inputs(tokens, device, dtype)
-            needed, _ = fused_traffic(case, tokens, dtype, backward)
+            inputs = case.inputs(TOKENS, device, dtype)
+            needed, _ = fused_traffic(case, TOKENS, dtype, backward)
             variants: dict[str, Op | None] = {"eager": case.plain, "compiled": torch.compile(case.plain)}
-            variants["liger"] = liger_op(case) if device.type == "cuda" else None
-            variants["triton"] = fused_op(case) if device.type == "cuda" else None
+            variants |= {"liger": liger_op(case), "triton": fused_op(case)}
             row: dict[str, Any] = {"op": case.name, "pass": "forward + backward" if backward else "forward"}
             for name, op in variants.items():
                 if op is None:
                     row[name] = NOT_MEASURED
                     continue
                 torch._dynamo.reset()
-                seconds = median_seconds(partial(run, op, inputs, backward), device, repeats)
+                seconds = median_seconds(partial(run, op, inputs, backward))
                 row[name] = {
                     "seconds": seconds, "bytes_per_second": needed / seconds,
                     "share_of_copy": needed / seconds / bandwidth,
@@ -244,11 +231,8 @@ def time_table(
     return table
 
 
-def core_step(device: torch.device, repeats: int) -> dict[str, Any]:
-    """One step of the 3.5B core, forward and backward, 4096 tokens in bfloat16; on a GPU alone."""
-    variants = ("eager", "compiled", "triton", "triton, compiled")
-    if device.type != "cuda":
-        return dict.fromkeys(variants, NOT_MEASURED)
+def core_step(device: torch.device) -> dict[str, float]:
+    """Seconds of one step of the 3.5B core, forward and backward, 4096 tokens in bfloat16."""
     config = SHAPES["huginn-3.5b"]
     with torch.device(device):
         core, table = RecurrentCore(config).bfloat16(), rotary_table(config)
@@ -263,37 +247,33 @@ def core_step(device: torch.device, repeats: int) -> dict[str, Any]:
         y = core.step(state, injection, adapt, rotary, causal, 0)
         torch.autograd.grad(y, leaves, torch.ones_like(y))
 
-    found: dict[str, Any] = {}
-    for name in variants:
+    found = {}
+    for name in ("eager", "compiled", "triton", "triton, compiled"):
         torch._dynamo.reset()
         use_ops(core, choose_ops("triton" if "triton" in name else "torch", device))
         for block in core:
             block._compiled_call_impl = None
             if "compiled" in name:
                 block.compile()
-        found[name] = median_seconds(step, device, repeats)
+        found[name] = median_seconds(step)
         print(name, found[name], flush=True)
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15, help="runs of each on a CPU")
-    options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    traffic = traffic_table()
-    bandwidth = copy_bandwidth(device, options.repeats)
-    tokens = TOKENS if device.type == "cuda" else 128
-    payload = {
-        "shape": {"width": D, "heads": H, "inner": INNER, "tokens": TOKENS},
-        "traffic": traffic,
-        "copy_bytes_per_second": bandwidth,
-        "timed_tokens": tokens,
-        "timed_dtype": "bfloat16" if device.type == "cuda" else "float32",
-        "times": time_table(traffic, device, tokens, options.repeats, bandwidth),
-        "core_step_seconds": core_step(device, options.repeats),
+    payload: dict[str, Any] = {
+        "shape": {"width": D, "heads": H, "inner": INNER, "tokens": TOKENS, "dtype": "bfloat16"},
+        "traffic": traffic_table(),
+        "copy_bytes_per_second": NOT_MEASURED,
+        "times": NOT_MEASURED,
+        "core_step_seconds": NOT_MEASURED,
     }
-    write_result(f"kernels_{'gpu' if device.type == 'cuda' else 'cpu'}", payload)
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        payload["copy_bytes_per_second"] = copy_bandwidth(device)
+        payload["times"] = time_table(device, payload["copy_bytes_per_second"])
+        payload["core_step_seconds"] = core_step(device)
+    write_result(f"kernels_{'gpu' if torch.cuda.is_available() else 'cpu'}", payload)
 
 
 if __name__ == "__main__":
