@@ -29,6 +29,8 @@ def close(actual: list[float], expected: list[float], tolerance: float = 1e-5) -
         pytest.param(2, dataclasses.replace(CPU, reshard_after_forward=True), "adamw", marks=pytest.mark.slow),
         pytest.param(4, dataclasses.replace(CPU, shard_size=2), "huginn", marks=pytest.mark.slow),
         pytest.param(4, dataclasses.replace(CPU, activation_checkpointing="step"), "nadamw", marks=pytest.mark.slow),
+        pytest.param(2, CPU, "muon", marks=pytest.mark.slow),
+        pytest.param(4, dataclasses.replace(CPU, shard_size=2), "muon", marks=pytest.mark.slow),
     ],
 )
 def test_ranks_and_sharding_equal_one_process(tmp_path, world_size, runtime, optimizer):
