@@ -21,7 +21,7 @@ from recurrent_depth.data.prepare import PrepareConfig, prepare
 from recurrent_depth.data.sources import SourceConfig
 from recurrent_depth.data.tokenizer import load_tokenizer
 
-CONFIGS = sorted(Path(__file__).parents[2].glob("configs/data/*.yaml"))
+CONFIGS = sorted(Path(__file__).parents[2].glob("configs/data/*_mix.yaml"))
 PUBLISHED = {
     "generic-text": 28.71, "code": 25.36, "scientific-text": 18.73, "synthetic-text": 8.14, "longform-text": 7.50,
     "math": 6.14, "generic-instruct": 2.09, "Q&A-text": 1.58, "math-instruct": 1.51, "writing-instruct": 0.12,
