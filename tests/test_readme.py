@@ -30,3 +30,12 @@ def test_the_table_is_the_benchmarks(monkeypatch):
     from readme_table import RESULT, table
 
     assert table(json.loads(RESULT.read_text())) in README
+
+
+def test_the_tables_of_decoding_are_the_benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from decode_table import PAGE, filled, tables
+
+    found = tables()
+    assert filled(PAGE.read_text(), found) == PAGE.read_text()
+    assert all(table in PAGE.read_text() for table in found.values())

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from recurrent_depth.data.report import REPORTS, ReportTask
 from recurrent_depth.data.tasks import TASKS, StateTask
-from recurrent_depth.model.random import LENGTH_STREAM, generator
 
 IGNORE_INDEX = -100
 GENERATED: dict[str, StateTask | ReportTask] = {**TASKS, **REPORTS}
@@ -66,18 +65,15 @@ class TaskDataConfig:
     """A generated task.
 
     Args:
-        name: shell_game, permutation_automaton, modular_arithmetic, rotation_report or rotation_report_dense.
+        name: shell_game, permutation_automaton, modular_arithmetic or rotation_report.
         min_length, max_length: instructions of a row at the start and at the end of the length curriculum.
         curriculum_fraction: share of the run's steps over which the length grows; 0 starts at max_length.
-        mixed_lengths: every step draws a length between min_length and the curriculum's; otherwise all rows have the
-            curriculum's, and a model that writes forgets how shorter rows end.
     """
 
     name: str
     min_length: int = 4
     max_length: int = 16
     curriculum_fraction: float = 0.6
-    mixed_lengths: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in GENERATED:
@@ -134,13 +130,9 @@ class TaskSource:
         """Instructions of a row at a step of the run."""
         config = self.config
         growing = config.curriculum_fraction * self.total_steps
-        if self.split == "validation":
+        if self.split == "validation" or step >= growing:
             return config.max_length
-        share = step / growing if step < growing else 1.0
-        longest = config.min_length + int((config.max_length - config.min_length) * share)
-        if not config.mixed_lengths:
-            return longest
-        return int(generator(self.seed, LENGTH_STREAM, step).integers(config.min_length, longest + 1))
+        return config.min_length + int((config.max_length - config.min_length) * step / growing)
 
     def batch(self, first_row: int, count: int, step: int) -> Batch:
         split = 1 if self.split == "validation" else 0
