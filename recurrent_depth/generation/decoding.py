@@ -149,13 +149,22 @@ class Each:
         self.deepest = max(self.num_steps)
 
 
-def one_depth(options: Decoding, config: ModelConfig) -> tuple[int, int]:
-    """num_steps and min_steps, where a mode takes only one of each for all requests."""
+def one_depth(options: Decoding, config: ModelConfig, mode: str, full_cache: bool) -> tuple[int, int]:
+    """num_steps and min_steps for a mode that takes one of each, and neither exits, thinking nor warm starts."""
     if isinstance(options.num_steps, Sequence) or isinstance(options.min_steps, Sequence):
-        raise ValueError("this mode takes one num_steps for all requests; give a number, or decode plainly")
+        raise ValueError(f"{mode} takes one num_steps and min_steps for all requests; give numbers, or decode plainly")
     steps = options.num_steps or config.mean_recurrence
     if not 1 <= options.min_steps <= steps:
         raise ValueError(f"min_steps {options.min_steps} must be between 1 and num_steps {steps}; change one of them")
+    if full_cache and options.cache_budget is not None and options.cache_budget < steps:
+        raise ValueError(
+            f"{mode} reads the entries of every step: cache_budget {options.cache_budget} must be at least num_steps "
+            f"{steps}, or none"
+        )
+    wanted = {"exit": options.exit is not None, "thinking": options.thinking is not None}
+    for name, given in (wanted | {"warm_start": options.warm_start}).items():
+        if given:
+            raise ValueError(f"{mode} does not go together with {name}; leave one out")
     return steps, options.min_steps
 
 

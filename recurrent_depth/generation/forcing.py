@@ -16,7 +16,8 @@ class ThinkingBudget:
         begin: ids that open the thinking part; written at once if the prompt does not hold them already.
         end: ids that close it; the first of them is what a model is stopped from writing.
         wait: ids written in place of the end ("Wait").
-        at_most: thinking tokens (those of `wait` included) after which the end is written.
+        at_most: thinking tokens (those of `wait` and of a part that the prompt began included) after which the end is
+            written.
         at_least: thinking tokens before which an end is always replaced, whatever `rounds` says.
         rounds: ends that are replaced, if the budget allows.
     """
@@ -51,11 +52,15 @@ class Forcing:
         self.budget = budget
         self.ends = {budget.end[0], *stop}
         self.thinking = True
-        self.tokens = 0
+        thought = _open_thoughts(prompt, budget)
+        self.tokens = thought or 0
         self.replaced = 0
-        opened = _ends_open(prompt, budget)
-        self.queue: list[int] = [] if opened else list(budget.begin)
+        self.queue: list[int] = list(budget.begin) if thought is None else []
         self.opening = len(self.queue)
+        if self.tokens > budget.at_most:
+            raise ValueError(
+                f"the prompt holds {self.tokens} thinking tokens already, at_most is {budget.at_most}; raise it"
+            )
 
     def forced(self) -> int | None:
         """The next token, where it is not the model's to choose."""
@@ -94,11 +99,13 @@ class Forcing:
         return token
 
 
-def _ends_open(prompt: list[int], budget: ThinkingBudget) -> bool:
-    """Whether the last delimiter of the prompt is a beginning."""
+def _open_thoughts(prompt: list[int], budget: ThinkingBudget) -> int | None:
+    """Tokens behind the last beginning of the prompt; None if it is closed, or there is none."""
 
-    def last(ids: tuple[int, ...]) -> int:
-        places = [i for i in range(len(prompt) - len(ids) + 1) if tuple(prompt[i : i + len(ids)]) == ids]
-        return places[-1] if places else -1
+    def behind(ids: tuple[int, ...]) -> int:
+        """Where the text behind the last of these delimiters begins; 0 without one."""
+        ends = [i + len(ids) for i in range(len(prompt) - len(ids) + 1) if tuple(prompt[i : i + len(ids)]) == ids]
+        return ends[-1] if ends else 0
 
-    return last(budget.begin) > last(budget.end)
+    begin = behind(budget.begin)
+    return len(prompt) - begin if begin > behind(budget.end) else None

@@ -173,19 +173,22 @@ class _Batch:
         """One step of the core; returns the rows whose new tokens have all left it, in their order."""
         converged = self.tokens.step().tolist()
         self.result.passes += 1
-        places, thinking, leaving = self.tokens.places, [], []
+        places, each, thinking, leaving = self.tokens.places, self.each, [], []
         waits = set()  # rows in which an earlier token thinks on
-        for n, (row, taken) in enumerate(zip(places.rows, places.steps, strict=True)):
-            request = self._slot(row).request
-            enough = converged[n] and taken >= self.each.min_steps[request]
-            if row not in waits and (enough or taken >= self.each.num_steps[request]):
+        requests = [-1 if slot is None else slot.request for slot in self.slots]
+        for n, (row, _, taken) in enumerate(places):
+            request = requests[row]
+            enough = taken >= each.num_steps[request] or (converged[n] and taken >= each.min_steps[request])
+            if enough and row not in waits:
                 leaving.append(n)
             else:
                 waits.add(row)
                 thinking.append(n)
+        if not leaving:
+            return []
         left = places.at(leaving)
-        for n, row, taken in zip(leaving, left.rows, left.steps, strict=True):
-            self._slot(row).states.append(self.tokens.state[n])
+        for state, row, taken in zip(self.tokens.state[leaving], left.rows, left.steps, strict=True):
+            self._slot(row).states.append(state)
             self._slot(row).depths.append(taken)
         self.cache.leave(left.rows, left.columns, left.steps)
         self.tokens.keep(thinking)

@@ -64,24 +64,10 @@ def decode_speculatively(
     on_token: OnToken | None = None,
 ) -> Speculated:
     """As `decode`, with the same tokens; see there for the arguments."""
-    steps, _ = one_depth(options, model.config)
-    _check(options, speculation, steps)
-    return _Run(model, prompts, options, speculation, steps, requests, on_token).result()
-
-
-def _check(options: Decoding, speculation: Speculation, steps: int) -> None:
+    steps, _ = one_depth(options, model.config, "self-speculation", full_cache=True)
     if speculation.steps >= steps:
         raise ValueError(f"draft steps {speculation.steps} must be fewer than num_steps {steps}; lower them")
-    if options.cache_budget is not None and options.cache_budget < steps:
-        raise ValueError(
-            f"self-speculation reuses the entries of every step: cache_budget {options.cache_budget} must be at least "
-            f"num_steps {steps}, or none"
-        )
-    for name in ("exit", "thinking"):
-        if getattr(options, name) is not None:
-            raise ValueError(f"self-speculation does not go together with {name}; leave one out")
-    if options.warm_start:
-        raise ValueError("self-speculation does not go together with warm_start; leave one out")
+    return _Run(model, prompts, options, speculation, steps, requests, on_token).result()
 
 
 class _Run:

@@ -60,31 +60,29 @@ class TokenAttention:
         )
         self.length = max(places.columns) + 1
         self.seen = torch.arange(self.length, device=device) <= self.columns[:, None]  # [N, S]
-        self.by_row = _groups([(0, row) for row in places.rows])
-        self.by_step = _groups(
-            [(step % cache.budget, row) for step, row in zip(places.steps, places.rows, strict=True)]
-        )
+        # Tokens with the same key read the same entries: (0, row) in the outer layers, (recurrence, row) in the core.
+        self.by_row = [(0, row) for row in places.rows]
+        self.by_step = [(step % cache.budget, row) for row, _, step in places]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slot: int) -> Tensor:
         """q, k, v [N, H, 1, K]; core slots are those of step 0, to which every token's own step is added."""
         cache, layer = self.cache, slot - self.cache.outer
         if layer < 0:
-            at, groups = torch.full_like(self.rows, slot), self.by_row
-            first, stride = slot, 0
+            at, keys, stride = torch.full_like(self.rows, slot), self.by_row, 0
         else:
-            at, groups = cache.outer + (self.steps % cache.budget) * cache.core_layers + layer, self.by_step
-            first, stride = slot, cache.core_layers
+            at = cache.outer + (self.steps % cache.budget) * cache.core_layers + layer
+            keys, stride = self.by_step, cache.core_layers
         cache.entries[at, 0, self.rows, :, self.columns] = k[:, :, 0]
         cache.entries[at, 1, self.rows, :, self.columns] = v[:, :, 0]
         if layer >= 0 and 1 < cache.budget < cache.num_steps:
             return self._attend_by_column(q, layer)
-        if len(groups) * COPY_LIMIT > q.shape[0] * self.length * q.shape[1] * q.shape[3]:
+        if len(set(keys)) * COPY_LIMIT > q.shape[0] * self.length * q.shape[1] * q.shape[3]:
             entries = cache.entries[:, :, :, :, : self.length]
             mask = self.seen[:, None, None]
             return F.scaled_dot_product_attention(q, entries[at, 0, self.rows], entries[at, 1, self.rows], mask)
         y = torch.empty_like(q)
-        for (step, row), members in groups.items():
-            entries = cache.entries[first + step * stride, :, row]  # [2, H, S, K]
+        for (recurrence, row), members in _groups(keys).items():
+            entries = cache.entries[slot + recurrence * stride, :, row]  # [2, H, S, K]
             y[members] = self._attend_in_row(q[members], entries, members)
         return y
 

@@ -29,7 +29,6 @@ from recurrent_depth.generation.decoding import (
     write,
 )
 from recurrent_depth.generation.tokens import Places, ThinkingTokens
-from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
 
 
@@ -80,22 +79,7 @@ def decode_wavefront(
     on_token: OnToken | None = None,
 ) -> Waved:
     """As `decode`; in exact mode with the same tokens. See there for the arguments."""
-    _check(options, wavefront, model.config)
     return _Front(model, prompts, options, wavefront, requests, on_token).run()
-
-
-def _check(options: Decoding, wavefront: Wavefront, config: ModelConfig) -> None:
-    steps, _ = one_depth(options, config)
-    if wavefront.exact and options.cache_budget is not None and options.cache_budget < steps:
-        raise ValueError(
-            f"the exact wavefront reads the entries of every step: cache_budget {options.cache_budget} must be at "
-            f"least num_steps {steps}, or none"
-        )
-    for name in ("exit", "thinking"):
-        if getattr(options, name) is not None:
-            raise ValueError(f"the wavefront does not go together with {name}; leave one out")
-    if options.warm_start:
-        raise ValueError("the wavefront does not go together with warm_start; leave one out")
 
 
 @dataclass
@@ -128,7 +112,7 @@ class _Front:
     ) -> None:
         longest = check_prompts(model.config, prompts, options)
         self.model, self.options, self.wavefront, self.on_token = model, options, wavefront, on_token
-        self.num_steps, self.min_steps = one_depth(options, model.config)
+        self.num_steps, self.min_steps = one_depth(options, model.config, "the wavefront", full_cache=wavefront.exact)
         weight = model.lm_head.weight
         self.cache = RecurrentCache(
             model.config, len(prompts), longest + options.max_new_tokens, self.num_steps, options.cache_budget,

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from recurrent_depth.generation.adaptive import adaptive_forward
 from recurrent_depth.generation.cache import RecurrentCache
-from recurrent_depth.generation.exits import RULES, StateChange, exit_rule
+from recurrent_depth.generation.exits import RULES, StateChange, exit_rule, register
 from recurrent_depth.model.layers import rotary_at
 from support import lively_model
 
@@ -142,6 +142,73 @@ def test_without_a_rule_it_is_the_plain_model(model):
     assert zero.depths.tolist() == [[R] * 4]
 
 
+@pytest.mark.parametrize("limit", [0, 10**9])
+@pytest.mark.parametrize("budget", [None, 1, 3])
+def test_rows_and_tokens_that_have_left_are_not_computed(model, budget, limit, monkeypatch):
+    """Steps really run, counted in the core's own calls; keys are read in place or copied."""
+    monkeypatch.setattr("recurrent_depth.generation.adaptive.COPY_LIMIT", limit)
+    depths = torch.tensor([[1, 2, 2], [4, 4, 6], [2, 2, 3]])
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
+    mask = torch.ones_like(ids)
+    sizes = []
+    step = model.transformer.core_block.step
+    monkeypatch.setattr(
+        model.transformer.core_block, "step", lambda x, *args: sizes.append(x.shape[0] * x.shape[1]) or step(x, *args)
+    )
+    cache = RecurrentCache(model.config, 3, 3, num_steps=R, budget=budget, dtype=torch.float64)
+    output = adaptive_forward(model, ids, mask, cache, exactly(depths), R)
+    # three rows of three tokens; without the first token; row 1 and the last token of row 2; row 1; its last token
+    assert sizes == [9, 9, 3 + 3, 3, 1, 1]
+    assert output.computed == sum(sizes)
+    assert output.depths.tolist() == depths.tolist()
+    for row in range(3):
+        alone = RecurrentCache(model.config, 1, 3, num_steps=R, budget=budget, dtype=torch.float64)
+        expected = adaptive_forward(model, ids[row, None], mask[:1], alone, exactly(depths[row, None]), R)
+        torch.testing.assert_close(output.logits[row], expected.logits[0], rtol=1e-10, atol=1e-10)
+
+
+def test_steps_at_most_and_at_least_differ_by_request(model):
+    ids, mask = torch.tensor([[5, 6], [7, 8], [9, 10]]), torch.ones(3, 2, dtype=torch.long)
+    cache = RecurrentCache(model.config, 3, 2, num_steps=R, dtype=torch.float64)
+    always = StateChange(9.0)
+    output = adaptive_forward(model, ids, mask, cache, [always, None, always], [5, 2, 6], [3, 1, 6])
+    assert output.depths.tolist() == [[3, 3], [2, 2], [6, 6]]
+    for row, steps in enumerate([3, 2, 6]):
+        plain = model(ids[row, None], num_steps=steps)
+        torch.testing.assert_close(output.logits[row], plain.logits[0], rtol=1e-10, atol=1e-10)
+
+
+class EveryOther:
+    """A user's rule: leaves at an even step, once the state has moved by less than the threshold."""
+
+    def __init__(self, threshold=0.5):
+        self.threshold = threshold
+
+    def remembers(self, vocab_size):
+        return 1
+
+    def converged(self, before, after, read, memory):
+        step = memory.nan_to_num(0.0) + 1
+        still = (after - before).norm(dim=-1) < self.threshold * after.norm(dim=-1)
+        return still & (step[..., 0] % 2 == 0), step
+
+
+def test_a_rule_of_ones_own_by_name_and_by_place(model, monkeypatch):
+    monkeypatch.setattr("recurrent_depth.generation.exits.RULES", dict(RULES))
+    register("every-other", EveryOther)
+    with pytest.raises(ValueError, match="choose another name"):
+        register("kl", EveryOther)
+    named, placed = exit_rule("every-other", 9.0), exit_rule(f"{__name__}:EveryOther", 9.0)
+    ids = torch.tensor([[5, 6, 7]])
+    for rule in (named, placed):
+        cache = RecurrentCache(model.config, 1, 3, num_steps=R, dtype=torch.float64)
+        assert adaptive_forward(model, ids, torch.ones_like(ids), cache, rule, R).depths.tolist() == [[2, 2, 2]]
+    with pytest.raises(ValueError, match="cannot be imported"):
+        exit_rule("no.such.module:Rule")
+    with pytest.raises(ValueError, match="is no exit rule"):
+        exit_rule("builtins:dict")
+
+
 def test_bad_rules_and_steps_say_what_to_change(model):
     ids = torch.tensor([[5]])
     with pytest.raises(ValueError, match="known are state-change"):
@@ -152,5 +219,7 @@ def test_bad_rules_and_steps_say_what_to_change(model):
         exit_rule("argmax", 1)
     with pytest.raises(ValueError, match="min_steps 3"):
         adaptive_forward(model, ids, torch.ones_like(ids), RecurrentCache(model.config, 1, 1, 2), None, 2, min_steps=3)
+    with pytest.raises(ValueError, match="num_steps has 2 values for 1 requests"):
+        adaptive_forward(model, ids, torch.ones_like(ids), RecurrentCache(model.config, 1, 1, 2), None, [2, 2])
     with pytest.raises(ValueError, match="cache was made for, 2"):
         adaptive_forward(model, ids, torch.ones_like(ids), RecurrentCache(model.config, 1, 1, 2), None, 4)

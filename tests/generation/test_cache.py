@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recurrent_depth.generation.cache import RecurrentCache
+from recurrent_depth.generation.cache import RecurrentCache, cache_bytes
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
 
@@ -76,3 +76,32 @@ def test_a_full_cache_says_so(model):
     cache = RecurrentCache(model.config, 1, 4, num_steps=2)
     with pytest.raises(ValueError, match="max_length"):
         model(torch.zeros(1, 5, dtype=torch.int64), num_steps=2, cache=cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("budget", [None, 1, 3, 9])
+def test_bytes_are_known_beforehand(budget, dtype):
+    config = ModelConfig(n_layers_in_recurrent_block=2)
+    shape = {"batch_size": 3, "max_length": 7, "num_steps": 5, "budget": budget, "dtype": dtype}
+    assert cache_bytes(config, **shape) == RecurrentCache(config, **shape).num_bytes
+    kept = min(budget or 5, 5)
+    assert cache_bytes(config, **shape) == (2 + 2 * kept) * 2 * 3 * 7 * config.n_embd * dtype.itemsize
+
+
+def test_rows_are_reordered_as_beams_are(model):
+    model = model.double()
+    ids = torch.randint(0, 160, (3, 9), generator=torch.Generator().manual_seed(0))
+    cache = RecurrentCache(model.config, 3, 9, num_steps=3, dtype=torch.float64)
+    beams = torch.tensor([2, 0, 2])
+    with torch.no_grad():
+        model(ids[:, :6], num_steps=3, cache=cache)
+        cache.reorder(beams)
+        reordered = torch.cat([ids[beams, :6], ids[:, 6:]], dim=1)
+        logits = model(ids[:, 6:], num_steps=3, cache=cache).logits
+    whole = model(reordered, num_steps=3).logits
+    torch.testing.assert_close(logits, whole[:, 6:], rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="a source for each of 3 rows"):
+        cache.reorder(torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="cannot crop a cache of 9 tokens to 10"):
+        cache.crop(10)
+    model.float()

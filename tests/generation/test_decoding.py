@@ -33,7 +33,7 @@ def test_greedy_equals_the_model_without_a_cache(model):
     assert decoded.steps[0] == [4.0] * 10
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_a_request_does_not_depend_on_its_batch(model, data):
     lengths = data.draw(st.lists(st.integers(1, 7), min_size=2, max_size=4))
@@ -42,7 +42,7 @@ def test_a_request_does_not_depend_on_its_batch(model, data):
     options = Decoding(
         max_new_tokens=8,
         num_steps=data.draw(st.integers(1, 6)),
-        exit=data.draw(st.sampled_from([None, StateChange(0.3), OutputKL(0.02)])),
+        exit=data.draw(st.sampled_from([None, StateChange(0.6), OutputKL(0.2)])),
         temperature=data.draw(st.sampled_from([0.0, 0.8])),
         top_k=data.draw(st.sampled_from([None, 10])),
         top_p=data.draw(st.sampled_from([1.0, 0.9])),
@@ -124,21 +124,57 @@ def test_any_stream_keeps_its_budget(data):
     budget = ThinkingBudget(
         **BUDGET, at_most=at_most, at_least=data.draw(st.integers(0, at_most)), rounds=data.draw(st.integers(0, 3))
     )
-    request = Forcing(budget, data.draw(st.sampled_from([[1], [40], [40, 41], [40, 2]])))
+    prompt, begun = data.draw(st.sampled_from([([1], 0), ([40], 0), ([40, 41], 0), ([40, 2], 1)]))
+    if begun > at_most:
+        with pytest.raises(ValueError, match="holds 1 thinking tokens already, at_most is 0"):
+            Forcing(budget, prompt)
+        return
+    request = Forcing(budget, prompt)
     written = []
     for wanted in data.draw(st.lists(st.sampled_from([7, 8, 41]), min_size=30, max_size=30)):
         forced = request.forced()
         written.append(request.choose(wanted))
         assert forced is None or written[-1] == forced
     end = written.index(41)
-    thought = written[:end].count(7) + written[:end].count(8) + written[:end].count(42) + written[:end].count(43)
+    thought = (
+        begun + written[:end].count(7) + written[:end].count(8) + written[:end].count(42) + written[:end].count(43)
+    )
     assert thought <= at_most
     assert written[:end].count(42) <= max(budget.rounds, budget.at_least)
     room = thought + len(budget.wait) <= at_most
     assert thought >= budget.at_least or not room
 
 
+def test_a_stop_while_thinking_counts_as_the_end_of_thinking():
+    request = Forcing(ThinkingBudget(**BUDGET, at_most=9, rounds=1), [40], stop=(3,))
+    written = []
+    for wanted in (8, 3, 9, 9, 3, 5, 3):
+        request.forced()
+        written.append(request.choose(wanted))
+    assert written == [8, 42, 43, 9, 41, 5, 3]
+
+
+def test_steps_exits_and_budgets_of_every_request(model):
+    prompts = [[5, 6, 7], [8], [9, 10]]
+    each = {
+        "num_steps": [6, 2, 5],
+        "min_steps": [1, 2, 5],
+        "exit": [StateChange(0.3), None, OutputKL(0.02)],
+        "thinking": [None, ThinkingBudget((40,), (41,), at_most=2), None],
+    }
+    together = decode(model, prompts, Decoding(max_new_tokens=8, **each))
+    for row, prompt in enumerate(prompts):
+        own = {name: values[row] for name, values in each.items()}
+        alone = decode(model, [prompt], Decoding(max_new_tokens=8, **own), requests=[row])
+        assert together.tokens[row] == alone.tokens[0]
+        assert together.steps[row] == alone.steps[0]
+    assert set(together.steps[1]) == {2.0}
+    assert set(together.steps[2]) == {5.0}
+
+
 def test_bad_options_say_what_to_change(model):
+    with pytest.raises(ValueError, match=r"num_steps is \[4, 0\]"):
+        Decoding(num_steps=[4, 0])
     with pytest.raises(ValueError, match="num_steps is 0"):
         Decoding(num_steps=0)
     with pytest.raises(ValueError, match="at least one token"):

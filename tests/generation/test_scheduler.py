@@ -29,7 +29,7 @@ def random_prompts(lengths, seed, vocab_size=50):
 def test_tokens_and_depths_equal_one_at_a_time(model, data):
     lengths = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=6), "lengths")
     prompts = random_prompts(lengths, data.draw(st.integers(0, 99), "prompt seed"))
-    rules = [None, StateChange(0.3), OutputKL(0.02), StableArgmax(2)]
+    rules = [None, StateChange(0.6), OutputKL(0.2), StableArgmax(2)]
     exits = [data.draw(st.sampled_from(rules)) for _ in prompts]
     steps = [data.draw(st.integers(2, 6)) for _ in prompts]
     common = {
@@ -50,6 +50,18 @@ def test_tokens_and_depths_equal_one_at_a_time(model, data):
         assert found.tokens[i] == alone.tokens[0]
         assert found.steps[i] == alone.steps[0]
     assert found.computed_steps == found.core_steps
+
+
+@pytest.mark.parametrize("budget", [None, 1, 2, 4])
+def test_tokens_that_left_early_are_seen_by_those_that_go_deeper(model, budget):
+    prompts = random_prompts([3, 1, 4], seed=1)
+    options = Decoding(max_new_tokens=8, num_steps=6, exit=StateChange(0.6), cache_budget=budget)
+    found = decode_refilled(model, prompts, options, Refill(2))
+    for i, prompt in enumerate(prompts):
+        alone = decode(model, [prompt], options, requests=[i])
+        assert found.tokens[i] == alone.tokens[0]
+        assert found.steps[i] == alone.steps[0]
+    assert len({steps for row in found.steps for steps in row[1:]}) > 2
 
 
 def test_the_batch_stays_full(model):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.generation.exits import StateChange
 from recurrent_depth.generation.speculative import Speculation, decode_speculatively
+from recurrent_depth.generation.stopping import StopStrings
 from support import lively_model
 
 
@@ -16,7 +17,7 @@ def model():
     return lively_model(vocab_size=20)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_the_same_tokens_as_plain_decoding(model, data):
     lengths = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=4))
@@ -77,3 +78,37 @@ def test_what_does_not_go_together_is_refused(model):
         decode_speculatively(model, [[1]], Decoding(num_steps=4, exit=StateChange()), Speculation(1, 2))
     with pytest.raises(ValueError, match="at least 1"):
         Speculation(0, 2)
+
+
+def test_samples_follow_the_distribution(model):
+    """The third token, given the two before it, where drafts are often wrong."""
+    n, prompt = 3000, [5, 6, 7]
+    options = Decoding(max_new_tokens=3, num_steps=4, temperature=1.5, top_k=4, seed=5)
+    found = decode_speculatively(model, [prompt] * n, options, Speculation(1, 2))
+    assert 0 < found.accepted < found.drafted
+    pairs = sorted({tuple(tokens[:2]) for tokens in found.tokens})
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *pair] for pair in pairs]), num_steps=4).logits[:, -1]
+    best = (logits / 1.5).topk(4)
+    chi_square, freedom = 0.0, 0
+    for pair, ids, values in zip(pairs, best.indices, best.values, strict=True):
+        thirds = [tokens[2] for tokens in found.tokens if tuple(tokens[:2]) == pair]
+        expected = values.softmax(-1) * len(thirds)
+        counts = torch.tensor([thirds.count(i) for i in ids.tolist()])
+        assert counts.sum() == len(thirds)
+        if bool((expected >= 5).all()):
+            chi_square += float(((counts - expected) ** 2 / expected).sum())
+            freedom += 3
+    assert freedom >= 15
+    assert chi_square < freedom + 3.3 * (2 * freedom) ** 0.5 + 4  # beyond p = 0.001; the seed is fixed
+
+
+def test_stop_strings_end_a_request(model):
+    letters = "abcdefghijklmnopqrst"
+    options = Decoding(max_new_tokens=30, num_steps=4)
+    plain = "".join(letters[i] for i in decode(model, [[5, 6, 7]], options).tokens[0])
+    stop = plain[6:9]
+    strings = StopStrings(lambda ids: "".join(letters[i] for i in ids), [stop])
+    found = decode_speculatively(model, [[5, 6, 7]], options, Speculation(2, 4), on_token=strings)
+    assert strings.text(0) == plain[: plain.index(stop)]
+    assert len(found.tokens[0]) == plain.index(stop) + 3

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoTokenizer
 
 from recurrent_depth.generation.decoding import Decoding, decode
-from recurrent_depth.generation.exits import StateChange
+from recurrent_depth.generation.exits import OutputKL, StateChange
 from recurrent_depth.generation.forcing import ThinkingBudget
 from recurrent_depth.hf.engine import Engine, EngineOptions
 from recurrent_depth.hf.forcing import BudgetForcing, Thinking
@@ -101,6 +101,8 @@ def test_delimiters_are_one_token(chat_folder):
     [
         ({}, {}),
         ({"draft_steps": 2}, {}),
+        ({"wavefront_steps": 2}, {}),
+        ({"slots": 2, "exit": "kl", "exit_threshold": 0.02}, {"exit": OutputKL(0.02)}),
         ({"exit": "state-change", "exit_threshold": 0.3}, {"exit": StateChange(0.3)}),
         ({"cache_budget": 1}, {"cache_budget": 1}),
     ],

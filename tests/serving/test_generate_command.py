@@ -38,6 +38,10 @@ def test_stop_texts_exits_and_thinking(chat_folder, capsys):
     assert cut == whole[: whole.find(stop)]
     drafted = run(capsys, chat_folder, *options, "--draft-steps", "2")[0][0]["text"]
     assert drafted == whole
+    for mode in (["--wavefront-steps", "2"], ["--slots", "1"]):
+        assert run(capsys, chat_folder, *options, *mode)[0][0]["text"] == whole
+    streamed = run(capsys, chat_folder, *options, "--stream", "true")[1]
+    assert whole in streamed
     early = run(capsys, chat_folder, *options, "--exit", "state-change", "--exit-threshold", "0.5")[0][0]
     assert min(early["steps"]) < 4
     assert run(capsys, chat_folder, *options, "--think", "true", "--think-at-most", "3", "--waits", "1")
@@ -49,7 +53,18 @@ def test_a_delimiter_of_two_tokens_is_refused(chat_folder, capsys):
     assert "must be one token" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", [("--num-steps", "0"), ("--exit-threshold", "-1"), ("--max-new-tokens", "5000")])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--num-steps", "0"),
+        ("--exit-threshold", "-1"),
+        ("--max-new-tokens", "5000"),
+        ("--exit", "sudden"),
+        ("--draft-steps", "2", "--slots", "4"),
+        ("--slots", "0"),
+        ("--wavefront-steps", "2", "--warm-start", "true"),
+    ],
+)
 def test_bad_options_are_explained(chat_folder, capsys, option):
     assert main(["generate", "--model", str(chat_folder), "--prompts", '["a"]', "--exit", "kl", *option]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
