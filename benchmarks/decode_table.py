@@ -26,7 +26,9 @@ def tables() -> dict[str, str]:
         "mixed": mixed(parts["mixed"]["rows"]),
     }
     if "35M" in parts:
-        found |= {"35M": ways(parts["35M"]["rows"]), "refilled 35M": mixed(parts["35M"]["refilled"])}
+        rows = parts["35M"]["rows"]
+        found["35M"] = ways(rows) if rows else "| not measured |\n|---|"
+        found["refilled 35M"] = mixed(parts["35M"]["refilled"])
     return found
 
 
