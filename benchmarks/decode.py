@@ -10,7 +10,7 @@ parts of results/decode_cpu.json; benchmarks/decode_table.py makes docs/decoding
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
@@ -31,7 +31,7 @@ from recurrent_depth.model.flops import forward_flops
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.runs import load_run_model
 
-MOST, LENGTH, LENGTHS = 32, 16, (4, 8, 12, 16)
+MOST, LENGTH = 32, 16
 BATCHES = (1, 8, 64)
 SHAPE = ModelConfig(
     n_embd=512, n_heads=8, intermediate_size=1792, n_layers_in_prelude=2, n_layers_in_recurrent_block=4,
@@ -168,7 +168,7 @@ def by_turns(
 
 
 def options(length: int = LENGTH, **more: Any) -> Decoding:
-    return Decoding(max_new_tokens=TASK.written_length(length), stop=(TASK.end_id,), **more)
+    return Decoding(**{"max_new_tokens": 2 * length + 1, "stop": (TASK.end_id,), **more})
 
 
 @dataclass
@@ -193,7 +193,7 @@ def tune(model: RecurrentDepthModel, test: Exam) -> Tuned:
         row = {"way": name, **score(results[0].tokens, test.expected), **summary(results, test.prompts)}
         found.append(row)
         print(
-            f"tune {name:40s} exact {row['exact']:.3f} colours {row['colours']:.3f} {row['core_steps_per_token']:.2f}"
+            f"tune {name:40s} exact {row['exact']:.3f} answers {row['answers']:.3f} {row['core_steps_per_token']:.2f}"
         )
         return row["exact"], row["core_steps_per_token"]
 
@@ -245,8 +245,9 @@ def all_ways(
         Way(f"wavefront, approximate, {approximate.steps} steps a pass", shared, approximate),
         Way(f"cache of 4 recurrences, r = {MOST}", make(num_steps=MOST, cache_budget=4)),
         Way(f"cache of 4 recurrences, r = {fewest}", make(num_steps=fewest, cache_budget=4)),
-        Way(f"fixed depth, FLOPs of r = {MOST}", make(num_steps=1), model="fixed-most"),
-        Way(f"fixed depth, FLOPs of r = {fewest}", make(num_steps=1), model="fixed-fewest"),
+        # Random weights must not end a request early.
+        Way(f"fixed depth, FLOPs of r = {MOST}", make(num_steps=1, stop=()), model="fixed-most"),
+        Way(f"fixed depth, FLOPs of r = {fewest}", make(num_steps=1, stop=()), model="fixed-fewest"),
     ]
 
 
@@ -280,50 +281,46 @@ def measure_generative(model: RecurrentDepthModel, repeats: int) -> dict[str, An
     layers = {name: models[name].config.unrolled_layers(1) for name in ("fixed-most", "fixed-fewest")}
     return {
         "rows": rows, "tuning": tuned.candidates, "fewest": tuned.fewest, "fixed_layers": layers,
-        "depths": exit_depths(model, tuned), "shape": asdict(model.config),
+        "shape": asdict(model.config),
     }  # fmt: skip
 
 
-def exit_depths(model: RecurrentDepthModel, tuned: Tuned) -> list[int]:
-    """Steps of written tokens under the cheapest lossless rule: what the 35M shape replays."""
-    rule = tuned.rules.get("StateChange") or next(iter(tuned.rules.values()))
-    test = exam(8, LENGTH)
-    _, (result,) = timed(model, test.prompts, Way("", options(num_steps=MOST, exit=rule)), 8)
-    return [int(steps) for row in result.steps for steps in row[1:]]
+def replayed_depths() -> tuple[int, ...]:
+    """Mean steps by difficulty on the quickstart's model, under the cheapest lossless rule (early_exit.json)."""
+    rows = json.loads((RESULTS / "early_exit.json").read_text())["rows"]
+    row = next(r for r in rows if (r["rule"], r["threshold"], r["order"]) == ("state-change", 0.1, "in order"))
+    return tuple(round(steps) for steps in row["steps_by_swaps"])
 
 
 def measure_mixed(model: RecurrentDepthModel, fewest: int, rule: ExitRule, repeats: int) -> dict[str, Any]:
-    """Requests of mixed length: padded batches, each to its end, against a batch that is refilled."""
+    """Requests that end after 2 to 33 tokens: padded batches, each to its end, against a batch that is refilled."""
     rows = []
     for slots, requests in ((8, 48), (32, 128)):
-        test = mixed(requests)
+        prompts = exam(requests, LENGTH).prompts
+        generator = torch.Generator().manual_seed(0)
+        quotas = torch.randint(2, 2 * LENGTH + 2, (requests,), generator=generator).tolist()
         ways = [
-            Way("padded batches, exit by " + str(rule), options(num_steps=MOST, exit=rule)),
-            Way("refilled batch, exit by " + str(rule), options(num_steps=MOST, exit=rule), Refill(slots)),
+            Way(f"padded batches, exit by {rule}", options(num_steps=MOST, exit=rule)),
+            Way(f"refilled batch, exit by {rule}", options(num_steps=MOST, exit=rule), Refill(slots)),
             Way(f"padded batches, r = {fewest}", options(num_steps=fewest)),
             Way(f"refilled batch, r = {fewest}", options(num_steps=fewest), Refill(slots)),
         ]
-        found = by_turns({"looped": model}, ways, test.prompts, slots, repeats)
-        add_scores(found, {"looped": model}, ways, test)
+        found = by_turns({"looped": model}, ways, prompts, slots, repeats, quotas)
         rows += [{"requests": requests, **row} for row in found]
     return {"rows": rows}
 
 
-def mixed(requests: int) -> Exam:
-    """Reports of 4, 8, 12 and 16 instructions in an order that is mixed, but fixed."""
-    parts = [exam(requests // len(LENGTHS), length) for length in LENGTHS]
-    both = [pair for part in parts for pair in zip(part.prompts, part.expected, strict=True)]
-    order = torch.randperm(len(both), generator=torch.Generator().manual_seed(0)).tolist()
-    return Exam([both[n][0] for n in order], [both[n][1] for n in order])
+def measure_35m(generative: dict[str, Any], repeats: int) -> Iterator[dict[str, Any]]:
+    """All ways on random weights: speed and bytes only. Exits are replayed, acceptance is what random weights give.
 
-
-def measure_35m(generative: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """All ways on random weights: speed and bytes only. Exits are replayed, acceptance is what random weights give."""
+    Yields what has been measured so far after every batch size, since the largest takes minutes.
+    """
     model = random_model(SHAPE)
     fewest, rows = generative["fewest"], []
-    replay = ReplayedExits(tuple(generative["depths"]))
+    replay = ReplayedExits(replayed_depths())
+    refilled = refilled_35m(model, replay, repeats)
     generator = torch.Generator().manual_seed(1)
-    for batch, prompt, new in ((1, 8, 16), (8, 8, 8), (64, 4, 4)):
+    for batch, prompt, new in ((1, 8, 9), (8, 4, 5), (64, 2, 3)):
         prompts = torch.randint(SHAPE.vocab_size, (batch, prompt), generator=generator).tolist()
         models = with_fixed(model, fewest, prompt + new)
 
@@ -334,7 +331,7 @@ def measure_35m(generative: dict[str, Any], repeats: int) -> dict[str, Any]:
         ways = all_ways(fewest, {"replay": replay}, modes, make)
         ways = [replace(w, name="exit at replayed depths") if w.options.exit is replay else w for w in ways]
         rows += by_turns(models, ways, prompts, batch, repeats)
-    return {"rows": rows, "refilled": refilled_35m(model, replay, repeats), "shape": asdict(SHAPE)}
+        yield {"rows": rows, "refilled": refilled, "shape": asdict(SHAPE)}
 
 
 def refilled_35m(model: RecurrentDepthModel, replay: ExitRule, repeats: int) -> list[dict[str, Any]]:
@@ -347,6 +344,16 @@ def refilled_35m(model: RecurrentDepthModel, replay: ExitRule, repeats: int) -> 
     return by_turns({"looped": model}, ways, prompts, 8, repeats, quotas)
 
 
+def saved() -> dict[str, Any]:
+    """The parts that have been measured."""
+    path = RESULTS / "decode_cpu.json"
+    return json.loads(path.read_text())["parts"] if path.is_file() else {}
+
+
+def save(part: str, found: dict[str, Any]) -> None:
+    write_result("decode_cpu", {"clock": "CPU seconds of the process, one thread", "parts": {**saved(), part: found}})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="run folder; default: train the recipe")
@@ -355,20 +362,18 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    path = RESULTS / "decode_cpu.json"
-    parts: dict[str, Any] = json.loads(path.read_text())["parts"] if path.is_file() else {}
     wanted = args.parts.split(",")
     if {"generative", "mixed"} & set(wanted):
         model = load_run_model(args.model) if args.model else trained()
     for part in wanted:
         print(f"\n{part}")
         if part == "generative":
-            parts[part] = measure_generative(model, args.repeats)
+            save(part, measure_generative(model, args.repeats))
         elif part == "mixed":
-            parts[part] = measure_mixed(model, parts["generative"]["fewest"], StateChange(0.1), args.repeats)
+            save(part, measure_mixed(model, saved()["generative"]["fewest"], StateChange(0.1), args.repeats))
         else:
-            parts[part] = measure_35m(parts["generative"], max(1, args.repeats - 2))
-        write_result("decode_cpu", {"clock": "CPU seconds of the process, one thread", "parts": parts})
+            for so_far in measure_35m(saved()["generative"], args.repeats):
+                save(part, so_far)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""A generated task whose written tokens need depth: read moves, then write them in another order, with what they do.
+"""A generated task that writes: follow a ball through moves, then say where it was after each, asked in another order.
 
-A row reads `cup2 turn142 turn013 ... report`, and the model writes `cup2 turn013 turn142 ... red ... end`: the start,
-then every instruction of the row in the order of the vocabulary, and after every few of them the colour of the cup
-under which the ball is by then. Instructions of a row differ, so that their order is fixed. While they are read nothing
-can be known of the written order. Several cups share a colour, and colours are far apart, so that one does not follow
-from those before it: it needs the composition of many written instructions. (With a colour after every instruction it
-does follow from the last few, and four steps of the core are enough: docs/decisions.md.)
+A row reads `cup2 turn013 turn420 ... report`, and the model writes `turn013 cup4 turn021 cup0 ... end`: every
+instruction of the row in the order of the vocabulary, each followed by the place of the ball after it. Instructions of
+a row differ, so each names one moment. The moments are asked in an order that has nothing to do with time: an answer
+does not follow from the answers before it. It is the composition of all instructions up to its moment, which a model
+works out while it reads: at few steps of the core answers are wrong, but where the prompt was read with many steps,
+few are enough to write (docs/decisions.md).
 """
 
 import itertools
@@ -27,17 +27,11 @@ class ReportTask:
     """State tracking that ends in a written report.
 
     Attributes:
-        game: what is tracked; its token ids stay as they are; colours, `report`, `end` and padding follow.
-        colours: names of the colours.
-        colour_of: colour of each state, as a place in `colours`.
-        every: instructions written between two colours; the last is always followed by one.
+        game: what is tracked; its token ids stay as they are, `report`, `end` and padding follow.
     """
 
     name: str
     game: StateTask
-    colours: tuple[str, ...]
-    colour_of: tuple[int, ...]
-    every: int = 1
 
     @property
     def moves(self) -> tuple[tuple[int, ...], ...]:
@@ -46,7 +40,7 @@ class ReportTask:
     @property
     def vocabulary(self) -> tuple[str, ...]:
         """Token names in the order of their ids; the last one is padding."""
-        return (*self.game.states, *self.game.instructions, *self.colours, REPORT, END, PAD)
+        return (*self.game.states, *self.game.instructions, REPORT, END, PAD)
 
     @property
     def report_id(self) -> int:
@@ -63,39 +57,28 @@ class ReportTask:
         """Token ids as words."""
         return " ".join(self.vocabulary[index] for index in ids)
 
-    def prompt_length(self, length: int) -> int:
-        """Tokens that are read: start, instructions, `report`."""
-        return length + 2
-
-    def written_length(self, length: int) -> int:
-        """Tokens that are written: the start, instructions, colours, `end`."""
-        return 2 + length + -(-length // self.every)
-
     def row_length(self, length: int) -> int:
-        """Tokens of a row with `length` instructions; `end` is only a label."""
-        return self.prompt_length(length) + self.written_length(length) - 1
+        """Tokens of a row with `length` instructions: start, instructions, `report`, two written for each."""
+        return 2 + 3 * length
 
     def rows(self, first_row: int, count: int, length: int, *, seed: int, split: int) -> tuple[Tensor, Tensor]:
         """Rows `first_row` ... of an endless sequence fixed by (seed, split).
 
-        Returns input_ids and labels, each [count, row_length]. While a row is read its label is the state in the
-        order of reading; from `report` on it is the next token, `end` the last. A shorter `length` reads a prefix of
-        the same instructions.
+        Returns input_ids and labels, each [count, 2 + 3 length]. While a row is read its label is the state, from
+        `report` on it is the next token, `end` the last. A shorter `length` reads a prefix of the same instructions.
         """
         if length > len(self.game.instructions):
             raise ValueError(f"{self.name} has {len(self.game.instructions)} different instructions, not {length}")
         start, chosen = self._draw(first_row, count, length, seed, split)
+        states = self.game.run(start, chosen)  # [count, 1 + length]
+        order = chosen.argsort(axis=1)
         first = len(self.game.states)
-        column = np.ones((count, 1), dtype=np.int64)
-        ordered = np.sort(chosen, axis=1)
-        colours = np.array(self.colour_of)[self.game.run(start, ordered)[:, 1:]] + first + len(self.game.instructions)
-        parts = [start[:, None]]
-        for begin in range(0, length, self.every):
-            end = min(begin + self.every, length)
-            parts += [ordered[:, begin:end] + first, colours[:, end - 1 : end]]
-        written = np.concatenate(parts, axis=1)
-        input_ids = np.concatenate([start[:, None], chosen + first, self.report_id * column, written], axis=1)
-        labels = np.concatenate([self.game.run(start, chosen), written, self.end_id * column], axis=1)
+        written = np.stack(
+            [np.take_along_axis(chosen, order, 1) + first, np.take_along_axis(states[:, 1:], order, 1)], axis=2
+        ).reshape(count, 2 * length)
+        report, end = np.full((count, 1), self.report_id), np.full((count, 1), self.end_id)
+        input_ids = np.concatenate([start[:, None], chosen + first, report, written], axis=1)
+        labels = np.concatenate([states, written, end], axis=1)
         return torch.from_numpy(input_ids), torch.from_numpy(labels)
 
     def _draw(self, first_row: int, count: int, length: int, seed: int, split: int) -> tuple[np.ndarray, np.ndarray]:
@@ -120,12 +103,4 @@ def _next(circle: tuple[int, ...], cup: int) -> int:
     return circle[(circle.index(cup) + 1) % 3] if cup in circle else cup
 
 
-def _reports() -> list[ReportTask]:
-    game, colours, colour_of = rotations(), ("red", "green", "blue"), (0, 0, 1, 1, 2)
-    return [
-        ReportTask("rotation_report_dense", game, colours, colour_of, every=1),
-        ReportTask("rotation_report", game, colours, colour_of, every=4),
-    ]
-
-
-REPORTS = {task.name: task for task in _reports()}
+REPORTS = {"rotation_report": ReportTask("rotation_report", rotations())}

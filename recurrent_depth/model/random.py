@@ -14,7 +14,6 @@ from torch import Tensor
 STATE_STREAM = 1  # initial states
 DEPTH_STREAM = 2  # how many recurrences a micro-step runs
 SAMPLE_STREAM = 3  # which token is drawn
-LENGTH_STREAM = 4  # how long the rows of a step are
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
