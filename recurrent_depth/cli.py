@@ -2,10 +2,15 @@
 
 import dataclasses
 import importlib
+import itertools
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def parse_options(options: type, prog: str, arguments: list[str]) -> Any:
     parser = ArgumentParser(prog=prog, description=(options.__doc__ or "").splitlines()[0])
     parser.add_argument("--config", action="config", help="YAML file; options after it override its fields")
     parser.add_class_arguments(options, as_group=False)
-    parsed = parser.parse_args(_normalised(arguments, options))
+    parsed = parser.parse_args(_whole_sections(_normalised(arguments, options), options))
     del parsed["config"]
     instances = parser.instantiate(parsed)
     return options(**{field.name: instances[field.name] for field in dataclasses.fields(options)})
@@ -118,6 +123,32 @@ def _normalised(arguments: list[str], options: type) -> list[str]:
         else:
             result.append(_bracketed(argument) if expects_list else argument)
     return result
+
+
+def _whole_sections(arguments: list[str], options: type) -> list[str]:
+    """`--data.path X` as the whole of the file's `data` with that path.
+
+    jsonargparse forgets the rest of a section that may be of several kinds (its type is a union) when one field of it
+    is given.
+    """
+    fields = dataclasses.fields(options)
+    unions = {field.name for field in fields if sum(map(dataclasses.is_dataclass, get_args(field.type))) > 1}
+    files = [value for name, value in itertools.pairwise(arguments) if name == "--config" and Path(value).is_file()]
+    sections: dict[str, Any] = {}
+    for file in files:
+        content = yaml.safe_load(Path(file).read_text())
+        sections |= {name: value for name, value in (content or {}).items() if name in unions}
+    result, rest = [], list(arguments)
+    changed: dict[str, Any] = {}
+    while rest:
+        argument = rest.pop(0)
+        section, _, key = argument.removeprefix("--").partition(".")
+        key, equals, value = key.partition("=")
+        if argument.startswith("--") and key and isinstance(sections.get(section), dict) and (equals or rest):
+            changed.setdefault(section, dict(sections[section]))[key] = yaml.safe_load(value if equals else rest.pop(0))
+        else:
+            result.append(argument)
+    return [*result, *(part for name, value in changed.items() for part in (f"--{name}", json.dumps(value)))]
 
 
 def _bracketed(value: str) -> str:

@@ -50,6 +50,18 @@ def test_the_printed_configuration_reads_back(tmp_path, capsys):
     assert again == expected
 
 
+def test_one_field_of_the_data_leaves_the_others(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("out: o\ndata: {path: a, document_masking: true, restart_positions: true}\n")
+    for arguments in (
+        ["--data.path", "b"],
+        ["--data.path=b"],
+        ["--data.path", "b", "--data.restart-positions", "true"],
+    ):
+        data = parse_options(TrainCommand, "test", ["--config", str(file), *arguments]).data
+        assert (data.path, data.document_masking, data.restart_positions) == ("b", True, True)
+
+
 def test_dashes_and_bare_lists():
     options = parse_options(PrepareConfig, "test", ["--out", "o", "--source", "a,b", "--sequence-length", "64"])
     assert options.source == ["a", "b"]

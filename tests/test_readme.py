@@ -32,14 +32,14 @@ def test_the_table_is_the_benchmarks(monkeypatch):
     assert table(json.loads(RESULT.read_text())) in README
 
 
-<<<<<<< HEAD
 def test_the_tables_of_reasoning_are_the_benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from reasoning_tables import PAGE, TABLES, table
 
     for name in TABLES:
         assert table(name) in PAGE.read_text(), f"run benchmarks/reasoning_tables.py: {name} has changed"
-=======
+
+
 def test_the_tables_of_decoding_are_the_benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from decode_table import PAGE, filled, tables
@@ -47,4 +47,3 @@ def test_the_tables_of_decoding_are_the_benchmarks(monkeypatch):
     found = tables()
     assert filled(PAGE.read_text(), found) == PAGE.read_text()
     assert all(table in PAGE.read_text() for table in found.values())
->>>>>>> refs/heads/genbench

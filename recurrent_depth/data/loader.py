@@ -69,24 +69,15 @@ class TaskDataConfig:
         name: shell_game, permutation_automaton, modular_arithmetic or rotation_report.
         min_length, max_length: instructions of a row at the start and at the end of the length curriculum.
         curriculum_fraction: share of the run's steps over which the length grows; 0 starts at max_length.
-<<<<<<< HEAD
-        mixed_lengths: every step draws a length between min_length and the curriculum's; otherwise all rows have the
-            curriculum's, and a model that writes forgets how shorter rows end.
         note_densities: chances of a visible note (NOTE and the state) behind an instruction; every row draws one of
             them. Empty: no notes, and no token for them.
-=======
->>>>>>> refs/heads/genbench
     """
 
     name: str
     min_length: int = 4
     max_length: int = 16
     curriculum_fraction: float = 0.6
-<<<<<<< HEAD
-    mixed_lengths: bool = False
     note_densities: tuple[float, ...] = ()
-=======
->>>>>>> refs/heads/genbench
 
     def __post_init__(self) -> None:
         if self.name not in GENERATED:
@@ -187,18 +178,7 @@ class TaskSource:
 
     def length(self, step: int) -> int:
         """Instructions of a row at a step of the run."""
-        config = self.config
-<<<<<<< HEAD
-        longest = curriculum(config, step, self.total_steps, self.split)
-        if not config.mixed_lengths or self.split == "validation":
-            return longest
-        return int(generator(self.seed, LENGTH_STREAM, step).integers(config.min_length, longest + 1))
-=======
-        growing = config.curriculum_fraction * self.total_steps
-        if self.split == "validation" or step >= growing:
-            return config.max_length
-        return config.min_length + int((config.max_length - config.min_length) * step / growing)
->>>>>>> refs/heads/genbench
+        return curriculum(self.config, step, self.total_steps, self.split)
 
     def batch(self, first_row: int, count: int, step: int) -> Batch:
         split = 1 if self.split == "validation" else 0
