@@ -43,7 +43,6 @@ def recipes(folder: Path) -> dict[str, list[dict[str, Any]]]:
     hard = {"stage": "difficulty", "models": [{"name": "base", "recorded": str(folder / "attempts.jsonl")}]}
     return {
         "curated": [lengths, hard, {"stage": "diverse", "size": SIZE}],
-        "hard, random": [hard, {"stage": "random", "size": SIZE}],
         "random": [{"stage": "random", "size": SIZE}],
         "longest": [lengths, {"stage": "longest", "size": SIZE}],
         "all": [],
@@ -61,7 +60,7 @@ def select(base: Path, seed: int, folder: Path) -> dict[str, list[Row]]:
     (folder / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     chosen = {}
     for name, stages in recipes(folder).items():
-        out = folder / name.replace(", ", "-")
+        out = folder / name
         curate(CurateConfig(str(out), [SourceConfig(str(folder / "pool.jsonl"))], stages, seed, str(folder)))
         chosen[name] = [
             {"question": e.question, "trace": e.trace, "answer": e.answer, "domain": e.domain or ""}
