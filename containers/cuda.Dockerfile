@@ -5,8 +5,8 @@
 FROM pytorch/pytorch:2.13.0-cuda13.0-cudnn9-devel
 WORKDIR /opt/recurrent-depth
 COPY . .
-# torch and triton are the image's: they must not be replaced by what the constraints name.
-RUN grep -v -i -E "^(torch|triton)==" constraints.txt > /tmp/constraints.txt \
+# torch is the image's (and pins its triton): it must not be replaced by what the constraints name.
+RUN grep -v -i -E "^torch==" constraints.txt > /tmp/constraints.txt \
     && pip install --no-cache-dir --constraint /tmp/constraints.txt ".[data,hf]" tensorboard
 ENV PYTHONPATH=/opt/recurrent-depth/kernels OMP_NUM_THREADS=8
 WORKDIR /workspace

@@ -8,7 +8,7 @@ WORKDIR /opt/recurrent-depth
 COPY . .
 # torch and triton are the image's (ROCm builds): they must not be replaced by what the constraints name.
 RUN python -c "import torch; assert torch.version.hip, 'this image has no ROCm build of torch'" \
-    && grep -v -i -E "^(torch|triton)==" constraints.txt > /tmp/constraints.txt \
+    && grep -v -i -E "^torch==" constraints.txt > /tmp/constraints.txt \
     && pip install --no-cache-dir --constraint /tmp/constraints.txt ".[data,hf]" tensorboard
 ENV PYTHONPATH=/opt/recurrent-depth/kernels OMP_NUM_THREADS=8
 # What the field reports to help; docs/scaling.md says why. Nothing of it is measured here.
