@@ -53,10 +53,9 @@ def seconds(model: Any, ids: torch.Tensor, new_tokens: int, **options: Any) -> t
         pad_token_id=0, **options,
     )  # fmt: skip
     elapsed = time.perf_counter() - start
-    held = sum(
-        t.untyped_storage().nbytes() for layer in output.past_key_values.layers for t in (layer.keys, layer.values)
-    )
-    return elapsed, held
+    entries = [t for layer in output.past_key_values.layers for t in (layer.keys, layer.values)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in entries}  # shared ones once
+    return elapsed, sum(storages.values())
 
 
 def measure(model: Any, batch: int, prompt: int, num_steps: int, new_tokens: int, repeats: int) -> dict[str, Any]:
