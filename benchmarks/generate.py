@@ -100,7 +100,8 @@ def main() -> None:
             f"{row['llama_cache_bytes'] / 2**20:.1f} |",
             flush=True,
         )
-    write_result("generate_cpu", {"transformers": transformers.__version__, "shape": asdict(SHAPE), "rows": rows})
+        settings = {"repeats": args.repeats, "transformers": transformers.__version__, "shape": asdict(SHAPE)}
+        write_result("generate_cpu", settings | {"rows": rows})  # after every row: the last ones take long
 
 
 if __name__ == "__main__":
