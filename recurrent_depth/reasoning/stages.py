@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -60,7 +61,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(ABC):
     """Base of all stages: a frozen dataclass of options with these two methods."""
 
     kind: ClassVar[str] = ""
@@ -69,9 +70,9 @@ class Stage:
         """Plain JSON that changes when what the stage reads beside the rows changes (files, models)."""
         return []
 
+    @abstractmethod
     def apply(self, examples: list[Example], context: Context) -> Outcome:
         """The work."""
-        raise NotImplementedError
 
 
 STAGES: dict[str, type[Stage]] = {}
