@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from common import RESULTS, write_result
-from generative import TASK, Exam, exam, score, trained
+from generative import LENGTH, TASK, Exam, exam, score, trained
 from recurrent_depth.generation.decoding import Decoded, Decoding
 from recurrent_depth.generation.exits import ExitRule, OutputKL, Read, StableArgmax, StateChange
 from recurrent_depth.generation.modes import Mode, decode_in_mode
@@ -31,7 +31,7 @@ from recurrent_depth.model.flops import forward_flops
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.runs import load_run_model
 
-MOST, LENGTH = 32, 16
+MOST = 32
 BATCHES = (1, 8, 64)
 SHAPE = ModelConfig(
     n_embd=512, n_heads=8, intermediate_size=1792, n_layers_in_prelude=2, n_layers_in_recurrent_block=4,
@@ -167,8 +167,8 @@ def by_turns(
     return rows
 
 
-def options(length: int = LENGTH, **more: Any) -> Decoding:
-    return Decoding(**{"max_new_tokens": 2 * length + 1, "stop": (TASK.end_id,), **more})
+def options(**more: Any) -> Decoding:
+    return Decoding(**{"max_new_tokens": LENGTH + 2, "stop": (TASK.end_id,), **more})
 
 
 @dataclass
@@ -270,17 +270,18 @@ def add_scores(rows: list[dict[str, Any]], models: dict[str, RecurrentDepthModel
 
 def measure_generative(model: RecurrentDepthModel, repeats: int) -> dict[str, Any]:
     """All ways at batch 1, 8 and 64 on the longest reports."""
-    tuned = tune(model, exam(48, LENGTH, first_row=10_000))
+    tuned = tune(model, exam(96, first_row=10_000))
     models = with_fixed(model, tuned.fewest, TASK.row_length(LENGTH))
     ways = all_ways(tuned.fewest, tuned.rules, tuned.modes, options)
     rows = []
     for batch in BATCHES:
-        prompts = exam(max(batch, 3), LENGTH).prompts
+        prompts = exam(max(batch, 3)).prompts
         rows += by_turns(models, ways, prompts, batch, repeats)
-    add_scores(rows, models, ways, exam(128, LENGTH, first_row=20_000))
+    add_scores(rows, models, ways, exam(256, first_row=20_000))
     layers = {name: models[name].config.unrolled_layers(1) for name in ("fixed-most", "fixed-fewest")}
     return {
-        "rows": rows, "tuning": tuned.candidates, "fewest": tuned.fewest, "fixed_layers": layers,
+        "rows": rows, "tuning": tuned.candidates, "fewest": tuned.fewest,
+        "state_change": vars(tuned.rules["StateChange"])["threshold"], "fixed_layers": layers,
         "shape": asdict(model.config),
     }  # fmt: skip
 
@@ -293,19 +294,18 @@ def replayed_depths() -> tuple[int, ...]:
 
 
 def measure_mixed(model: RecurrentDepthModel, fewest: int, rule: ExitRule, repeats: int) -> dict[str, Any]:
-    """Requests that end after 2 to 33 tokens: padded batches, each to its end, against a batch that is refilled."""
+    """Reports of 2 to 16 instructions: padded batches, each to its end, against a batch that is refilled."""
     rows = []
-    for slots, requests in ((8, 48), (32, 128)):
-        prompts = exam(requests, LENGTH).prompts
-        generator = torch.Generator().manual_seed(0)
-        quotas = torch.randint(2, 2 * LENGTH + 2, (requests,), generator=generator).tolist()
+    for slots, requests in ((8, 64), (32, 192)):
+        lengths = torch.randint(2, LENGTH + 1, (requests,), generator=torch.Generator().manual_seed(0)).tolist()
+        prompts = [exam(1, length, first_row=row).prompts[0] for row, length in enumerate(lengths)]
         ways = [
             Way(f"padded batches, exit by {rule}", options(num_steps=MOST, exit=rule)),
             Way(f"refilled batch, exit by {rule}", options(num_steps=MOST, exit=rule), Refill(slots)),
             Way(f"padded batches, r = {fewest}", options(num_steps=fewest)),
             Way(f"refilled batch, r = {fewest}", options(num_steps=fewest), Refill(slots)),
         ]
-        found = by_turns({"looped": model}, ways, prompts, slots, repeats, quotas)
+        found = by_turns({"looped": model}, ways, prompts, slots, repeats)
         rows += [{"requests": requests, **row} for row in found]
     return {"rows": rows}
 
@@ -370,7 +370,8 @@ def main() -> None:
         if part == "generative":
             save(part, measure_generative(model, args.repeats))
         elif part == "mixed":
-            save(part, measure_mixed(model, saved()["generative"]["fewest"], StateChange(0.1), args.repeats))
+            chosen = saved()["generative"]
+            save(part, measure_mixed(model, chosen["fewest"], StateChange(chosen["state_change"]), args.repeats))
         else:
             for so_far in measure_35m(saved()["generative"], args.repeats):
                 save(part, so_far)

@@ -1,14 +1,16 @@
 """A small model that writes, and whose written tokens need depth: its recipe over seeds, its accuracy by steps.
 
-    python benchmarks/generative.py [--model RUN] [--seeds 1,2,3]
+    python benchmarks/generative.py [--runs RUN RUN ...] [--fixed RUN]
 
-Trains configs/pretrain/generative.yaml (about 8 minutes a seed on one CPU thread), then
-decodes the reports of held-out rows greedily with a full cache. Writes results/generative.json. benchmarks/decode.py
-measures decoding on this model.
+Without run folders it trains configs/pretrain/generative.yaml with seeds 1 to 3, and a model of fixed depth with the
+FLOPs of FEWEST steps on the same rows (about 15 minutes each on one CPU thread). Held-out rows of 16 instructions are
+written greedily with a full cache: by steps of the core, and with other steps for the prompt than for what is written,
+which shows where the depth is. Writes results/generative.json; benchmarks/decode.py measures decoding on the first run.
 """
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from common import write_result
 from recurrent_depth.cli import parse_options
 from recurrent_depth.data.report_task import REPORTS
 from recurrent_depth.evaluation.dense import VALIDATION_SPLIT
+from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.runs import load_run_model
@@ -29,60 +32,88 @@ from recurrent_depth.training.launch import train
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "generative.yaml"
 TASK = REPORTS["rotation_report"]
 DEPTHS = (1, 2, 4, 6, 8, 10, 12, 16, 24, 32)
-LENGTHS = (16,)
-ROWS = 64
+LENGTH, ROWS = 16, 256
+FEWEST = 12  # steps whose FLOPs the fixed depth has
+FIXED = {  # of the layers, one is the core's and one the coda's
+    "model.n_layers_in_prelude": FEWEST,
+    "model.mean_recurrence": 1,
+    "model.mean_backprop_depth": "null",
+    "model.sampling_scheme": "fixed",
+}
 
 
 @dataclass
 class Exam:
-    """Prompts, and what should be written after each: every instruction with the state after it, `end`."""
+    """Prompts, and what should be written after each: its instructions in order, the answer, `end`."""
 
     prompts: list[list[int]]
     expected: list[list[int]]
 
-    def __add__(self, other: "Exam") -> "Exam":
-        return Exam(self.prompts + other.prompts, self.expected + other.expected)
 
-
-def exam(rows: int, length: int, first_row: int = 0) -> Exam:
+def exam(rows: int, length: int = LENGTH, first_row: int = 0) -> Exam:
     """Held-out rows with `length` instructions."""
     ids, labels = TASK.rows(first_row, rows, length, seed=0, split=VALIDATION_SPLIT)
-    read = length + 2  # start, instructions, `report`
+    read = TASK.prompt_length(length)
     return Exam(ids[:, :read].tolist(), labels[:, read - 1 :].tolist())
 
 
-def score(written: list[list[int]], expected: list[list[int]]) -> dict[str, float]:
-    """Shares: reports that are right to the last token, tokens, and answers (the tokens that need depth)."""
+def score(written: Sequence[list[int]], expected: Sequence[list[int]]) -> dict[str, float]:
+    """Shares: reports that are right to the last token, tokens, and answers (where the ball is)."""
     exact, tokens, answers = [], [], []
     for mine, right in zip(written, expected, strict=True):
         exact.append(mine == right)
         mine = mine[: len(right)] + [-1] * (len(right) - len(mine))
-        hits = [a == b for a, b in zip(mine, right, strict=True)]
-        tokens += hits
-        answers += hits[1:-1:2]
+        tokens += [a == b for a, b in zip(mine, right, strict=True)]
+        answers.append(mine[-2] == right[-2])
     return {name: sum(v) / len(v) for name, v in (("exact", exact), ("tokens", tokens), ("answers", answers))}
 
 
-def trained(seed: int | None = None) -> RecurrentDepthModel:
-    """The recipe's model; another seed than its own if one is given."""
+def trained(**changes: Any) -> RecurrentDepthModel:
+    """The recipe's model, with other values of some fields."""
     with tempfile.TemporaryDirectory() as scratch:
         arguments = ["--config", str(CONFIG), "--out", f"{scratch}/run"]
-        if seed is not None:
-            arguments += ["--seed", str(seed)]
+        for name, value in changes.items():
+            arguments += [f"--{name}", str(value)]
         train(parse_options(TrainCommand, "train", arguments).run_config())
         return load_run_model(f"{scratch}/run")
 
 
-def accuracies(model: RecurrentDepthModel) -> list[dict[str, Any]]:
-    """By instructions and steps: plain greedy decoding, full cache."""
+def accuracies(model: RecurrentDepthModel, depths: Sequence[int] = DEPTHS) -> list[dict[str, Any]]:
+    """By steps: plain greedy decoding, full cache."""
+    test = exam(ROWS)
     found = []
-    for length in LENGTHS:
-        test = exam(ROWS, length)
-        for r in DEPTHS:
-            options = Decoding(max_new_tokens=2 * length + 1, num_steps=r, stop=(TASK.end_id,))
-            written = decode(model, test.prompts, options)
-            found.append({"length": length, "num_steps": r, **score(written.tokens, test.expected)})
+    for r in depths:
+        options = Decoding(max_new_tokens=LENGTH + 2, num_steps=r, stop=(TASK.end_id,))
+        found.append({"num_steps": r, **score(decode(model, test.prompts, options).tokens, test.expected)})
     return found
+
+
+def where_the_depth_is(model: RecurrentDepthModel, few: int = 4, most: int = 32) -> list[dict[str, Any]]:
+    """Few and most steps for the prompt, few and most for what is written."""
+    test = exam(ROWS)
+    found = []
+    for read in (few, most):
+        for write in (few, most):
+            written = write_with(model, torch.tensor(test.prompts), read, write, len(test.expected[0]))
+            found.append({"read_steps": read, "write_steps": write, **score(written, test.expected)})
+    return found
+
+
+@torch.no_grad()
+def write_with(
+    model: RecurrentDepthModel, prompts: torch.Tensor, read: int, write: int, tokens: int
+) -> list[list[int]]:
+    """Greedy tokens of prompts [B, T]; entries of a token that took few steps stand at the later steps as well."""
+    (B, T), most = prompts.shape, max(read, write)
+    cache = RecurrentCache(model.config, B, T + tokens, most)
+    ids, written = prompts, []
+    for steps in [read] + [write] * (tokens - 1):
+        columns = range(cache.length(), cache.length() + ids.shape[1])
+        written.append(model(ids, num_steps=steps, cache=cache).logits[:, -1].argmax(-1))
+        for row in range(B):
+            cache.leave([row] * len(columns), list(columns), [steps] * len(columns))
+        ids = written[-1][:, None]
+    return torch.stack(written, dim=1).tolist()
 
 
 def seed_of(run: str) -> int:
@@ -90,24 +121,29 @@ def seed_of(run: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="run folder; default: train the recipe")
-    parser.add_argument("--seeds", default="1", help="seeds to train, comma separated")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", help="run folders; default: train seeds 1 to 3")
+    parser.add_argument("--fixed", help="run folder of the fixed depth; default: train it")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    seeds = [seed_of(run) for run in args.runs] if args.runs else [1, 2, 3]
     runs = []
-    seeds = [seed_of(args.model)] if args.model else [int(s) for s in args.seeds.split(",")]
-    for seed in seeds:
-        model = load_run_model(args.model) if args.model else trained(seed)
-        rows = accuracies(model)
-        runs.append({"seed": seed, "parameters": model.num_parameters, "rows": rows})
-        print(f"seed {seed}: {model.num_parameters} parameters\n")
-        print("| instructions | r | exact | tokens | answers |")
-        print("|---|---|---|---|---|")
-        for row in rows:
-            shares = " | ".join(f"{100 * row[k]:.1f}" for k in ("exact", "tokens", "answers"))
-            print(f"| {row['length']} | {row['num_steps']} | {shares} |", flush=True)
-    write_result("generative", {"rows_per_length": ROWS, "runs": runs})
+    for place, seed in enumerate(seeds):
+        model = load_run_model(args.runs[place]) if args.runs else trained(seed=seed)
+        run = {"seed": seed, "parameters": model.num_parameters, "rows": accuracies(model)}
+        runs.append(run | {"where": where_the_depth_is(model)})
+        print_run(runs[-1])
+    fixed = load_run_model(args.fixed) if args.fixed else trained(**FIXED)
+    baseline = {"layers": fixed.config.unrolled_layers(1), "parameters": fixed.num_parameters}
+    baseline |= accuracies(fixed, (1,))[0]
+    print(baseline)
+    write_result("generative", {"rows": ROWS, "runs": runs, "fixed_depth": baseline})
+
+
+def print_run(run: dict[str, Any]) -> None:
+    print(f"seed {run['seed']}: {run['parameters']} parameters")
+    for row in run["rows"] + run["where"]:
+        print("  " + ", ".join(f"{name} {value:.3g}" for name, value in row.items()), flush=True)
 
 
 if __name__ == "__main__":

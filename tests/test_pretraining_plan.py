@@ -10,10 +10,12 @@ from live_memory import LiveMemory
 from recurrent_depth.cli import main
 from recurrent_depth.data.loader import TaskDataConfig
 from recurrent_depth.model.config import SHAPES, ModelConfig
+from recurrent_depth.model.flops import training_flops
 from recurrent_depth.planning.devices import DEVICES
 from recurrent_depth.planning.pretraining import Job, communication, fits, memory, remedies, throughput
 from recurrent_depth.training.optimizer import OptimizerConfig, local
 from recurrent_depth.training.parallel import RuntimeConfig, start_processes
+from recurrent_depth.training.schedule import DepthRampConfig
 from recurrent_depth.training.trainer import Trainer
 from support import run_ranks, small_run
 
@@ -119,6 +121,15 @@ def test_time_is_flops_over_peak_plus_bytes_over_links():
     assert speed.communication_seconds == pytest.approx((inside + across) / 0.7)
     total = speed.compute_seconds + speed.communication_seconds
     assert speed.tokens_per_second == pytest.approx(4096 * 4096 / total)
+
+
+@pytest.mark.parametrize("ramp_steps", [40, 100, 250])
+def test_a_ramp_of_the_depth_counts_by_the_depths_of_the_run(tmp_path, ramp_steps):
+    model = dataclasses.replace(MODEL, sampling_scheme="fixed", mean_recurrence=32, mean_backprop_depth=4)
+    run = small_run(tmp_path, model=model, steps=100, depth_ramp=DepthRampConfig(start=4, steps=ramp_steps))
+    depths = [round(4 + 28 * min(1, step / ramp_steps)) for step in range(100)]
+    executed = sum(training_flops(model, TOKENS, depth - 4, 4) for depth in depths) / 100
+    assert throughput(Job(run, 1, TOKENS), DEVICES["h100"], 0.5).executed == pytest.approx(executed / TOKENS, rel=0.01)
 
 
 def test_the_command_plans_a_shipped_configuration(capsys):

@@ -18,8 +18,10 @@ from recurrent_depth.data.layout import Split
 from recurrent_depth.data.notes import noted_tokenizer, random_places, with_notes
 from recurrent_depth.data.report_task import REPORTS, ReportTask
 from recurrent_depth.data.tasks import TASKS, StateTask
+from recurrent_depth.model.random import generator
 
 IGNORE_INDEX = -100
+LENGTH_STREAM = 6
 GENERATED: dict[str, StateTask | ReportTask] = {**TASKS, **REPORTS}
 
 
@@ -69,6 +71,8 @@ class TaskDataConfig:
         name: shell_game, permutation_automaton, modular_arithmetic or rotation_report.
         min_length, max_length: instructions of a row at the start and at the end of the length curriculum.
         curriculum_fraction: share of the run's steps over which the length grows; 0 starts at max_length.
+        mixed_lengths: every step draws a length between min_length and that of the curriculum. Rows of one length
+            teach one length.
         note_densities: chances of a visible note (NOTE and the state) behind an instruction; every row draws one of
             them. Empty: no notes, and no token for them.
     """
@@ -77,6 +81,7 @@ class TaskDataConfig:
     min_length: int = 4
     max_length: int = 16
     curriculum_fraction: float = 0.6
+    mixed_lengths: bool = False
     note_densities: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -178,7 +183,10 @@ class TaskSource:
 
     def length(self, step: int) -> int:
         """Instructions of a row at a step of the run."""
-        return curriculum(self.config, step, self.total_steps, self.split)
+        longest = curriculum(self.config, step, self.total_steps, self.split)
+        if not self.config.mixed_lengths or self.split == "validation":
+            return longest
+        return int(generator(self.seed, LENGTH_STREAM, step).integers(self.config.min_length, longest + 1))
 
     def batch(self, first_row: int, count: int, step: int) -> Batch:
         split = 1 if self.split == "validation" else 0

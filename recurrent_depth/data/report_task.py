@@ -1,11 +1,13 @@
-"""A generated task that writes: follow a ball through moves, then say where it was after each, asked in another order.
+"""A generated task that writes, and whose written tokens need depth: put moves in order, then say where the ball is.
 
-A row reads `cup2 turn013 turn420 ... report`, and the model writes `turn013 cup4 turn021 cup0 ... end`: every
-instruction of the row in the order of the vocabulary, each followed by the place of the ball after it. Instructions of
-a row differ, so each names one moment. The moments are asked in an order that has nothing to do with time: an answer
-does not follow from the answers before it. It is the composition of all instructions up to its moment, which a model
-works out while it reads: at few steps of the core answers are wrong, but where the prompt was read with many steps,
-few are enough to write (docs/decisions.md).
+A row reads `turn142 turn013 ... report cup2`, and the model writes `turn013 ... turn142 cup4 end`: the instructions
+that it read, in the order of the vocabulary, then the place of a ball that starts under cup2 and is moved by them in
+that order. Which instruction comes next is known only when it is written, so nothing can be composed while the prompt
+is read, and no state is written before the end: every written instruction has to be composed with those before it, in
+the depth of its own position, or the last answer is wrong.
+
+One answer a row teaches little. So most rows of training are lessons: the same tokens behind another mark, and the
+label of each written instruction is the state after it.
 """
 
 import itertools
@@ -19,15 +21,18 @@ from torch import Tensor
 from recurrent_depth.data.tasks import PAD, StateTask, word_tokenizer
 from recurrent_depth.model.random import philox
 
-REPORT, END = "<|report|>", "<|end|>"
+REPORT, LESSON, END = "<|report|>", "<|lesson|>", "<|end|>"
+TRAINING_SPLIT = 0
+LESSONS = 0.7  # share of the rows of training
+_IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
 class ReportTask:
-    """State tracking that ends in a written report.
+    """State tracking over instructions that the model itself puts in order.
 
     Attributes:
-        game: what is tracked; its token ids stay as they are, `report`, `end` and padding follow.
+        game: what is tracked; its token ids stay as they are; the marks, `end` and padding follow.
     """
 
     name: str
@@ -40,11 +45,11 @@ class ReportTask:
     @property
     def vocabulary(self) -> tuple[str, ...]:
         """Token names in the order of their ids; the last one is padding."""
-        return (*self.game.states, *self.game.instructions, REPORT, END, PAD)
+        return (*self.game.states, *self.game.instructions, REPORT, LESSON, END, PAD)
 
     @property
     def report_id(self) -> int:
-        return len(self.vocabulary) - 3
+        return len(self.vocabulary) - 4
 
     @property
     def end_id(self) -> int:
@@ -57,38 +62,48 @@ class ReportTask:
         """Token ids as words."""
         return " ".join(self.vocabulary[index] for index in ids)
 
+    def prompt_length(self, length: int) -> int:
+        """Tokens that are read: `length` instructions, the mark, the start."""
+        return length + 2
+
     def row_length(self, length: int) -> int:
-        """Tokens of a row with `length` instructions: start, instructions, `report`, two written for each."""
-        return 2 + 3 * length
+        """Tokens of a row with `length` instructions: the prompt, the instructions again, the answer."""
+        return self.prompt_length(length) + length + 1
 
     def rows(self, first_row: int, count: int, length: int, *, seed: int, split: int) -> tuple[Tensor, Tensor]:
-        """Rows `first_row` ... of an endless sequence fixed by (seed, split).
+        """Rows `first_row` ... of an endless sequence fixed by (seed, split); those of split 0 are mostly lessons.
 
-        Returns input_ids and labels, each [count, 2 + 3 length]. While a row is read its label is the state, from
-        `report` on it is the next token, `end` the last. A shorter `length` reads a prefix of the same instructions.
+        Returns input_ids and labels, each [count, 2 length + 3]. What is read has no labels (-100). Behind it the label
+        is the next token, `end` the last; in a lesson it is the state, and the answer has none.
         """
         if length > len(self.game.instructions):
             raise ValueError(f"{self.name} has {len(self.game.instructions)} different instructions, not {length}")
-        start, chosen = self._draw(first_row, count, length, seed, split)
-        states = self.game.run(start, chosen)  # [count, 1 + length]
-        order = chosen.argsort(axis=1)
+        start, chosen, lesson = self._draw(first_row, count, length, seed, split)
+        ordered = np.sort(chosen, axis=1)
+        states = self.game.run(start, ordered)  # [count, 1 + length]
         first = len(self.game.states)
-        written = np.stack(
-            [np.take_along_axis(chosen, order, 1) + first, np.take_along_axis(states[:, 1:], order, 1)], axis=2
-        ).reshape(count, 2 * length)
-        report, end = np.full((count, 1), self.report_id), np.full((count, 1), self.end_id)
-        input_ids = np.concatenate([start[:, None], chosen + first, report, written], axis=1)
-        labels = np.concatenate([states, written, end], axis=1)
+        mark = np.where(lesson, self.report_id + 1, self.report_id)
+        written = np.concatenate([ordered + first, states[:, -1:]], axis=1)  # [count, length + 1]
+        input_ids = np.concatenate([chosen + first, mark[:, None], start[:, None], written], axis=1)
+        none = np.full((count, length + 2), _IGNORE_INDEX)
+        end = np.full((count, 1), self.end_id)
+        reported = np.concatenate([none[:, 1:], written, end], axis=1)
+        taught = np.concatenate([none[:, 1:], states, none[:, :1]], axis=1)
+        labels = np.where(lesson[:, None], taught, reported)
         return torch.from_numpy(input_ids), torch.from_numpy(labels)
 
-    def _draw(self, first_row: int, count: int, length: int, seed: int, split: int) -> tuple[np.ndarray, np.ndarray]:
-        """Start states [count] and different instructions [count, length]."""
+    def _draw(
+        self, first_row: int, count: int, length: int, seed: int, split: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Start states [count], different instructions [count, length], and which rows are lessons [count]."""
         rows = torch.arange(first_row, first_row + count)[:, None]
-        channels = torch.arange(1 + len(self.game.instructions))[None]
+        channels = torch.arange(2 + len(self.game.instructions))[None]
         zero = torch.zeros((1, 1), dtype=torch.int64)
         bits = philox((channels, rows & 0xFFFFFFFF, rows >> 32, zero), (seed & 0xFFFFFFFF, split))[0]
-        start = (bits[:, 0] % len(self.game.states)).numpy()
-        return start, bits[:, 1:].argsort(dim=1, stable=True)[:, :length].numpy()
+        start = bits[:, 0] % len(self.game.states)
+        lesson = (bits[:, 1] < LESSONS * 2**32) & (split == TRAINING_SPLIT)
+        chosen = bits[:, 2:].argsort(dim=1, stable=True)[:, :length]
+        return start.numpy(), chosen.numpy(), lesson.numpy()
 
 
 def rotations(cups: int = 5) -> StateTask:

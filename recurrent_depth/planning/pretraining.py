@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from recurrent_depth.model.config import ModelConfig
-from recurrent_depth.model.flops import mean_training_flops
+from recurrent_depth.model.flops import Recompute, mean_training_flops
 from recurrent_depth.model.recurrence import sample_depth
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.planning.activations import activation_bytes, head_bytes, recomputed_bytes
 from recurrent_depth.planning.devices import LINK_EFFICIENCY, RESERVE, Device
 from recurrent_depth.training.run import RunConfig
+from recurrent_depth.training.schedule import ramped
 
 _MASTER = 4  # bytes of a weight, a gradient or a moment in fp32
 
@@ -180,12 +181,24 @@ class Throughput:
 
 def throughput(job: Job, device: Device, utilisation: float) -> Throughput:
     """Expected speed where executed FLOPs run at `utilisation` of the peak and communication does not overlap."""
-    config, recompute = job.run.model, job.run.runtime.activation_checkpointing
-    useful = mean_training_flops(config, job.tokens) / job.tokens
-    executed = mean_training_flops(config, job.tokens, recompute) / job.tokens
+    useful = _mean_flops(job, "none") / job.tokens
+    executed = _mean_flops(job, job.run.runtime.activation_checkpointing) / job.tokens
     compute = executed * job.tokens_per_step / job.gpus / (device.peak * utilisation)
     sending = communication_seconds(job, device)
     return Throughput(useful, executed, compute, sending, job.tokens_per_step / (compute + sending))
+
+
+def _mean_flops(job: Job, recompute: Recompute) -> float:
+    """Of a row, over the whole run: a ramp of the depth counts by the share of the run that it takes."""
+    run, flops = job.run, mean_training_flops(job.run.model, job.tokens, recompute)
+    if run.depth_ramp is None:
+        return flops
+    last = min(run.depth_ramp.steps, run.steps)
+    moments = [(2 * i + 1) * last // 32 for i in range(16)]
+    growing = [
+        mean_training_flops(ramped(run.model, run.depth_ramp, m), job.tokens, recompute, draws=512) for m in moments
+    ]
+    return (last * sum(growing) / len(growing) + (run.steps - last) * flops) / run.steps
 
 
 def fits(job: Job, device: Device) -> bool:

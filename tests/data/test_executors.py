@@ -1,4 +1,4 @@
-"""datatrove's executors run the same tasks: the local one for real, Slurm's by the scripts that it writes."""
+"""datatrove's executors run the same tasks: the local one and (where it is installed) Ray's for real, Slurm's by its scripts."""
 
 import dataclasses
 import json
@@ -125,8 +125,21 @@ def pickled(file):
         return dill.load(content)
 
 
-def test_ray_is_constructed_but_not_run_here(corpus, tmp_path):
+def test_ray_has_an_executor_a_phase(corpus, tmp_path):
     config = dataclasses.replace(config_for(corpus, tmp_path / "data"), executor="ray", workers=2)
     executors = datatrove_executors(Job.plan(config))
     assert [type(executor).__name__ for executor in executors] == ["RayPipelineExecutor"] * 5
     assert [executor.tasks for executor in executors] == [1, 4, 1, 4, 1]
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_of_one_node_gives_the_same_files(corpus, tmp_path):
+    ray = pytest.importorskip("ray", reason="Ray is not part of the development environment")
+    prepare(config_for(corpus, tmp_path / "expected"))
+    ray.init(num_cpus=2, include_dashboard=False)
+    try:
+        slurm = SlurmConfig(cpus_per_task=1, mem_per_cpu_gb=1)
+        prepare(config_for(corpus, tmp_path / "data", executor="ray", workers=2, slurm=slurm))
+    finally:
+        ray.shutdown()
+    assert folder_hash(tmp_path / "data") == folder_hash(tmp_path / "expected")

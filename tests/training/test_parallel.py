@@ -11,7 +11,7 @@ from recurrent_depth.training.optimizer import OptimizerConfig
 from recurrent_depth.training.parallel import RuntimeConfig
 from recurrent_depth.training.run import RunConfig
 from recurrent_depth.training.trainer import Trainer
-from support import losses, run_ranks, small_run
+from support import final_tensors, losses, run_ranks, small_run
 
 CPU = RuntimeConfig(device="cpu", threads=1)
 
@@ -62,6 +62,20 @@ def test_a_run_goes_on_at_another_number_of_ranks(tmp_path):
     for world_size, stop in [(2, 3), (4, 7), (1, 10), (2, 0)]:
         assert run_ranks(train_some, world_size, moved, stop) == [0] * world_size
     close(losses(tmp_path / "moved"), losses(tmp_path / "whole"))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_muon_resumes_bit_for_bit(tmp_path, world_size):
+    muon = OptimizerConfig(name="muon", lr=2e-3, warmup_steps=3)
+    whole, stopped = (small_run(tmp_path / name, optimizer=muon) for name in ("whole", "stopped"))
+    assert run_ranks(train_some, world_size, whole, 0) == [0] * world_size
+    for stop in (5, 0):
+        assert run_ranks(train_some, world_size, stopped, stop) == [0] * world_size
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    expected, actual = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "stopped")
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
 def train_with_nan(config: RunConfig, step: int, rank: int) -> None:
