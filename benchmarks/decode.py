@@ -31,15 +31,16 @@ from recurrent_depth.model.flops import forward_flops
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.runs import load_run_model
 
-MOST = 32
+MOST, CAP = 32, 16
+"""Steps of plain decoding; a lower limit for exits, since a few states never settle."""
 BATCHES = (1, 8, 64)
 SHAPE = ModelConfig(
     n_embd=512, n_heads=8, intermediate_size=1792, n_layers_in_prelude=2, n_layers_in_recurrent_block=4,
     n_layers_in_coda=2, vocab_size=8192, block_size=256, mean_recurrence=8,
 )  # fmt: skip
 RULES: tuple[ExitRule, ...] = (
-    *(StateChange(t) for t in (0.3, 0.1, 0.03, 0.01)),
-    *(OutputKL(t) for t in (5e-4, 1e-5, 1e-7, 1e-9)),
+    *(StateChange(t) for t in (0.3, 0.1, 0.05, 0.03, 0.02, 0.01)),
+    *(OutputKL(t) for t in (5e-4, 1e-7, 1e-9, 1e-11, 1e-13)),
     *(StableArgmax(n) for n in (3, 5, 8)),
 )
 WAVEFRONTS = tuple(Wavefront(steps, exact=exact) for exact in (True, False) for steps in (1, 2, 4))
@@ -273,17 +274,27 @@ def measure_generative(model: RecurrentDepthModel, repeats: int) -> dict[str, An
     tuned = tune(model, exam(96, first_row=10_000))
     models = with_fixed(model, tuned.fewest, TASK.row_length(LENGTH))
     ways = all_ways(tuned.fewest, tuned.rules, tuned.modes, options)
+    capped = [Way(f"exit by {r}, at most {CAP} steps", options(num_steps=CAP, exit=r)) for r in tuned.rules.values()]
+    ways = [*ways[:2], *capped, *ways[2:]]
     rows = []
     for batch in BATCHES:
-        prompts = exam(max(batch, 3)).prompts
+        prompts = exam(max(batch, 8)).prompts
         rows += by_turns(models, ways, prompts, batch, repeats)
-    add_scores(rows, models, ways, exam(256, first_row=20_000))
+    many, rule = exam(256, first_row=20_000), tuned.rules["StateChange"]
+    add_scores(rows, models, ways, many)
     layers = {name: models[name].config.unrolled_layers(1) for name in ("fixed-most", "fixed-fewest")}
     return {
         "rows": rows, "tuning": tuned.candidates, "fewest": tuned.fewest,
-        "state_change": vars(tuned.rules["StateChange"])["threshold"], "fixed_layers": layers,
+        "state_change": vars(rule)["threshold"], "settling": settling(model, rule, many), "fixed_layers": layers,
         "shape": asdict(model.config),
     }  # fmt: skip
+
+
+def settling(model: RecurrentDepthModel, rule: ExitRule, test: Exam) -> dict[str, Any]:
+    """Steps until each written token leaves the core (the first one's are the prompt's mean)."""
+    decoded = decode_in_mode(model, test.prompts, options(num_steps=MOST, exit=rule))
+    steps = torch.tensor([row for row in decoded.steps if len(row) == LENGTH + 2])
+    return {"mean_by_token": steps.mean(0).tolist(), "share_at_limit": (steps[:, 1:] == MOST).double().mean().item()}
 
 
 def replayed_depths() -> tuple[int, ...]:

@@ -22,6 +22,7 @@ def tables() -> dict[str, str]:
     found = {
         "early exit": early_exit(early["rows"]),
         "generative": by_steps(accuracy["runs"]),
+        "where": where(accuracy["runs"]),
         "ways": ways(parts["generative"]["rows"]),
         "mixed": mixed(parts["mixed"]["rows"]),
     }
@@ -62,14 +63,23 @@ def _rule(row: Row) -> tuple[str, float]:
 
 
 def by_steps(runs: list[Row]) -> str:
-    """Reports of 16 instructions: exact matches, all tokens, answers, by seed and steps."""
-    steps = [row["num_steps"] for row in runs[0]["rows"] if row["length"] == 16]
+    """Exact matches, all tokens, answers, by seed and steps."""
+    steps = [row["num_steps"] for row in runs[0]["rows"]]
     lines = ["| seed | share of | " + " | ".join(f"r = {r}" for r in steps) + " |", "|---|---|" + "---|" * len(steps)]
     for run in runs:
-        rows = [row for row in run["rows"] if row["length"] == 16]
+        rows = run["rows"]
         for key, label in (("exact", "whole reports"), ("tokens", "tokens"), ("answers", "answers")):
             shares = " | ".join(f"{100 * row[key]:.1f}" for row in rows)
             lines.append(f"| {run['seed']} | {label} | {shares} |")
+    return "\n".join(lines)
+
+
+def where(runs: list[Row]) -> str:
+    """Whole reports by steps for the prompt and for what is written."""
+    lines = ["| seed | prompt, written: steps | whole reports |", "|---|---|---|"]
+    for run in runs:
+        for row in run["where"]:
+            lines.append(f"| {run['seed']} | {row['read_steps']}, {row['write_steps']} | {100 * row['exact']:.1f} |")
     return "\n".join(lines)
 
 
@@ -82,13 +92,17 @@ def ways(rows: list[Row]) -> str:
     heads += ["core steps a token", f"cache MiB, batch {batches[-1]}", "accepted"] + ["exact, %"] * scored
     lines = ["| way | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for way in dict.fromkeys(row["way"] for row in rows):
-        mine = [cells[way, b] for b in batches]
-        speeds = [f"{row['tokens_per_s']:,.0f}, {row['speedup']:.2f}x" for row in mine]
+        mine = [cells[way, b] for b in batches if (way, b) in cells]
+        speeds = [_speed(cells.get((way, b))) for b in batches]
         accepted = [f"{100 * row['acceptance']:.0f}%" for row in mine if row["acceptance"] is not None]
         marks = [f"{100 * mine[0]['exact']:.1f}" if "exact" in mine[0] else "untrained"] if scored else []
         rest = [_steps(mine), f"{mine[-1]['cache_bytes'] / 2**20:.2f}", ", ".join(dict.fromkeys(accepted)), *marks]
         lines.append(f"| {way} | " + " | ".join(speeds + rest) + " |")
     return "\n".join(lines)
+
+
+def _speed(row: Row | None) -> str:
+    return "" if row is None else f"{row['tokens_per_s']:,.0f}, {row['speedup']:.2f}x"
 
 
 def _steps(rows: list[Row]) -> str:

@@ -1,4 +1,4 @@
-"""datatrove's executors run the same tasks: the local one and (where it is installed) Ray's for real, Slurm's by its scripts."""
+"""datatrove's executors run the same tasks: local and (if installed) Ray for real, Slurm's by its scripts."""
 
 import dataclasses
 import json
