@@ -220,7 +220,7 @@ def fastest(model: RecurrentDepthModel, test: Exam, modes: Sequence[Mode], full:
     found = []
     for mode in modes:
         way = Way(str(mode), options(num_steps=MOST, **more), mode)
-        seconds, _ = timed(model, test.prompts[:2], way, 1)
+        seconds, _ = timed(model, test.prompts[:8], way, 1)
         _, results = timed(model, test.prompts, way, len(test.prompts))
         exact = score(results[0].tokens, test.expected)["exact"]
         print(f"tune {mode} exact {exact:.3f} {seconds:.2f} s", flush=True)

@@ -63,14 +63,16 @@ def _rule(row: Row) -> tuple[str, float]:
 
 
 def by_steps(runs: list[Row]) -> str:
-    """Exact matches, all tokens, answers, by seed and steps."""
-    steps = [row["num_steps"] for row in runs[0]["rows"]]
-    lines = ["| seed | share of | " + " | ".join(f"r = {r}" for r in steps) + " |", "|---|---|" + "---|" * len(steps)]
+    """Exact matches, all tokens and answers, by seed, length and steps."""
+    steps = list(dict.fromkeys(row["num_steps"] for row in runs[0]["rows"]))
+    heads = " | ".join(f"r = {r}" for r in steps)
+    lines = [f"| seed | rotations | share of | {heads} |", "|---|---|---|" + "---|" * len(steps)]
     for run in runs:
-        rows = run["rows"]
-        for key, label in (("exact", "whole reports"), ("tokens", "tokens"), ("answers", "answers")):
-            shares = " | ".join(f"{100 * row[key]:.1f}" for row in rows)
-            lines.append(f"| {run['seed']} | {label} | {shares} |")
+        for length in dict.fromkeys(row["length"] for row in run["rows"]):
+            rows = [row for row in run["rows"] if row["length"] == length]
+            for key, label in (("exact", "whole reports"), ("tokens", "tokens")):
+                shares = " | ".join(f"{100 * row[key]:.1f}" for row in rows)
+                lines.append(f"| {run['seed']} | {length} | {label} | {shares} |")
     return "\n".join(lines)
 
 
