@@ -1,4 +1,4 @@
-"""Every way to decode, side by side: on the model whose written tokens need depth, and on a 35M shape.
+"""Every way to decode, side by side: on the small model that writes, and on a 35M shape.
 
     python benchmarks/decode.py [--model RUN] [--parts generative,mixed,35M] [--repeats 3]
 
@@ -207,6 +207,8 @@ def tune(model: RecurrentDepthModel, test: Exam) -> Tuned:
         best = rules.get(type(rule).__name__)
         if exact >= full and (best is None or steps < best[0]):
             rules[type(rule).__name__] = (steps, rule)
+    if "StateChange" not in rules:
+        raise ValueError(f"no threshold of StateChange answers as r = {MOST} does; add smaller ones to RULES")
     modes = (
         fastest(model, test, SPECULATIONS, full),
         fastest(model, test, WAVEFRONTS[:3], full),
@@ -239,7 +241,7 @@ def all_ways(
     plain, shared = make(num_steps=MOST), make(num_steps=MOST, cache_budget=1)
     return [
         Way(f"plain, r = {MOST}", plain),
-        Way(f"plain, r = {fewest} (fewest with that accuracy)", make(num_steps=fewest)),
+        Way(f"plain, r = {fewest} (fewest of the small model)", make(num_steps=fewest)),
         *(Way(f"exit by {rule}", make(num_steps=MOST, exit=rule)) for rule in rules.values()),
         Way(f"self-speculation {speculation.steps} steps, {speculation.tokens} tokens", plain, speculation),
         Way(f"wavefront, exact, {exact.steps} steps a pass", plain, exact),

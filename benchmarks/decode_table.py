@@ -63,14 +63,14 @@ def _rule(row: Row) -> tuple[str, float]:
 
 
 def by_steps(runs: list[Row]) -> str:
-    """Exact matches, all tokens and answers, by seed, length and steps."""
+    """Whole reports and tokens, by seed, length and steps."""
     steps = list(dict.fromkeys(row["num_steps"] for row in runs[0]["rows"]))
     heads = " | ".join(f"r = {r}" for r in steps)
     lines = [f"| seed | rotations | share of | {heads} |", "|---|---|---|" + "---|" * len(steps)]
     for run in runs:
         for length in dict.fromkeys(row["length"] for row in run["rows"]):
             rows = [row for row in run["rows"] if row["length"] == length]
-            for key, label in (("exact", "whole reports"), ("tokens", "tokens")):
+            for key, label in (("exact", "whole reports"), ("token_share", "tokens")):
                 shares = " | ".join(f"{100 * row[key]:.1f}" for row in rows)
                 lines.append(f"| {run['seed']} | {length} | {label} | {shares} |")
     return "\n".join(lines)
@@ -98,7 +98,7 @@ def ways(rows: list[Row]) -> str:
         speeds = [_speed(cells.get((way, b))) for b in batches]
         accepted = [f"{100 * row['acceptance']:.0f}%" for row in mine if row["acceptance"] is not None]
         marks = [f"{100 * mine[0]['exact']:.1f}" if "exact" in mine[0] else "untrained"] if scored else []
-        rest = [_steps(mine), f"{mine[-1]['cache_bytes'] / 2**20:.2f}", ", ".join(dict.fromkeys(accepted)), *marks]
+        rest = [_steps(mine), f"{mine[-1]['cache_bytes'] / 2**20:.2f}", _cells(accepted), *marks]
         lines.append(f"| {way} | " + " | ".join(speeds + rest) + " |")
     return "\n".join(lines)
 
@@ -108,7 +108,12 @@ def _speed(row: Row | None) -> str:
 
 
 def _steps(rows: list[Row]) -> str:
-    return ", ".join(dict.fromkeys(f"{row['core_steps_per_token']:.1f}" for row in rows))
+    return _cells([f"{row['core_steps_per_token']:.1f}" for row in rows])
+
+
+def _cells(values: list[str]) -> str:
+    """One value a batch, or one for all if they are equal."""
+    return ", ".join(values if len(set(values)) > 1 else values[:1])
 
 
 def mixed(rows: list[Row]) -> str:
@@ -119,7 +124,7 @@ def mixed(rows: list[Row]) -> str:
         padded = next(
             r for r in rows if r["batch"] == row["batch"] and r["way"].startswith("padded") and r["way"].endswith(rule)
         )
-        ratio = row["tokens_per_s"] / padded["tokens_per_s"]
+        ratio = row["speedup"] / padded["speedup"]
         lines.append(
             f"| {row['batch']} | {kind}, {rule} | {row['tokens_per_s']:,.0f} | {ratio:.2f}x | "
             f"{row['core_steps_per_token']:.1f} |"

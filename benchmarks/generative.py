@@ -1,12 +1,12 @@
-"""A small model that writes, and whose written tokens need depth: its recipe over seeds, its accuracy by steps.
+"""A small model that writes, and whose answer needs depth where it writes: its recipe, its accuracy by steps.
 
     python benchmarks/generative.py [--runs RUN RUN ...] [--fixed RUN]
 
-Without run folders it trains configs/pretrain/generative.yaml with seeds 1 and 2, and a model of fixed depth with the
-FLOPs of FEWEST steps on the same rows (about ten minutes each on one CPU thread). Held-out rows are written greedily
-with a full cache: by steps of the core, and with other steps for the prompt than for what is written, which shows where
-the depth is. At 12 rotations there are more sets of them than training has rows; at 16 there are fewer. Writes
-results/generative.json; benchmarks/decode.py measures decoding on the first run.
+Without run folders it trains configs/pretrain/generative.yaml with seeds 1 and 2, and a model of fixed depth with as
+many layers as FEWEST steps run on the same rows (about ten minutes each on one CPU thread). Held-out rows are written
+greedily with a full cache: by steps of the core, and with other steps for the prompt than for what is written, which
+shows where the depth is. Of the held-out rows of 16 rotations training has seen most sets of rotations, of those of 12
+hardly any. Writes results/generative.json; benchmarks/decode.py measures decoding on the first run.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import yaml
 
 from common import write_result
 from recurrent_depth.cli import parse_options
+from recurrent_depth.data.loader import TaskSource
 from recurrent_depth.data.report_task import REPORTS
 from recurrent_depth.evaluation.dense import VALIDATION_SPLIT
 from recurrent_depth.generation.cache import RecurrentCache
@@ -34,7 +35,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "generative.yaml"
 TASK = REPORTS["rotation_report"]
 DEPTHS = (1, 2, 4, 6, 8, 10, 12, 16, 24, 32)
 LENGTH, SHORTER, ROWS = 16, 12, 256
-FEWEST = 10  # steps whose FLOPs the fixed depth has
+FEWEST = 10  # steps; the fixed depth has as many layers as they run
 FIXED = {  # of the layers, one is the core's and one the coda's
     "model.n_layers_in_prelude": FEWEST,
     "model.mean_recurrence": 1,
@@ -66,7 +67,24 @@ def score(written: Sequence[list[int]], expected: Sequence[list[int]]) -> dict[s
         mine = mine[: len(right)] + [-1] * (len(right) - len(mine))
         tokens += [a == b for a, b in zip(mine, right, strict=True)]
         answers.append(mine[-2] == right[-2])
-    return {name: sum(v) / len(v) for name, v in (("exact", exact), ("tokens", tokens), ("answers", answers))}
+    return {name: sum(v) / len(v) for name, v in (("exact", exact), ("token_share", tokens), ("answers", answers))}
+
+
+def seen_in_training(length: int) -> dict[str, int]:
+    """Held-out rows whose set of rotations (or set and start) the recipe's training has seen, under either mark."""
+    config = parse_options(TrainCommand, "train", ["--config", str(CONFIG), "--out", ""]).run_config()
+    source = TaskSource(config.data, "train", config.seed, config.steps)
+    steps = [step for step in range(config.steps) if source.length(step) == length]
+    seen = [source.batch(step * config.batch_size, config.batch_size, step).input_ids for step in steps]
+    rows = torch.cat(seen).tolist()
+    sets = {frozenset(row[:length]) for row in rows}
+    starts = {(frozenset(row[:length]), row[length + 1]) for row in rows}
+    prompts = exam(ROWS, length).prompts
+    return {
+        "length": length, "training_rows": len(rows), "training_sets": len(sets), "held_out_rows": ROWS,
+        "with_a_seen_set": sum(frozenset(p[:length]) in sets for p in prompts),
+        "with_its_start": sum((frozenset(p[:length]), p[-1]) in starts for p in prompts),
+    }  # fmt: skip
 
 
 def trained(**changes: Any) -> RecurrentDepthModel:
@@ -142,7 +160,9 @@ def main() -> None:
     baseline = {"layers": fixed.config.unrolled_layers(1), "parameters": fixed.num_parameters}
     baseline |= {"rows": accuracies(fixed, (1,))}
     print(baseline)
-    write_result("generative", {"rows": ROWS, "runs": runs, "fixed_depth": baseline})
+    seen = [seen_in_training(length) for length in (LENGTH, SHORTER)]
+    print(seen)
+    write_result("generative", {"rows": ROWS, "runs": runs, "fixed_depth": baseline, "seen_in_training": seen})
 
 
 def print_run(run: dict[str, Any]) -> None:

@@ -16,12 +16,10 @@ from torch import Tensor
 
 from recurrent_depth.data.layout import Split
 from recurrent_depth.data.notes import noted_tokenizer, random_places, with_notes
-from recurrent_depth.data.report_task import REPORTS, ReportTask
+from recurrent_depth.data.report_task import LESSONS, REPORTS, ReportTask
 from recurrent_depth.data.tasks import TASKS, StateTask
-from recurrent_depth.model.random import generator
+from recurrent_depth.model.random import LENGTH_STREAM, generator
 
-IGNORE_INDEX = -100
-LENGTH_STREAM = 6
 GENERATED: dict[str, StateTask | ReportTask] = {**TASKS, **REPORTS}
 
 
@@ -175,7 +173,8 @@ class TaskSource:
             self.sequence_length = 1 + 3 * config.max_length
 
     def fingerprint(self) -> str:
-        return _hash({"config": asdict(self.config), "moves": self.task.moves, "seed": self.seed})
+        layout = {"vocabulary": self.task.vocabulary, "lessons": LESSONS} if self.config.name in REPORTS else {}
+        return _hash({"config": asdict(self.config), "moves": self.task.moves, "seed": self.seed, **layout})
 
     def tokenizer_json(self) -> str | None:
         tokenizer = self.task.tokenizer() if self.noted is None else noted_tokenizer(self.noted)

@@ -10,10 +10,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from recurrent_depth.data.tasks import StateTask
-from recurrent_depth.model.random import uniform
+from recurrent_depth.model.random import NOTE_STREAM, uniform
 
 NOTE = "NOTE"
-NOTE_STREAM = 4
 
 
 def note_id(task: StateTask) -> int:

@@ -1,10 +1,11 @@
-"""A generated task that writes, and whose written tokens need depth: put moves in order, then say where the ball is.
+"""A generated task that writes, and whose answer needs depth where it writes: put moves in order, then say where the
+ball is.
 
 A row reads `turn142 turn013 ... report cup2`, and the model writes `turn013 ... turn142 cup4 end`: the instructions
 that it read, in the order of the vocabulary, then the place of a ball that starts under cup2 and is moved by them in
-that order. Which instruction comes next is known only when it is written, so nothing can be composed while the prompt
-is read, and no state is written before the end: every written instruction has to be composed with those before it, in
-the depth of its own position, or the last answer is wrong.
+that order. The order is known only when all instructions have been read, and the start comes last, so only the prompt's
+last token could compose anything before writing begins. No state is written before the end. A trained model composes at
+the positions of what it writes (`where` in benchmarks/results/generative.json).
 
 One answer a row teaches little. So most rows of training are lessons: the same tokens behind another mark, and the
 label of each written instruction is the state after it.
@@ -19,12 +20,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from recurrent_depth.data.tasks import PAD, StateTask, word_tokenizer
+from recurrent_depth.model.loss import IGNORE_INDEX
 from recurrent_depth.model.random import philox
 
 REPORT, LESSON, END = "<|report|>", "<|lesson|>", "<|end|>"
 TRAINING_SPLIT = 0
 LESSONS = 0.7  # share of the rows of training
-_IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class ReportTask:
         return len(self.vocabulary) - 4
 
     @property
+    def lesson_id(self) -> int:
+        return len(self.vocabulary) - 3
+
+    @property
     def end_id(self) -> int:
         return len(self.vocabulary) - 2
 
@@ -73,8 +78,9 @@ class ReportTask:
     def rows(self, first_row: int, count: int, length: int, *, seed: int, split: int) -> tuple[Tensor, Tensor]:
         """Rows `first_row` ... of an endless sequence fixed by (seed, split); those of split 0 are mostly lessons.
 
-        Returns input_ids and labels, each [count, 2 length + 3]. What is read has no labels (-100). Behind it the label
-        is the next token, `end` the last; in a lesson it is the state, and the answer has none.
+        Returns input_ids and labels, each [count, 2 length + 3]. What is read has no labels (-100), its last token
+        excepted: from there on the label is the next token, `end` the last; in a lesson it is the state, and the answer
+        has none.
         """
         if length > len(self.game.instructions):
             raise ValueError(f"{self.name} has {len(self.game.instructions)} different instructions, not {length}")
@@ -82,10 +88,10 @@ class ReportTask:
         ordered = np.sort(chosen, axis=1)
         states = self.game.run(start, ordered)  # [count, 1 + length]
         first = len(self.game.states)
-        mark = np.where(lesson, self.report_id + 1, self.report_id)
+        mark = np.where(lesson, self.lesson_id, self.report_id)
         written = np.concatenate([ordered + first, states[:, -1:]], axis=1)  # [count, length + 1]
         input_ids = np.concatenate([chosen + first, mark[:, None], start[:, None], written], axis=1)
-        none = np.full((count, length + 2), _IGNORE_INDEX)
+        none = np.full((count, length + 2), IGNORE_INDEX)
         end = np.full((count, 1), self.end_id)
         reported = np.concatenate([none[:, 1:], written, end], axis=1)
         taught = np.concatenate([none[:, 1:], states, none[:, :1]], axis=1)

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from recurrent_depth.data.loader import IGNORE_INDEX, Batch, Split, ThinkingDataConfig, curriculum
+from recurrent_depth.data.loader import Batch, Split, ThinkingDataConfig, curriculum
 from recurrent_depth.data.tokenizer import BEGIN_TEXT, SPECIAL_TOKENS, THINK_TOKENS
-from recurrent_depth.model.random import generator
+from recurrent_depth.model.loss import IGNORE_INDEX
+from recurrent_depth.model.random import THINKING_STREAM, generator
 
 CUPS = 6
 WAIT = "Wait"
-THINKING_STREAM = 5
 BEGIN_THINK, END_THINK, BEGIN_ANSWER, END_ANSWER = THINK_TOKENS
 
 

@@ -14,6 +14,9 @@ from torch import Tensor
 STATE_STREAM = 1  # initial states
 DEPTH_STREAM = 2  # how many recurrences a micro-step runs
 SAMPLE_STREAM = 3  # which token is drawn
+NOTE_STREAM = 4  # where a task's visible notes stand
+THINKING_STREAM = 5  # questions with traces
+LENGTH_STREAM = 6  # how long a task's rows are at a step
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -86,7 +86,7 @@ def time_table(job: Job, device: Device, utilisation: float) -> str:
     total = job.tokens_per_step * job.run.steps
     days = total / speed.tokens_per_second / 86_400
     rows = {
-        "useful FLOPs a token, at the mean depth": f"{speed.useful / 1e9:,.1f} GFLOP",
+        "useful FLOPs a token, mean over the run": f"{speed.useful / 1e9:,.1f} GFLOP",
         "executed FLOPs a token, with recomputation": f"{speed.executed / 1e9:,.1f} GFLOP",
         "tokens a step, and of the run": f"{job.tokens_per_step:,} and {total:,}",
         "gathered a step (weights)": f"{sent['gather'] / GB:.2f} GB",
