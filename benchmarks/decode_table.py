@@ -94,17 +94,13 @@ def ways(rows: list[Row]) -> str:
     heads += ["core steps a token", f"cache MiB, batch {batches[-1]}", "accepted"] + ["exact, %"] * scored
     lines = ["| way | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for way in dict.fromkeys(row["way"] for row in rows):
-        mine = [cells[way, b] for b in batches if (way, b) in cells]
-        speeds = [_speed(cells.get((way, b))) for b in batches]
+        mine = [cells[way, b] for b in batches]
+        speeds = [f"{row['tokens_per_s']:,.0f}, {row['speedup']:.2f}x" for row in mine]
         accepted = [f"{100 * row['acceptance']:.0f}%" for row in mine if row["acceptance"] is not None]
         marks = [f"{100 * mine[0]['exact']:.1f}" if "exact" in mine[0] else "untrained"] if scored else []
         rest = [_steps(mine), f"{mine[-1]['cache_bytes'] / 2**20:.2f}", _cells(accepted), *marks]
         lines.append(f"| {way} | " + " | ".join(speeds + rest) + " |")
     return "\n".join(lines)
-
-
-def _speed(row: Row | None) -> str:
-    return "" if row is None else f"{row['tokens_per_s']:,.0f}, {row['speedup']:.2f}x"
 
 
 def _steps(rows: list[Row]) -> str:

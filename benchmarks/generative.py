@@ -157,8 +157,9 @@ def main() -> None:
         runs.append(run | {"where": where_the_depth_is(model)})
         print_run(runs[-1])
     fixed = load_run_model(args.fixed) if args.fixed else trained(**FIXED)
-    baseline = {"layers": fixed.config.unrolled_layers(1), "parameters": fixed.num_parameters}
-    baseline |= {"rows": accuracies(fixed, (1,))}
+    baseline = {
+        "layers": fixed.config.unrolled_layers(1), "parameters": fixed.num_parameters, "rows": accuracies(fixed, (1,)),
+    }  # fmt: skip
     print(baseline)
     seen = [seen_in_training(length) for length in (LENGTH, SHORTER)]
     print(seen)

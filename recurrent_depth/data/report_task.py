@@ -91,10 +91,10 @@ class ReportTask:
         mark = np.where(lesson, self.lesson_id, self.report_id)
         written = np.concatenate([ordered + first, states[:, -1:]], axis=1)  # [count, length + 1]
         input_ids = np.concatenate([chosen + first, mark[:, None], start[:, None], written], axis=1)
-        none = np.full((count, length + 2), IGNORE_INDEX)
+        none = np.full((count, length + 1), IGNORE_INDEX)
         end = np.full((count, 1), self.end_id)
-        reported = np.concatenate([none[:, 1:], written, end], axis=1)
-        taught = np.concatenate([none[:, 1:], states, none[:, :1]], axis=1)
+        reported = np.concatenate([none, written, end], axis=1)
+        taught = np.concatenate([none, states, none[:, :1]], axis=1)
         labels = np.where(lesson[:, None], taught, reported)
         return torch.from_numpy(input_ids), torch.from_numpy(labels)
 
