@@ -152,16 +152,21 @@ def _check(threshold: float) -> None:
 
 
 class Exits:
-    """The rules of a batch, one a row, and what they remember of tokens [rows, T]."""
+    """The rules of a batch, one per row, and what they remember of tokens [rows, T].
+
+    Rules are told apart by identity, so that they need neither hash nor equality. Rows that share a rule object are
+    asked together.
+    """
 
     def __init__(self, rules: Sequence[ExitRule | None], tokens: int, vocab_size: int) -> None:
         self.rules, self.tokens, self.vocab_size = list(rules), tokens, vocab_size
-        self.memory: dict[ExitRule, Tensor] = {}  # rule -> [rows, T, M]
+        self.memory: dict[int, Tensor] = {}  # id of a rule in `rules` -> [rows, T, M]
 
     def keep(self, rows: list[int]) -> None:
         """Forget all other rows."""
         self.rules = [self.rules[row] for row in rows]
-        self.memory = {rule: memory[rows] for rule, memory in self.memory.items()}
+        used = {id(rule) for rule in self.rules}
+        self.memory = {rule: memory[rows] for rule, memory in self.memory.items() if rule in used}
 
     def extend(self, rules: Sequence[ExitRule | None]) -> None:
         """Further rows, of tokens that have taken no step."""
@@ -173,10 +178,10 @@ class Exits:
     def converged(self, rows: Sequence[int], before: Tensor, after: Tensor, read: ReadRows, first: int = 0) -> Tensor:
         """Which tokens have converged, bool [N, T']: states [N, T', D] of `rows`, of the tokens from `first` on."""
         done = torch.zeros(after.shape[:2], dtype=torch.bool, device=after.device)
-        for rule in dict.fromkeys(self.rules[row] for row in rows):
+        for rule in {id(self.rules[row]): self.rules[row] for row in rows}.values():
             if rule is None:
                 continue
-            mine = [n for n, row in enumerate(rows) if self.rules[row] == rule]
+            mine = [n for n, row in enumerate(rows) if self.rules[row] is rule]
             at = _places(mine, len(rows), after.device)
             kept = _places([rows[n] for n in mine], len(self.rules), after.device)
             memory = self._memory(rule, after)
@@ -185,11 +190,11 @@ class Exits:
         return done
 
     def _memory(self, rule: ExitRule, like: Tensor) -> Tensor:
-        if rule not in self.memory:
+        if id(rule) not in self.memory:
             dtype = torch.promote_types(like.dtype, torch.float32)
             shape = (len(self.rules), self.tokens, rule.remembers(self.vocab_size))
-            self.memory[rule] = torch.full(shape, torch.nan, dtype=dtype, device=like.device)
-        return self.memory[rule]
+            self.memory[id(rule)] = torch.full(shape, torch.nan, dtype=dtype, device=like.device)
+        return self.memory[id(rule)]
 
 
 def _places(places: list[int], total: int, device: torch.device) -> Tensor | slice:

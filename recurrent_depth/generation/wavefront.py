@@ -39,14 +39,14 @@ class Wavefront:
     Args:
         steps: core steps a pass.
         width: positions in flight of a request, at most.
-        exact: write what plain decoding writes (needs a cache of all recurrences).
+        exact: write what plain decoding writes (needs a cache of all recurrences); False is faster and approximate.
         threshold: freeze a position whose state a pass changes by less, relatively; not used in exact mode.
         average: weight of the earlier embedding in the moving average a position reads; not used in exact mode.
     """
 
     steps: int = 4
     width: int = 128
-    exact: bool = False
+    exact: bool = True
     threshold: float = 0.03
     average: float = 0.1
 

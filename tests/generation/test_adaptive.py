@@ -1,5 +1,7 @@
 """Per-token exit against brute force: one token at a time, keys and values kept by (token, step, layer), fp64."""
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from recurrent_depth.generation.adaptive import adaptive_forward
 from recurrent_depth.generation.cache import RecurrentCache
-from recurrent_depth.generation.exits import RULES, StateChange, exit_rule, register
+from recurrent_depth.generation.exits import RULES, OutputKL, StateChange, exit_rule, register
 from recurrent_depth.model.layers import rotary_at
 from support import lively_model
 
@@ -207,6 +209,33 @@ def test_a_rule_of_ones_own_by_name_and_by_place(model, monkeypatch):
         exit_rule("no.such.module:Rule")
     with pytest.raises(ValueError, match="is no exit rule"):
         exit_rule("builtins:dict")
+
+
+@dataclass
+class Unhashable:
+    """A user's rule as a plain dataclass, which has equality but no hash."""
+
+    threshold: float = 0.3
+    weights: torch.Tensor = field(default_factory=lambda: torch.ones(2))  # equality of two such rules has no truth value
+
+    def remembers(self, vocab_size):
+        return 0
+
+    def converged(self, before, after, read, memory):
+        return StateChange(self.threshold).converged(before, after, read, memory)
+
+
+def test_exit_rules_need_no_hash(model):
+    """Each request has a rule object of its own, next to built-in rules; the depths are those of the equal rules."""
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
+
+    def depths(rules):
+        cache = RecurrentCache(model.config, 3, 3, num_steps=R, dtype=torch.float64)
+        return adaptive_forward(model, ids, torch.ones_like(ids), cache, rules, R).depths.tolist()
+
+    expected = depths([StateChange(0.3), StateChange(0.6), OutputKL(0.02)])
+    assert depths([Unhashable(0.3), Unhashable(0.6), OutputKL(0.02)]) == expected
+    assert len({steps for row in expected for steps in row}) > 1
 
 
 def test_bad_rules_and_steps_say_what_to_change(model):

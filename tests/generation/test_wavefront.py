@@ -122,6 +122,7 @@ def test_the_approximate_wavefront_equals_a_dense_reference(model, data):
         width=data.draw(st.integers(1, 6), "width"),
         threshold=data.draw(st.sampled_from([0.05, 0.3, 0.6]), "threshold"),
         average=data.draw(st.sampled_from([0.0, 0.1, 0.5]), "average"),
+        exact=False,
     )
     new, r = data.draw(st.integers(2, 14), "new"), 4 * wavefront.steps
     written, passes = reference(model, prompt, new, r, wavefront)
@@ -141,7 +142,7 @@ def test_a_wavefront_of_one_position_is_plain_decoding_at_any_budget(model, data
         cache_budget=data.draw(st.sampled_from([None, 1, 2, 4]), "budget"),
         temperature=data.draw(st.sampled_from([0.0, 1.0]), "temperature"),
     )
-    wavefront = Wavefront(steps=data.draw(st.integers(1, 4), "steps a pass"), width=1, threshold=0.0)
+    wavefront = Wavefront(data.draw(st.integers(1, 4), "steps a pass"), width=1, exact=False, threshold=0.0)
     found = decode_wavefront(model, prompts, options, wavefront)
     assert found.tokens == decode(model, prompts, options).tokens
     assert found.drafted == 0
@@ -164,6 +165,15 @@ def test_drafts_enter_and_are_accepted_and_streaming_can_end_a_request(model):
     stopped = decode_wavefront(model, prompts, options, Wavefront(steps=3, exact=True), on_token=third)
     assert stopped.tokens == [plain.tokens[0][:3], *plain.tokens[1:]]
     assert [token for row, token in seen if row == 1] == plain.tokens[1]
+
+
+def test_the_wavefront_is_exact_unless_asked_otherwise(model):
+    """As with the command line's wavefront_exact: an approximation has to be named."""
+    from recurrent_depth.hf.engine import EngineOptions
+
+    prompts, options = [[5, 6, 7], [8]], Decoding(max_new_tokens=16, num_steps=8)
+    assert Wavefront(steps=2) == EngineOptions(wavefront_steps=2).mode()
+    assert decode_wavefront(model, prompts, options, Wavefront(steps=2)).tokens == decode(model, prompts, options).tokens
 
 
 def test_what_does_not_go_together_is_refused(model):
