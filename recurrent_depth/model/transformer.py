@@ -49,9 +49,9 @@ class Transformer(nn.Module):
         """What enters the core at every step, and the function that adds it to the state.
 
         adapter([s; e]) = s W_sᵀ + e W_eᵀ, and e does not change: the second product is made once. An adapter that was
-        replaced (LoRA, quantised) keeps the concatenation, so that its own forward runs.
+        replaced, wrapped or quantised (LoRA, torchao, hooks) keeps the concatenation, so that its own forward runs.
         """
-        if type(self.adapter) is not nn.Linear:
+        if not _computes_a_plain_product(self.adapter):
             return e, self._concatenate
         state_weight, input_weight = self.adapter.weight.split(e.shape[-1], dim=1)
         return F.linear(e, input_weight), lambda state, injected: F.linear(state, state_weight) + injected
@@ -80,6 +80,22 @@ class Transformer(nn.Module):
         for offset, block in enumerate(self.coda):
             x = block(x, rotary, attend, len(self.prelude) + offset)
         return self.ln_f(x)
+
+
+def _computes_a_plain_product(linear: nn.Module) -> bool:
+    """Return whether calling the module is x Wᵀ and nothing else, decided by exact types."""
+    if type(linear) is not nn.Linear or linear.bias is not None or "forward" in vars(linear):
+        return False
+    return not linear._forward_hooks and not linear._forward_pre_hooks and _is_plain(linear.weight)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Return whether a tensor holds its values itself; quantised weights are subclasses that may not be sliced."""
+    if type(weight) in (Tensor, nn.Parameter):
+        return True
+    from torch.distributed.tensor import DTensor  # not at the top: it takes a fifth of a second to import
+
+    return type(weight) is DTensor and _is_plain(weight.to_local())
 
 
 @dataclass

@@ -109,6 +109,57 @@ def test_a_replaced_adapter_is_called(model, ids):
     torch.testing.assert_close(model(ids, num_steps=3).logits, plain, rtol=1e-12, atol=1e-12)
 
 
+class QuantisedWeight(torch.Tensor):
+    """As torchao's: nn.Linear keeps its own type, and the weight knows only the product."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            return super().__torch_function__(function, types, args, kwargs or {}).as_subclass(torch.Tensor)
+        if function is torch.Tensor.split:
+            raise NotImplementedError("a quantised weight cannot be split")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_an_adapter_with_a_quantised_weight_is_called(model, ids):
+    plain = model(ids, num_steps=3).logits
+    weight = model.transformer.adapter.weight.detach().as_subclass(QuantisedWeight)
+    model.transformer.adapter.weight = torch.nn.Parameter(weight, requires_grad=False)
+    assert type(model.transformer.adapter) is torch.nn.Linear
+    torch.testing.assert_close(model(ids, num_steps=3).logits, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("scheme", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_a_model_quantised_by_torchao_runs(scheme):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = RecurrentDepthModel(CONFIG)
+    model.initialise(0)
+    ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = model(ids, num_steps=3).logits
+        quantization.quantize_(model.transformer, getattr(quantization, scheme)())
+        difference = (model(ids, num_steps=3).logits - plain).abs().max()
+    assert 0 < difference < 0.1 * plain.abs().max()
+
+
+def test_an_adapter_with_a_bias_hooks_or_another_forward_is_called(model, ids):
+    """What the hoisted product would leave out."""
+    adapter, calls = model.transformer.adapter, []
+    plain = model(ids, num_steps=3).logits
+    with adapter.register_forward_hook(lambda module, args, y: calls.append(y.shape)):
+        torch.testing.assert_close(model(ids, num_steps=3).logits, plain, rtol=1e-12, atol=1e-12)
+    assert len(calls) == 3
+    adapter.forward = lambda x: 2 * torch.nn.functional.linear(x, adapter.weight / 2)
+    torch.testing.assert_close(model(ids, num_steps=3).logits, plain, rtol=1e-12, atol=1e-12)
+    adapter.forward = lambda x: 2 * torch.nn.functional.linear(x, adapter.weight)
+    doubled = model(ids, num_steps=3).logits
+    del adapter.forward
+    assert not torch.allclose(doubled, plain)
+    adapter.bias = torch.nn.Parameter(torch.ones(32, dtype=torch.float64))
+    assert not torch.allclose(model(ids, num_steps=3).logits, plain)
+
+
 @pytest.mark.slow
 def test_compiled_blocks_have_two_graphs_at_any_depth():
     torch._dynamo.reset()
