@@ -1,7 +1,8 @@
 """Attention of new tokens over a recurrence-indexed cache, read in place (split over keys, as flash-decoding is).
 
-A cached token of depth d is seen at step i by the entry it left at step min(i, d - 1), kept in slot that modulo the
-budget (arXiv 2502.05171, section 6.2). Both numbers live on the device, so no entry is gathered and no host waits.
+Iteration i reads and writes place i mod R (arXiv 2502.05171, section 6.2); a cached token that stopped after d iterations
+has no place from d on, and is seen by its deepest: place min(i mod R, d - 1). Both numbers live on the device, so no entry
+is gathered and no host waits.
 
 Shapes: B batch, T new tokens, S cached columns, H query heads, G key heads, K head size, R budget of recurrences.
 """
@@ -35,7 +36,7 @@ def _columns(
     place = column.to(tl.int64) * stride_s
     if BUDGET > 1:
         depth = tl.load(depths + row_depths + column, mask=held, other=1)
-        place += (tl.minimum(step, depth - 1) % BUDGET) * stride_slot
+        place += tl.minimum(step % BUDGET, depth - 1) * stride_slot
     return column, held, place
 
 

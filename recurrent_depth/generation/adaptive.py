@@ -1,7 +1,7 @@
 """One forward pass in which every token leaves the core when it has converged.
 
-A token that has left keeps its state, and its last keys and values stand in at every deeper step: slot(token, i) =
-min(i, depth(token) - 1), as in the released system, but in batches, with padding, and in parallel over a prompt.
+A token that has left keeps its state, and its deepest keys and values stand in at places it never wrote, as in the
+released system (see RecurrentCache), but in batches, with padding, and in parallel over a prompt.
 
 Shapes: B batch, T new tokens, S cached columns, D width, H heads, K head size; N rows and T' tokens that still think.
 """

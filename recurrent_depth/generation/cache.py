@@ -46,9 +46,10 @@ def cache_bytes(
 class RecurrentCache:
     """The cache protocol of the model, for a budget of recurrences.
 
-    With a budget b, step i of the core writes to recurrence i mod b (arXiv 2502.05171, section 6.2): later tokens then
-    see the latest entry an earlier token left there. Without one, every step keeps its own entries, and decoding token
-    by token equals one parallel pass.
+    Iteration i of the core writes and reads place i mod b of a budget b (arXiv 2502.05171, section 6.2): a later token
+    sees the latest entry an earlier one left there. A token that stopped after d < b iterations has no place from d on;
+    there its deepest entry is read, so the place is min(i mod b, d - 1). Without a budget every iteration has a place of
+    its own, and decoding token by token equals one parallel pass.
 
     Batches in lockstep write behind `filled`, the same column in every row (`update`, `advance`). Rows of lengths of
     their own are written and read token by token, at columns that the caller names (recurrent_depth.generation.tokens).
@@ -135,7 +136,7 @@ class RecurrentCache:
     ) -> Tensor:  # fmt: skip
         """Store k, v [N, H, T, K] and attend in a core step of a shared budget, where only `active` [N, T] take part.
 
-        Entries that are read follow slot(token, i) = min(i, depth(token) - 1), then modulo the budget.
+        Which entries are read: see the class.
 
         Args:
             ops: of the model; its decode attention reads in place, or copies the layer's entries.

@@ -47,8 +47,7 @@ class Places:
 class TokenAttention:
     """Attention of N tokens, each of which sees the columns of its row up to its own.
 
-    At a core step it reads what its row's tokens left at this step, slot(token, i) = min(i, depth(token) - 1), then
-    modulo the budget. A kernel that reads entries in place would take the place of `attend`: it needs the entries, the
+    At iteration i it reads place min(i mod budget, depth - 1) of a token (see RecurrentCache). A kernel that reads entries in place would take the place of `attend`: it needs the entries, the
     depths, and rows, columns and steps.
     """
 
@@ -98,7 +97,7 @@ class TokenAttention:
         cache, S = self.cache, self.length
         depths = cache.depths[self.rows, :S]
         depths[torch.arange(len(depths)), self.columns] = self.steps + 1
-        recurrence = torch.minimum(depths - 1, self.steps[:, None]) % cache.budget  # [N, S]
+        recurrence = torch.minimum(depths - 1, self.steps[:, None] % cache.budget)  # [N, S]
         columns = torch.arange(S, device=q.device)[None]
         kept = cache.core[recurrence, layer, :, self.rows[:, None], :, columns]  # [N, S, 2, H, K]
         keys, values = kept.permute(2, 0, 3, 1, 4)

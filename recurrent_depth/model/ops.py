@@ -98,14 +98,15 @@ def decode_attention(
 ) -> Tensor:
     """Attention of q [B, H, T, K], the last T of each row's lengths[b] columns, over a recurrence-indexed cache.
 
-    A cached token is seen by the entry of step min(steps[b], depth - 1), modulo the budget R (arXiv 2502.05171,
-    section 6.2): entries [R, 2, B, H, S, K], depths [B, S]. mask [B, S] is nonzero where a column is a real token; a
-    new token always sees itself. Copies the entries it reads, where R is above 1; the kernel reads them in place.
+    Iteration i reads place i mod R of the budget (arXiv 2502.05171, section 6.2); a cached token that stopped before it
+    wrote that place is seen by its deepest one: place min(steps[b] mod R, depth - 1). entries [R, 2, B, H, S, K],
+    depths [B, S]. mask [B, S] is nonzero where a column is a real token; a new token always sees itself. Copies the
+    entries it reads, where R is above 1; the kernel reads them in place.
     """
     T, S = q.shape[2], entries.shape[4]
     chosen = entries[0]
     if len(entries) > 1:
-        slots = torch.minimum(steps[:, None], depths - 1) % len(entries)
+        slots = torch.minimum(steps[:, None] % len(entries), depths - 1)
         index = slots[None, None, :, None, :, None].expand(1, *entries.shape[1:])
         chosen = entries.gather(0, index)[0]  # [2, B, H, S, K]
     column = torch.arange(S, device=q.device)

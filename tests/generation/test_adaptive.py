@@ -42,7 +42,11 @@ def exactly(depths):
 
 @torch.no_grad()
 def brute_force(model, ids, depths, budget):
-    """Logits of each token of one unpadded row, token after token, with the depths given."""
+    """Logits of each token of one unpadded row, token after token, with the depths given.
+
+    Iteration i reads and writes place i mod budget (arXiv 2502.05171, section 6.2); where an earlier token stopped
+    before it wrote that place, the nearest place below it that the token did write.
+    """
     part, outer = model.transformer, model.transformer.first_core_slot
     core, kept, logits = len(part.core_block), {}, []
 
@@ -51,11 +55,12 @@ def brute_force(model, ids, depths, budget):
 
         def attend(q, k, v, slot, t=t):
             step, layer = divmod(slot - outer, core) if slot >= outer else (None, slot)
-            kept[t, None if step is None else step % budget, layer] = (k, v)
+            place = 0 if step is None else step % budget
+            kept[t, step is None, place, layer] = (k, v)
             entries = []
             for past in range(t + 1):
-                seen = None if step is None else (step if past == t else min(step, depths[past] - 1)) % budget
-                entries.append(kept[past, seen, layer])
+                written = [p for p in range(place + 1) if (past, step is None, p, layer) in kept]
+                entries.append(kept[past, step is None, max(written), layer])
             keys = torch.cat([k for k, _ in entries], dim=2)
             values = torch.cat([v for _, v in entries], dim=2)
             return torch.softmax(q @ keys.transpose(-1, -2) / q.shape[-1] ** 0.5, -1) @ values

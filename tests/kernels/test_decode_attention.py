@@ -24,7 +24,7 @@ def brute_force(q, entries, depths, mask, steps, lengths):
     for b, h, t in itertools.product(range(B), range(H), range(T)):
         own = int(lengths[b]) - T + t
         seen = [s for s in range(own + 1) if s == own or mask is None or mask[b, s]]
-        slots = [min(int(steps[b]), int(depths[b, s]) - 1) % R for s in seen]
+        slots = [min(int(steps[b]) % R, int(depths[b, s]) - 1) for s in seen]  # the place read, or the deepest below it
         keys = torch.stack([entries[r, 0, b, h * G // H, s] for r, s in zip(slots, seen, strict=True)])
         values = torch.stack([entries[r, 1, b, h * G // H, s] for r, s in zip(slots, seen, strict=True)])
         out[b, h, t] = torch.softmax(keys @ q[b, h, t] / math.sqrt(K), 0) @ values
@@ -74,7 +74,7 @@ def test_equals_brute_force_at_any_shape(B, G, group, T, K, room, R, seed):
 def test_one_key_gives_its_value(device):
     q, entries, depths, mask, steps, lengths = case(S=1, R=2, device=device)
     out = decode_attention(q, entries, depths, mask, steps, lengths)
-    slot = torch.minimum(steps, depths[:, 0] - 1) % 2
+    slot = torch.minimum(steps % 2, depths[:, 0] - 1)
     expected = torch.stack([entries[int(r), 1, b, :, 0] for b, r in enumerate(slot)])
     torch.testing.assert_close(out[:, :, 0], expected)
 
