@@ -45,7 +45,7 @@ def small_run(out: Path, **changes: Any) -> RunConfig:
     return RunConfig(out=str(out), **(defaults | changes))
 
 
-def lively_model(vocab_size: int = 50, block_size: int = 96) -> RecurrentDepthModel:
+def lively_model(vocab_size: int = 50, block_size: int = 96, scale: float = 2.5) -> RecurrentDepthModel:
     """A random model in fp64 with weights large enough that tokens differ and converge at different steps."""
     config = ModelConfig(
         n_embd=32, n_heads=2, intermediate_size=48, vocab_size=vocab_size, block_size=block_size,
@@ -55,7 +55,7 @@ def lively_model(vocab_size: int = 50, block_size: int = 96) -> RecurrentDepthMo
     model.initialise(seed=3)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.mul_(1.0 if "norm" in name or "ln_f" in name else 2.5)
+            p.mul_(1.0 if "norm" in name or "ln_f" in name else scale)
     return model.eval()
 
 

@@ -1,8 +1,8 @@
 """Attention of new tokens over a recurrence-indexed cache, read in place (split over keys, as flash-decoding is).
 
-Iteration i reads and writes place i mod R (arXiv 2502.05171, section 6.2); a cached token that stopped after d iterations
-has no place from d on, and is seen by its deepest: place min(i mod R, d - 1). Both numbers live on the device, so no entry
-is gathered and no host waits.
+Iteration i reads and writes place i mod R (arXiv 2502.05171, section 6.2); a cached token that stopped after d
+iterations has nothing at places d and above, and is seen by its deepest: place min(i mod R, d - 1). Both numbers live
+on the device, so no entry is gathered and no host waits.
 
 Shapes: B batch, T new tokens, S cached columns, H query heads, G key heads, K head size, R budget of recurrences.
 """

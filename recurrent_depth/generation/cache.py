@@ -47,9 +47,9 @@ class RecurrentCache:
     """The cache protocol of the model, for a budget of recurrences.
 
     Iteration i of the core writes and reads place i mod b of a budget b (arXiv 2502.05171, section 6.2): a later token
-    sees the latest entry an earlier one left there. A token that stopped after d < b iterations has no place from d on;
-    there its deepest entry is read, so the place is min(i mod b, d - 1). Without a budget every iteration has a place of
-    its own, and decoding token by token equals one parallel pass.
+    sees the latest entry an earlier one left there. A token that stopped after d < b iterations has nothing at places d
+    and above; there its deepest entry is read, so the place is min(i mod b, d - 1). Without a budget every iteration
+    has a place of its own, and decoding token by token equals one parallel pass.
 
     Batches in lockstep write behind `filled`, the same column in every row (`update`, `advance`). Rows of lengths of
     their own are written and read token by token, at columns that the caller names (recurrent_depth.generation.tokens).

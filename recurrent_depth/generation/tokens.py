@@ -47,8 +47,8 @@ class Places:
 class TokenAttention:
     """Attention of N tokens, each of which sees the columns of its row up to its own.
 
-    At iteration i it reads place min(i mod budget, depth - 1) of a token (see RecurrentCache). A kernel that reads entries in place would take the place of `attend`: it needs the entries, the
-    depths, and rows, columns and steps.
+    At iteration i it reads place min(i mod budget, depth - 1) of a token (see RecurrentCache). A kernel that reads
+    entries in place would take the place of `attend`: it needs the entries, the depths, and rows, columns and steps.
     """
 
     def __init__(self, cache: RecurrentCache, places: Places) -> None:
@@ -166,22 +166,30 @@ class ThinkingTokens:
             self.state, self.injected = self.state[chosen], self.injected[chosen]
             self.exits.keep(chosen)
 
-    def step(self) -> Tensor:
-        """One step of the core for all; returns which have converged, bool [N]."""
-        part, places, before = self.model.transformer, self.places, self.state
+    def step(self, active: list[int] | None = None) -> Tensor:
+        """One iteration of the core, for all or for some; returns which of these have converged, bool [n]."""
+        chosen = list(range(len(self))) if active is None else active
+        if not chosen:
+            return torch.zeros(0, dtype=torch.bool)
+        part, all_of_them = self.model.transformer, len(chosen) == len(self)
+        places = self.places if all_of_them else self.places.at(chosen)
+        before, injected = (self.state, self.injected) if all_of_them else (self.state[chosen], self.injected[chosen])
         attention = TokenAttention(self.cache, places)
         adapt = part.injection(self.injected[:1])[1]
         self.cache.depths[attention.rows, attention.columns] = attention.steps + 1
-        self.state = part.core_block.step(
-            before, self.injected, adapt, self._rotary(places), attention.attend, part.first_core_slot
+        after = part.core_block.step(
+            before, injected, adapt, self._rotary(places), attention.attend, part.first_core_slot
         )
-        places.steps = [taken + 1 for taken in places.steps]
-        self.computed += len(places)
-        return self.exits.converged(range(len(places)), before, self.state, self._read)[:, 0]
+        self.state = after if all_of_them else self.state.index_put((torch.tensor(chosen, device=after.device),), after)
+        for n in chosen:
+            self.places.steps[n] += 1
+        self.computed += len(chosen)
+        places = self.places.at(chosen)
 
-    def _read(self, at: Tensor | None) -> Tensor:
-        chosen = range(len(self)) if at is None else at.tolist()
-        return self.logits(self.state if at is None else self.state[at], self.places.at(chosen))
+        def read(at: Tensor | None) -> Tensor:
+            return self.logits(after, places) if at is None else self.logits(after[at], places.at(at.tolist()))
+
+        return self.exits.converged(chosen, before, after, read)[:, 0]
 
     def logits(self, state: Tensor, places: Places, wanted: Sequence[int] | None = None) -> Tensor:
         """Through the coda, states [N, 1, D] at these places; through the head, those that are wanted: [n, 1, V]."""

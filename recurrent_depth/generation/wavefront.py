@@ -1,10 +1,10 @@
-"""The wavefront sampler: positions of one request think at the same time, each a few steps behind its predecessor.
+"""The wavefront sampler: positions of one request iterate at the same time, each a few iterations behind the last.
 
-After every pass of a few core steps, each position in flight says which token would follow it, and the last one's
+After every pass of a few core iterations, each position in flight says which token would follow it, and the last one's
 draft enters as a further position (diffusion forcing, arXiv 2510.14961). In exact mode what is written equals plain
 decoding: a position whose token changes starts again, with all behind it, and a token is written when its predecessor
-has taken all steps. Otherwise a position goes on from its state with the new token, and is frozen once a pass hardly
-moves it.
+has taken all iterations. Otherwise a position goes on from its state with the new token, and a token is written when
+the position that reads it, and all before that one, hardly moved in a pass.
 
 Shapes: N positions in flight, D width.
 """
@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.generation.decoding import (
@@ -34,14 +33,17 @@ from recurrent_depth.model.transformer import RecurrentDepthModel
 
 @dataclass(frozen=True)
 class Wavefront:
-    """How the wavefront moves.
+    """How the wavefront moves. Threshold, average and in_order are not used in exact mode.
 
     Args:
-        steps: core steps a pass.
+        steps: core iterations per pass.
         width: positions in flight of a request, at most.
         exact: write what plain decoding writes (needs a cache of all recurrences); False is faster and approximate.
-        threshold: freeze a position whose state a pass changes by less, relatively; not used in exact mode.
-        average: weight of the earlier embedding in the moving average a position reads; not used in exact mode.
+        threshold: a position has converged once a pass changes its state by less, relatively, or num_steps iterations
+            after everything before it had converged.
+        average: weight of the earlier embedding in the moving average a position reads.
+        in_order: a position counts as converged only if all before it have (equation 3 of the paper); False freezes
+            everything before the last one that has (its algorithm 2 and the released code).
     """
 
     steps: int = 4
@@ -49,6 +51,7 @@ class Wavefront:
     exact: bool = True
     threshold: float = 0.03
     average: float = 0.1
+    in_order: bool = True
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.width < 1:
@@ -84,11 +87,19 @@ def decode_wavefront(
 
 @dataclass
 class _Position:
-    """A token in flight: whether it entered as a draft, and whether it still is the one that entered."""
+    """A token in flight.
+
+    Attributes:
+        draft, kept: whether it entered as a draft, and whether it still is the token that entered.
+        settled: what it reads is final: all before it have converged, and its token did not change.
+        since: iterations since then.
+    """
 
     token: int
     draft: bool
     kept: bool = True
+    settled: bool = False
+    since: int = 0
 
 
 class _Row:
@@ -148,48 +159,34 @@ class _Front:
             length = len(prompts[row])
             count(self.result, self.model.config, row, length, self.num_steps * length, length)
             if self._write(row, token):
-                self.rows[row].window = [_Position(token, draft=False)]
+                self.rows[row].window = [_Position(token, draft=False, settled=True)]
 
     def _write(self, row: int, token: int) -> bool:
         return write(self.result, row, token, None, self.options, self.on_token)
 
     def _pass(self) -> None:
-        """A few core steps for all positions, then what they say of their successors."""
+        """A few core iterations for all positions, then what they say of their successors."""
         self._enter()
-        began = {(row, column): state for row, column, state in self._in_core()}
-        taken = dict(zip(began, self.tokens.places.steps, strict=True))
-        through: dict[tuple[int, int], Tensor] = {}  # states of those that have taken all steps
+        tokens, places = self.tokens, self.tokens.places
+        positions = [self.rows[row].window[column - self.rows[row].front] for row, column, _ in places]
+        began, taken = tokens.state, list(places.steps)
         for _ in range(self.wavefront.steps):
-            self._step(through)
+            active = [n for n, p in enumerate(positions) if not p.settled or p.since < self.num_steps]
+            tokens.step(active)
+            for n in active:
+                positions[n].since += positions[n].settled
         self.result.passes += 1
-        ended = through | {(row, column): state for row, column, state in self._in_core()}
-        steps = dict.fromkeys(through, self.num_steps)
-        steps |= {(row, column): n for row, column, n in self.tokens.places}
-
-        at = [(row, r.front + j) for row, r in enumerate(self.rows) for j in range(len(r.window))]
-        states = torch.stack([ended[place] for place in at])
-        places = Places([row for row, _ in at], [column for _, column in at], [steps[place] for place in at])
-        change = (states - torch.stack([began[place] for place in at])).norm(dim=-1) / states.norm(dim=-1)
-        ready = self._ready(change[:, 0].tolist(), places.steps)
-        logits = self.tokens.logits(states, places)[:, 0]
-        rows = torch.tensor(places.rows, device=logits.device)
-        columns = torch.tensor(places.columns, device=logits.device)
+        change = ((tokens.state - began).norm(dim=-1) / tokens.state.norm(dim=-1))[:, 0].tolist()
+        done = [self._done(*of) for of in zip(positions, change, places.steps, strict=True)]
+        logits = tokens.logits(tokens.state, places)[:, 0]
+        rows, columns = (torch.tensor(values, device=logits.device) for values in (places.rows, places.columns))
         drawn = draw(logits, self.options, self.names[rows], columns + 1).tolist()
-
-        n = 0
         for row, r in enumerate(self.rows):
-            mine = slice(n, n + len(r.window))
-            n = mine.stop
+            mine = [n for n, other in enumerate(places.rows) if other == row]
             if r.window:
-                self._count(row, places.steps[mine], [taken[place] for place in at[mine]])
-                self._advance(row, drawn[mine], ready[mine], places.steps[mine])
-        kept = [n for n, (row, column, _) in enumerate(self.tokens.places) if self._goes_on(row, column)]
-        self.tokens.keep(kept)
-
-    def _in_core(self) -> list[tuple[int, int, Tensor]]:
-        """(row, column, state [1, D])"""
-        places = self.tokens.places
-        return list(zip(places.rows, places.columns, self.tokens.state, strict=True))
+                self._count(row, [places.steps[n] for n in mine], [taken[n] for n in mine])
+                self._advance(row, [drawn[n] for n in mine], [done[n] for n in mine], [places.steps[n] for n in mine])
+        tokens.keep([n for n, (row, column, _) in enumerate(places) if self._goes_on(row, column)])
 
     def _goes_on(self, row: int, column: int) -> bool:
         r = self.rows[row]
@@ -209,57 +206,69 @@ class _Front:
         if ids:
             self.tokens.start(ids, places)
 
-    def _step(self, through: dict[tuple[int, int], Tensor]) -> None:
-        if len(self.tokens) == 0:
-            return
-        self.tokens.step()
-        done = [n for n, steps in enumerate(self.tokens.places.steps) if steps == self.num_steps]
-        for n in done:
-            through[self.tokens.places.rows[n], self.tokens.places.columns[n]] = self.tokens.state[n]
-        self.tokens.keep([n for n in range(len(self.tokens)) if n not in set(done)])
+    def _done(self, position: _Position, change: float, steps: int) -> bool:
+        """Whether a position has converged, if its token stands and the others allow it."""
+        if position.settled and position.since == self.num_steps:
+            return True
+        return not self.wavefront.exact and change < self.wavefront.threshold and steps >= self.min_steps
 
-    def _ready(self, change: list[float], steps: list[int]) -> list[bool]:
-        """Which positions have thought enough, if their token stands."""
-        frozen = 0.0 if self.wavefront.exact else self.wavefront.threshold
-        return [
-            n == self.num_steps or (moved < frozen and n >= self.min_steps)
-            for moved, n in zip(change, steps, strict=True)
-        ]
+    def _advance(self, row: int, drawn: list[int], done: list[bool], steps: list[int]) -> None:
+        """Write what is final, correct drafts that changed, let one more position enter."""
+        r, exact = self.rows[row], self.wavefront.exact
+        changed = self._correct(r, drawn, done)
+        window = r.window
+        done = done[: len(window)]
+        converged = done.index(False) if False in done else len(done)
+        if not (exact or self.wavefront.in_order):
+            converged = max((j + 1 for j, finished in enumerate(done) if finished), default=0)
+        last = drawn[len(window) - 1]
+        ends = last in self.options.stop or len(self.result.tokens[row]) + len(window) == self.options.max_new_tokens
+        # A converged position stays until its successor has converged too, unless none can follow.
+        waits = not exact and self.wavefront.width > 1 and not (ends and converged == len(window))
+        final = max(converged - waits, 0)
+        for j in range(final):
+            self.cache.leave([row], [r.front + j], [steps[j]])
+            self.result.steps[row].append(float(steps[j]))
+            if j + 1 < len(window) and window[j + 1].draft:
+                self.result.accepted += window[j + 1].kept
+            if not self._write(row, drawn[j]):
+                r.window = []
+                return
+        for j, position in enumerate(window):
+            position.settled = exact or j <= final or (j <= converged and j not in changed)
+            position.since = position.since if position.settled and j < r.fresh else 0
+        r.window, r.front, r.fresh = window[final:], r.front + final, r.fresh - final
+        if not (exact and changed) and last not in self.options.stop:
+            self._append(row, last, draft=final < len(window))
 
-    def _advance(self, row: int, drawn: list[int], ready: list[bool], steps: list[int]) -> None:
-        """Write what is final, mend drafts that changed, let one more position enter."""
-        r, window, final = self.rows[row], self.rows[row].window, 0
-        r.fresh = len(window)
+    def _correct(self, r: _Row, drawn: list[int], done: list[bool]) -> set[int]:
+        """Give every position the token its predecessor says now; returns the places in the window of new tokens.
+
+        In exact mode the first of them starts again, with all behind it. Nothing follows the end of a text.
+        """
+        r.fresh = len(r.window)
+        changed = set()
         for j, token in enumerate(drawn):
-            is_final = final == j and ready[j]
-            if is_final:
-                self.cache.leave([row], [r.front + j], [steps[j]])
-                self.result.steps[row].append(float(steps[j]))
-                final += 1
-                if not self._write(row, token):
-                    r.window = []
-                    return
-            elif token in self.options.stop:  # nothing need follow it unless it changes
-                del window[j + 1 :]
+            if token in self.options.stop:
+                del r.window[j + 1 :]
                 break
-            if j + 1 == len(window):
-                self._append(row, token, in_flight=j + 1 - final, draft=not is_final)
-                break
-            successor = window[j + 1]
-            if is_final and successor.draft:
-                self.result.accepted += successor.kept and successor.token == token
-            if successor.token != token:
-                successor.token, successor.kept, ready[j + 1] = token, False, False
-                if self.wavefront.exact or steps[j + 1] == self.num_steps:
+            if j + 1 < len(r.window) and r.window[j + 1].token != token:
+                successor = r.window[j + 1]
+                successor.token, successor.kept, done[j + 1] = token, False, False
+                changed.add(j + 1)
+                if self.wavefront.exact:
                     r.fresh = j + 1
                     break
-        r.window, r.front, r.fresh = window[final:], r.front + final, r.fresh - final
+        r.fresh = min(r.fresh, len(r.window))
+        return changed
 
-    def _append(self, row: int, token: int, in_flight: int, draft: bool) -> None:
+    def _append(self, row: int, token: int, draft: bool) -> None:
         """Let a token enter behind the window, if what follows it may be written."""
+        window = self.rows[row].window
         written = len(self.result.tokens[row])
-        if written + in_flight < self.options.max_new_tokens and in_flight < self.wavefront.width:
-            self.rows[row].window.append(_Position(token, draft))
+        if written + len(window) < self.options.max_new_tokens and len(window) < self.wavefront.width:
+            settled = self.wavefront.exact or not window
+            window.append(_Position(token, draft, settled=settled))
             self.result.drafted += draft
 
     def _count(self, row: int, steps: list[int], before: list[int]) -> None:

@@ -221,7 +221,7 @@ class Unhashable:
     """A user's rule as a plain dataclass, which has equality but no hash."""
 
     threshold: float = 0.3
-    weights: torch.Tensor = field(default_factory=lambda: torch.ones(2))  # equality of two such rules has no truth value
+    weights: torch.Tensor = field(default_factory=lambda: torch.ones(2))  # equality has no truth value
 
     def remembers(self, vocab_size):
         return 0
