@@ -20,12 +20,10 @@ from torch import Tensor
 
 from common import RESULTS, write_result
 from generative import LENGTH, TASK, Exam, exam, score, trained
+from recurrent_depth.generation.config import Mode, Refill, Speculation, Wavefront
 from recurrent_depth.generation.decoding import Decoded, Decoding
 from recurrent_depth.generation.exits import ExitRule, OutputKL, Read, StableArgmax, StateChange
-from recurrent_depth.generation.modes import Mode, decode_in_mode
-from recurrent_depth.generation.scheduler import Refill
-from recurrent_depth.generation.speculative import Speculation
-from recurrent_depth.generation.wavefront import Wavefront
+from recurrent_depth.generation.modes import decode_in_mode
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.flops import forward_flops
 from recurrent_depth.model.transformer import RecurrentDepthModel

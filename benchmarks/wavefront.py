@@ -18,9 +18,10 @@ import torch
 
 from common import write_result
 from generative import LENGTH, TASK, Exam, exam, score, trained
+from recurrent_depth.generation.config import Wavefront
 from recurrent_depth.generation.decoding import Decoded, Decoding, decode
 from recurrent_depth.generation.exits import StateChange
-from recurrent_depth.generation.wavefront import Wavefront, decode_wavefront
+from recurrent_depth.generation.wavefront import decode_wavefront
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.runs import load_run_model

@@ -1,10 +1,12 @@
 """Checks of option values. Each raises a ValueError that names the field, the given value and what is allowed.
 
-Imports nothing outside the standard library.
+Imports nothing heavy.
 """
 
 import math
 from collections.abc import Sequence
+
+from recurrent_depth.model.config import MAX_NUM_STEPS
 
 
 def check_at_least(name: str, value: int | float | None, minimum: int | float) -> None:
@@ -45,3 +47,10 @@ def check_each_at_least(name: str, values: Sequence[int | float], minimum: int |
     for value in values:
         if not (math.isfinite(value) and value >= minimum):
             raise ValueError(f"{name} is {list(values)}; every entry must be at least {minimum}")
+
+
+def check_num_steps(name: str, *values: int | None) -> None:
+    """Raise unless every value is between 1 and MAX_NUM_STEPS iterations. None passes: the model's own number."""
+    for value in values:
+        if value is not None and not 1 <= value <= MAX_NUM_STEPS:
+            raise ValueError(f"{name} is {value}; it must be at least 1 and at most {MAX_NUM_STEPS} iterations")

@@ -111,10 +111,24 @@ def parse_options(options: type, prog: str, arguments: list[str]) -> Any:
 
 
 def _normalised(arguments: list[str], options: type) -> list[str]:
-    """`--num-steps 1,4` as `--num_steps [1,4]`: dashes in names, bare commas in lists."""
-    lists = {field.name for field in dataclasses.fields(options) if str(field.type).startswith(("list", "tuple"))}
+    """`--num-steps 1,4` as `--num_steps [1,4]`: dashes in names, bare commas in lists.
+
+    Lists marked `metadata={"literal": True}` take one text each time they are given, as it is.
+    """
+    fields = dataclasses.fields(options)
+    literal = {field.name for field in fields if "literal" in field.metadata}
+    lists = {field.name for field in fields if str(field.type).startswith(("list", "tuple"))} - literal
     result, expects_list = [], False
-    for argument in arguments:
+    texts: dict[str, list[str]] = {}
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        option, given, text = argument.partition("=")
+        option = option[2:].replace("-", "_")
+        if argument.startswith("--") and option in literal and (given or rest):
+            texts.setdefault(option, []).append(text if given else rest.pop(0))
+            expects_list = False
+            continue
         if argument.startswith("--"):
             name, equals, value = argument.partition("=")
             name = "--" + name[2:].replace("-", "_")
@@ -122,7 +136,7 @@ def _normalised(arguments: list[str], options: type) -> list[str]:
             result.append(name + equals + (_bracketed(value) if equals and expects_list else value))
         else:
             result.append(_bracketed(argument) if expects_list else argument)
-    return result
+    return [*result, *(part for option, given in texts.items() for part in (f"--{option}", json.dumps(given)))]
 
 
 def _whole_sections(arguments: list[str], options: type) -> list[str]:

@@ -14,8 +14,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from recurrent_depth.evaluation.table import Result
+from recurrent_depth.generation.config import EngineOptions, Thinking
 from recurrent_depth.generation.forcing import ThinkingBudget
-from recurrent_depth.hf.engine import EngineOptions, decode_texts, joined, unpadded
+from recurrent_depth.hf.engine import decode_texts, decoding, joined, unpadded
 
 if TYPE_CHECKING:
     from recurrent_depth.evaluation.sweep import TaskGroup
@@ -23,12 +24,15 @@ if TYPE_CHECKING:
 logging.getLogger("lm_eval").setLevel(logging.WARNING)
 
 
+_THINKING = {f"think_{field.name}": field.name for field in fields(Thinking)}
+
+
 class RecurrentLM(HFLM):
     """lm-eval's Hugging Face model with a depth and an initial state that can be changed between runs.
 
-    Generation options that belong to the decoding engine (the fields of `EngineOptions`, for example
-    `gen_kwargs="think=true,think_at_most=256,waits=2"` or `"exit=kl"`) send the requests to it. A thinking part is cut
-    off before an answer is read, and stop texts count behind it alone. `spent` adds up what the engine took.
+    Generation options that belong to the decoding engine (fields of `EngineOptions`, as in `gen_kwargs="exit=kl"`, or
+    of `Thinking` behind `think_`, as in `"think_at_most=256,think_rounds=2"`) send the requests to it. A thinking part
+    is cut off before an answer is read, and stop texts count behind it alone. `spent` adds up what the engine took.
     """
 
     num_steps: int = 1
@@ -41,8 +45,10 @@ class RecurrentLM(HFLM):
             return self.model(inps, num_steps=self.num_steps, state_seed=self.state_seed).logits
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: Any, **kwargs: Any) -> torch.Tensor:
-        names = {field.name for field in fields(EngineOptions)} & set(kwargs)
-        engine = {"num_steps": self.num_steps} | {name: kwargs.pop(name) for name in names}
+        names = ({field.name for field in fields(EngineOptions)} | _THINKING.keys()) & kwargs.keys()
+        given = {name: kwargs.pop(name) for name in names}
+        thinking = {_THINKING[name]: given.pop(name) for name in _THINKING.keys() & names}
+        engine = {"num_steps": self.num_steps, "thinking": Thinking(**thinking) if thinking else None} | given
         self.think_end_token = None
         if not names:
             depth = {"num_steps": self.num_steps, "state_seed": self.state_seed}
@@ -64,7 +70,8 @@ class RecurrentLM(HFLM):
         top_p: float = 1.0,
     ) -> torch.Tensor:
         """The same by the engine, with lm-eval's names for sampling."""
-        options = engine.decoding(
+        options = decoding(
+            engine,
             self.tokenizer,
             max_new_tokens=max_length - context.shape[1],
             temperature=0.0 if do_sample is False else temperature,

@@ -17,7 +17,7 @@ from recurrent_depth.evaluation.controls import ControlsConfig
 from recurrent_depth.evaluation.dense import evaluate_dense
 from recurrent_depth.evaluation.export_tasks import export_task
 from recurrent_depth.evaluation.table import Published, Result, beside_published, markdown, plot, write_csv
-from recurrent_depth.model.ops import Kernels
+from recurrent_depth.model.config import Kernels
 from recurrent_depth.reasoning.format import ThinkingFormat
 from recurrent_depth.reasoning.pool import SourceConfig
 from recurrent_depth.runs import is_run, load_run_model
@@ -203,7 +203,7 @@ def _budgeted(config: EvalConfig, group: TaskGroup) -> dict[str, TaskGroup]:
     groups = {}
     for at_most in config.thinking_tokens:
         for waits in config.waits:
-            options = f"think=true,think_at_most={at_most},waits={waits},wait={form.wait}"
+            options = f"think_at_most={at_most},think_rounds={waits},think_wait={form.wait}"
             options += f",think_begin={form.begin_think},think_end={form.end_think}"
             both = f"{group.gen_kwargs},{options}" if group.gen_kwargs else options
             groups[budget_label(at_most, waits)] = replace(group, gen_kwargs=both)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from recurrent_depth.checks import check_at_least, check_between, check_num_steps
 from recurrent_depth.generation.adaptive import AdaptiveOutput, adaptive_forward, per_row
 from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.generation.exits import ExitRule
@@ -31,6 +32,7 @@ class Decoding:
         num_steps: steps of the core for a token, at most; None: the model's mean_recurrence.
         min_steps: steps of the core for a token, at least.
         exit: when a token has thought enough; None: all take num_steps.
+        exit_prompt: tokens of the prompt may leave early too; False runs the prompt at num_steps.
         prefix_monotone: in a prompt, tokens leave in order (see `adaptive_forward`).
         warm_start: start a token's state from its predecessor's last one (continuous chain of thought).
         temperature: 0 takes the likeliest token.
@@ -46,6 +48,7 @@ class Decoding:
     num_steps: int | Sequence[int] | None = None
     min_steps: int | Sequence[int] = 1
     exit: ExitRule | Sequence[ExitRule | None] | None = None
+    exit_prompt: bool = True
     prefix_monotone: bool = True
     warm_start: bool = False
     temperature: float = 0.0
@@ -57,13 +60,14 @@ class Decoding:
     thinking: ThinkingBudget | Sequence[ThinkingBudget | None] | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        steps = self.num_steps if isinstance(self.num_steps, Sequence) else [self.num_steps]
-        if any(r is not None and r < 1 for r in steps):
-            raise ValueError(f"num_steps is {self.num_steps}; it must be at least 1")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or (self.top_k is not None and self.top_k < 1):
-            raise ValueError("temperature must be 0 or more, top_p in (0, 1], top_k at least 1 or none")
+        check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        for name in ("num_steps", "min_steps"):
+            value = getattr(self, name)
+            check_num_steps(name, *(value if isinstance(value, Sequence) else [value]))
+        check_at_least("temperature", self.temperature, 0)
+        check_at_least("top_k", self.top_k, 1)
+        check_between("top_p", self.top_p, 0, 1, low_open=True)
+        check_at_least("cache_budget", self.cache_budget, 1)
 
 
 @dataclass
@@ -115,9 +119,10 @@ def decode(
     running = [True] * B
     state: Tensor | None = None
     for _ in range(options.max_new_tokens):
+        least = each.num_steps if state is None and not options.exit_prompt else each.min_steps
         output = adaptive_forward(
-            model, ids, mask, cache, each.exit, each.num_steps, each.min_steps, options.prefix_monotone, state,
-            last_logits_only=True,
+            model, ids, mask, cache, each.exit, each.num_steps, least, options.prefix_monotone,
+            state if options.warm_start else None, last_logits_only=True,
         )  # fmt: skip
         _account(result, model, output, mask, running)
         tokens = draw(output.logits[:, -1], options, names, mask.sum(1))
@@ -129,7 +134,7 @@ def decode(
         last = [written[-1] for written in result.tokens]
         ids = torch.tensor(last, device=ids.device)[:, None]
         mask = torch.cat([mask, torch.tensor(running, device=ids.device).long()[:, None]], dim=1)
-        state = output.state[:, -1:] if options.warm_start else None
+        state = output.state[:, -1:]
     return result
 
 

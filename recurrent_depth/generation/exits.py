@@ -10,10 +10,12 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from recurrent_depth.checks import check_at_least
 
 Read = Callable[[], Tensor]
 """Logits [B, T, V] of the state after the step, through coda and head: as dear as a core step or more."""
@@ -43,7 +45,7 @@ class StateChange:
     threshold: float = 0.03
 
     def __post_init__(self) -> None:
-        _check(self.threshold)
+        check_at_least("threshold", self.threshold, 0)
 
     def remembers(self, vocab_size: int) -> int:
         return 0
@@ -59,7 +61,7 @@ class OutputKL:
     threshold: float = 5e-4
 
     def __post_init__(self) -> None:
-        _check(self.threshold)
+        check_at_least("threshold", self.threshold, 0)
 
     def remembers(self, vocab_size: int) -> int:
         return vocab_size
@@ -76,7 +78,7 @@ class EntropyChange:
     threshold: float = 1e-3
 
     def __post_init__(self) -> None:
-        _check(self.threshold)
+        check_at_least("threshold", self.threshold, 0)
 
     def remembers(self, vocab_size: int) -> int:
         return 1
@@ -94,8 +96,7 @@ class StableArgmax:
     patience: int = 5
 
     def __post_init__(self) -> None:
-        if self.patience < 2:
-            raise ValueError(f"patience is {self.patience}; an argmax can be stable over 2 steps at least")
+        check_at_least("patience", self.patience, 2)
 
     def remembers(self, vocab_size: int) -> int:
         return 2
@@ -123,32 +124,34 @@ def register(name: str, factory: Callable[..., ExitRule]) -> None:
 
 
 def exit_rule(name: str, threshold: float | None = None) -> ExitRule:
-    """A rule by its name, or by the place of a class or function: `package.module:Rule`.
+    """Return a rule by its name, or of the class at a place: `package.module:Class`.
 
     `threshold` is the patience of `argmax`; None is each rule's default (the published value).
     """
-    factory = _imported(name) if ":" in name else RULES.get(name)
+    factory = _rule_class(name) if ":" in name else RULES.get(name)
     if factory is None:
         raise ValueError(
-            f"unknown exit rule {name!r}; known are {', '.join(RULES)}, or give your own as package.module:Rule"
+            f"exit is {name!r}; known rules are {', '.join(RULES)}, or give a class of your own as package.module:Class"
         )
-    rule = factory() if threshold is None else factory(threshold)
-    if not (callable(getattr(rule, "remembers", None)) and callable(getattr(rule, "converged", None))):
-        raise ValueError(f"{name!r} is no exit rule: it needs the methods `remembers` and `converged` of ExitRule")
-    return rule
+    check_at_least("exit_threshold", threshold, 0)
+    try:
+        return factory() if threshold is None else factory(threshold)
+    except TypeError as error:
+        given = "without arguments" if threshold is None else "with the threshold alone"
+        raise ValueError(f"exit {name!r} cannot be called {given}: {error}") from error
 
 
-def _imported(path: str) -> Callable[..., Any]:
+def _rule_class(path: str) -> Callable[..., ExitRule]:
+    """Import a class, and look at its methods before anything of it is called."""
     module, _, attribute = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"exit rule {path!r} cannot be imported: {error}") from error
-
-
-def _check(threshold: float) -> None:
-    if threshold < 0:
-        raise ValueError(f"the exit threshold is {threshold}; it must be 0 (never leave early) or more")
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # importing runs the module's code, which may raise anything
+        raise ValueError(f"exit {path!r} cannot be imported ({type(error).__name__}: {error})") from error
+    methods = ("remembers", "converged")
+    if not (isinstance(found, type) and all(callable(getattr(found, method, None)) for method in methods)):
+        raise ValueError(f"exit {path!r} is not an exit rule; give a class with the methods {' and '.join(methods)}")
+    return found
 
 
 class Exits:

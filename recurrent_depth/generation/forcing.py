@@ -7,37 +7,27 @@ thought long enough, the delimiter is written for it.
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from recurrent_depth.generation.config import ThinkingLimits
+
 
 @dataclass(frozen=True)
-class ThinkingBudget:
-    """The budget of one request, in tokens.
+class ThinkingBudget(ThinkingLimits):
+    """`Thinking` in ids.
 
     Args:
         begin: ids that open the thinking part; written at once if the prompt does not hold them already.
         end: ids that close it; the first of them is what a model is stopped from writing.
         wait: ids written in place of the end ("Wait").
-        at_most: thinking tokens (those of `wait` and of a part that the prompt began included) after which the end is
-            written.
-        at_least: thinking tokens before which an end is always replaced, whatever `rounds` says.
-        rounds: ends that are replaced, if the budget allows.
     """
 
     begin: tuple[int, ...]
     end: tuple[int, ...]
     wait: tuple[int, ...] = ()
-    at_most: int = 256
-    at_least: int = 0
-    rounds: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.begin or not self.end:
             raise ValueError("begin and end of thinking must each have at least one token")
-        if self.at_most < 0 or not 0 <= self.at_least <= self.at_most:
-            raise ValueError(
-                f"thinking tokens: at_least {self.at_least} must lie between 0 and at_most {self.at_most}; change one"
-            )
-        if self.rounds < 0:
-            raise ValueError(f"rounds is {self.rounds}; it must be 0 or more")
         if (self.rounds or self.at_least) and not self.wait:
             raise ValueError("rounds and at_least replace the end of thinking by `wait`; give its tokens")
 

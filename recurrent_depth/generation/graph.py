@@ -9,7 +9,6 @@ Shapes: B requests, T tokens of the prompts, S columns of the cache, D width, V 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -40,14 +39,6 @@ Region = Callable[[], None]
 """Device work without a decision on the host: reads and writes buffers alone."""
 
 
-@dataclass(frozen=True)
-class Captured:
-    """Capture the steps of decoding as CUDA graphs; on a CPU the same steps run one by one.
-
-    The tokens equal plain decoding's. All requests take the same num_steps, min_steps and exit rule.
-    """
-
-
 @torch.inference_mode()
 def decode_captured(
     model: RecurrentDepthModel,
@@ -75,8 +66,9 @@ def decode_captured(
                 count(result, model.config, row, new_tokens[row], core_steps, context)
 
     output = adaptive_forward(
-        model, ids, mask, cache, options.exit, steps, least, options.prefix_monotone, last_logits_only=True
-    )
+        model, ids, mask, cache, options.exit, steps, least if options.exit_prompt else steps, options.prefix_monotone,
+        last_logits_only=True,
+    )  # fmt: skip
     account(output.depths, mask.sum(1), mask.sum(1).tolist())
     token = StaticToken(model, cache, mask, options.exit, steps, least, options.warm_start)
     if ids.is_cuda and options.max_new_tokens > 1:

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 
+from recurrent_depth.generation.config import Captured, Mode, Refill, Speculation, Wavefront
 from recurrent_depth.generation.decoding import Decoded, Decoding, OnToken, decode
-from recurrent_depth.generation.graph import Captured, decode_captured
-from recurrent_depth.generation.scheduler import Refill, decode_refilled
-from recurrent_depth.generation.speculative import Speculation, decode_speculatively
-from recurrent_depth.generation.wavefront import Wavefront, decode_wavefront
+from recurrent_depth.generation.graph import decode_captured
+from recurrent_depth.generation.scheduler import decode_refilled
+from recurrent_depth.generation.speculative import decode_speculatively
+from recurrent_depth.generation.wavefront import decode_wavefront
 from recurrent_depth.model.transformer import RecurrentDepthModel
-
-Mode = Speculation | Wavefront | Refill | Captured
 
 
 def decode_in_mode(

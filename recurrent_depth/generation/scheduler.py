@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from recurrent_depth.generation.cache import RecurrentCache
+from recurrent_depth.generation.config import Refill
 from recurrent_depth.generation.decoding import (
     Decoded,
     Decoding,
@@ -30,26 +31,6 @@ from recurrent_depth.generation.tokens import Places, ThinkingTokens
 from recurrent_depth.model.transformer import RecurrentDepthModel
 
 
-@dataclass(frozen=True)
-class Refill:
-    """How the batch is kept full.
-
-    Args:
-        slots: requests in the batch at a time.
-        together: requests whose tokens have left the core wait until so many have (or none thinks any more), so that
-            coda, head and the prelude of what follows run once for all; None: half of those in the batch.
-    """
-
-    slots: int = 8
-    together: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.slots < 1:
-            raise ValueError(f"slots is {self.slots}; at least one request must have a place")
-        if self.together is not None and not 1 <= self.together <= self.slots:
-            raise ValueError(f"together is {self.together}; it must be between 1 and slots, {self.slots}")
-
-
 @dataclass
 class Refilled(Decoded):
     """With the passes it took; computed_steps / passes is the mean number of tokens in a pass."""
@@ -62,7 +43,7 @@ def decode_refilled(
     model: RecurrentDepthModel,
     prompts: Sequence[Sequence[int]],
     options: Decoding,
-    refill: Refill = Refill(),
+    refill: Refill | None = None,
     *,
     requests: Sequence[int] | None = None,
     on_token: OnToken | None = None,
@@ -73,7 +54,7 @@ def decode_refilled(
     """
     if not options.prefix_monotone:
         raise ValueError("refilled batches let prompts leave in order; drop prefix_monotone=False, or decode plainly")
-    return _Batch(model, prompts, options, refill, requests, on_token).run()
+    return _Batch(model, prompts, options, refill or Refill(), requests, on_token).run()
 
 
 class _Slot:
@@ -113,7 +94,7 @@ class _Batch:
         self.model, self.prompts, self.options, self.on_token = model, prompts, options, on_token
         self.each = Each(options, model.config, prompts)
         weight = model.lm_head.weight
-        slots = min(refill.slots, len(prompts))
+        slots = min(refill.lanes, len(prompts))
         self.cache = RecurrentCache(
             model.config, slots, longest + options.max_new_tokens, self.each.deepest, options.cache_budget,
             weight.dtype, weight.device,
@@ -178,7 +159,9 @@ class _Batch:
         requests = [-1 if slot is None else slot.request for slot in self.slots]
         for n, (row, _, taken) in enumerate(places):
             request = requests[row]
-            enough = taken >= each.num_steps[request] or (converged[n] and taken >= each.min_steps[request])
+            may_stop = self.options.exit_prompt or bool(self.result.tokens[request])
+            stops = converged[n] and may_stop and taken >= each.min_steps[request]
+            enough = stops or taken >= each.num_steps[request]
             if enough and row not in waits:
                 leaving.append(n)
             else:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from recurrent_depth.generation.adaptive import visible
 from recurrent_depth.generation.cache import RecurrentCache
+from recurrent_depth.generation.config import Speculation
 from recurrent_depth.generation.decoding import (
     Decoded,
     Decoding,
@@ -31,18 +32,6 @@ from recurrent_depth.model.attention import Attend
 from recurrent_depth.model.layers import Rotary, rotary_at
 from recurrent_depth.model.loss import wide
 from recurrent_depth.model.transformer import RecurrentDepthModel
-
-
-@dataclass(frozen=True)
-class Speculation:
-    """Draft `tokens` tokens a round with `steps` steps each."""
-
-    steps: int = 4
-    tokens: int = 4
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.tokens < 1:
-            raise ValueError(f"draft steps ({self.steps}) and tokens ({self.tokens}) must be at least 1")
 
 
 @dataclass

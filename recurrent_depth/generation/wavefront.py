@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from recurrent_depth.generation.cache import RecurrentCache
+from recurrent_depth.generation.config import Wavefront
 from recurrent_depth.generation.decoding import (
     Decoded,
     Decoding,
@@ -31,37 +32,6 @@ from recurrent_depth.generation.tokens import Places, ThinkingTokens
 from recurrent_depth.model.transformer import RecurrentDepthModel
 
 
-@dataclass(frozen=True)
-class Wavefront:
-    """How the wavefront moves. Threshold, average and in_order are not used in exact mode.
-
-    Args:
-        steps: core iterations per pass.
-        width: positions in flight of a request, at most.
-        exact: write what plain decoding writes (needs a cache of all recurrences); False is faster and approximate.
-        threshold: a position has converged once a pass changes its state by less, relatively, or num_steps iterations
-            after everything before it had converged.
-        average: weight of the earlier embedding in the moving average a position reads.
-        in_order: a position counts as converged only if all before it have (equation 3 of the paper); False freezes
-            everything before the last one that has (its algorithm 2 and the released code).
-    """
-
-    steps: int = 4
-    width: int = 128
-    exact: bool = True
-    threshold: float = 0.03
-    average: float = 0.1
-    in_order: bool = True
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.width < 1:
-            raise ValueError(f"steps a pass ({self.steps}) and width ({self.width}) must be at least 1")
-        if self.threshold < 0 or not 0 <= self.average < 1:
-            raise ValueError(
-                f"threshold ({self.threshold}) must be 0 or more, average ({self.average}) at least 0 and below 1"
-            )
-
-
 @dataclass
 class Waved(Decoded):
     """With the passes, the drafts that entered as positions, and those that stood until their predecessor was done."""
@@ -76,13 +46,13 @@ def decode_wavefront(
     model: RecurrentDepthModel,
     prompts: Sequence[Sequence[int]],
     options: Decoding,
-    wavefront: Wavefront = Wavefront(),
+    wavefront: Wavefront | None = None,
     *,
     requests: Sequence[int] | None = None,
     on_token: OnToken | None = None,
 ) -> Waved:
     """As `decode`; in exact mode with the same tokens. See there for the arguments."""
-    return _Front(model, prompts, options, wavefront, requests, on_token).run()
+    return _Front(model, prompts, options, wavefront or Wavefront(), requests, on_token).run()
 
 
 @dataclass

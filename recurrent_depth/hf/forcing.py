@@ -4,7 +4,6 @@ Shapes: B requests, L tokens so far, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,41 +11,25 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from recurrent_depth.generation.adaptive import per_row
+from recurrent_depth.generation.config import Thinking
 from recurrent_depth.generation.decoding import Decoding, draw
 from recurrent_depth.generation.forcing import Forcing, ThinkingBudget
 
 
-@dataclass(frozen=True)
-class Thinking:
-    """A budget of thinking in texts; `budget` makes it one of ids.
-
-    Args:
-        begin, end: delimiters, one token each.
-        wait: text written in place of an end that comes too early.
-        at_most, at_least: thinking tokens.
-        rounds: ends that are replaced by `wait`, if the budget allows.
-    """
-
-    begin: str = "<|begin_think|>"
-    end: str = "<|end_think|>"
-    wait: str = "Wait"
-    at_most: int = 256
-    at_least: int = 0
-    rounds: int = 0
-
-    def budget(self, tokenizer: Any) -> ThinkingBudget:
-        """The same in ids of a tokenizer."""
-        begin, end = (_delimiter(tokenizer, getattr(self, name), name) for name in ("begin", "end"))
-        wait = tuple(tokenizer(self.wait, add_special_tokens=False)["input_ids"])
-        return ThinkingBudget((begin,), (end,), wait, self.at_most, self.at_least, self.rounds)
+def thinking_budget(thinking: Thinking, tokenizer: Any) -> ThinkingBudget:
+    """Return the budget with its delimiters as ids of a tokenizer."""
+    begin, end = (_delimiter(tokenizer, getattr(thinking, name), name) for name in ("begin", "end"))
+    wait = tuple(tokenizer(thinking.wait, add_special_tokens=False)["input_ids"])
+    limits = {"at_most": thinking.at_most, "at_least": thinking.at_least, "rounds": thinking.rounds}
+    return ThinkingBudget((begin,), (end,), wait, **limits)
 
 
 def _delimiter(tokenizer: Any, text: str, name: str) -> int:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise ValueError(
-            f"the {name} of thinking, {text!r}, is {len(ids)} tokens of this tokenizer; a delimiter must be one token. "
-            "The spares <|c_0|>, <|c_1|>, ... are"
+            f"thinking.{name} is {text!r}, {len(ids)} tokens of this tokenizer; a delimiter must be one token, for "
+            "example one of the spares <|c_0|>, <|c_1|>, ..."
         )
     return ids[0]
 

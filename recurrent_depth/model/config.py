@@ -6,6 +6,12 @@ from typing import Literal
 
 SamplingScheme = Literal["poisson-lognormal-filling", "fixed"]
 
+MAX_NUM_STEPS = 4096
+"""Most core iterations that an option may ask for; a typing error must not occupy a machine for hours."""
+
+Kernels = Literal["auto", "triton", "torch"]
+"""Who computes the element-wise operations: `auto` is triton on a GPU (CUDA or ROCm) and torch elsewhere."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:

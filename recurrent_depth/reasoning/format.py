@@ -119,7 +119,7 @@ class Formatter:
     def budget(self, at_most: int, waits: int = 0) -> ThinkingBudget:
         """Budget forcing in this format: at most so many thinking tokens, the end replaced `waits` times."""
         end = (self.end_think, self.begin_answer, *encode(self.tokenizer, self.format.answer_prefix))
-        return ThinkingBudget((self.begin_think,), end, self.wait if waits else (), at_most, rounds=waits)
+        return ThinkingBudget((self.begin_think,), end, self.wait if waits else (), at_most=at_most, rounds=waits)
 
     def read_reply(self, ids: list[int]) -> tuple[int, str]:
         """Thinking tokens and the text of the answer (empty where none was begun) of the ids a model has written."""

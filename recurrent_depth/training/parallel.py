@@ -13,9 +13,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.config import Kernels, ModelConfig
 from recurrent_depth.model.layers import rotary_table
-from recurrent_depth.model.ops import Kernels, choose_ops, use_ops
+from recurrent_depth.model.ops import choose_ops, use_ops
 from recurrent_depth.model.recurrence import Checkpointing
 from recurrent_depth.model.transformer import RecurrentDepthModel, initial_value
 

@@ -245,7 +245,7 @@ def test_a_budget_is_written_as_options_of_generation():
     assert list(groups) == ["think=0,waits=1", "think=64,waits=1"]
     options = simple_parse_args_string(groups["think=64,waits=1"].gen_kwargs)
     assert options == {
-        "max_gen_toks": 99, "think": True, "think_at_most": 64, "waits": 1, "wait": "Wait", "think_begin": "<|c_0|>",
+        "max_gen_toks": 99, "think_at_most": 64, "think_rounds": 1, "think_wait": "Wait", "think_begin": "<|c_0|>",
         "think_end": "<|c_1|>",
     }  # fmt: skip
     assert _budgeted(EvalConfig("m", "o", ["t"]), TaskGroup(["t"])) == {"": TaskGroup(["t"])}

@@ -6,8 +6,9 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from recurrent_depth.evaluation.harness import RecurrentLM
+from recurrent_depth.generation.config import EngineOptions, Thinking
 from recurrent_depth.generation.decoding import decode
-from recurrent_depth.hf.engine import EngineOptions
+from recurrent_depth.hf.engine import decoding
 from recurrent_depth.hf.loading import load_model, unwrap
 
 CONTEXTS = ["the quick", "how many apples are there?", "7"]
@@ -28,14 +29,16 @@ def ask(lm, **options):
 
 
 def test_answers_are_read_behind_the_thinking_part_and_stop_texts_count_there(lm):
-    options = {"think": True, "think_at_most": 6, "think_at_least": 4, "waits": 1, "wait": "e"}
+    limits = {"at_most": 6, "at_least": 4, "rounds": 1, "wait": "e"}
+    options = {f"think_{name}": value for name, value in limits.items()}
     lm.spent = Counter()
     answers = ask(lm, **options)
-    decoding = EngineOptions(num_steps=3, **options).decoding(lm.tokenizer, max_new_tokens=24, stop=(lm.eot_token_id,))
-    end = decoding.thinking.end[0]
+    engine = EngineOptions(num_steps=3, thinking=Thinking(**limits))
+    expected = decoding(engine, lm.tokenizer, max_new_tokens=24, stop=(lm.eot_token_id,))
+    end = expected.thinking.end[0]
     thoughts = []
     for context, answer in zip(CONTEXTS, answers, strict=True):
-        tokens = decode(unwrap(lm.model), [lm.tok_encode(context)], decoding).tokens[0]
+        tokens = decode(unwrap(lm.model), [lm.tok_encode(context)], expected).tokens[0]
         thoughts.append(lm.tokenizer.decode(tokens[: tokens.index(end)]))
         assert tokens.index(end) <= 7
         assert answer == lm.tok_decode(tokens[tokens.index(end) + 1 :]).lstrip()

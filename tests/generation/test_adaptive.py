@@ -212,7 +212,7 @@ def test_a_rule_of_ones_own_by_name_and_by_place(model, monkeypatch):
         assert adaptive_forward(model, ids, torch.ones_like(ids), cache, rule, R).depths.tolist() == [[2, 2, 2]]
     with pytest.raises(ValueError, match="cannot be imported"):
         exit_rule("no.such.module:Rule")
-    with pytest.raises(ValueError, match="is no exit rule"):
+    with pytest.raises(ValueError, match="is not an exit rule"):
         exit_rule("builtins:dict")
 
 
@@ -245,9 +245,9 @@ def test_exit_rules_need_no_hash(model):
 
 def test_bad_rules_and_steps_say_what_to_change(model):
     ids = torch.tensor([[5]])
-    with pytest.raises(ValueError, match="known are state-change"):
+    with pytest.raises(ValueError, match="known rules are state-change"):
         exit_rule("sudden")
-    with pytest.raises(ValueError, match="must be 0"):
+    with pytest.raises(ValueError, match=r"exit_threshold is -1\.0"):
         exit_rule("kl", -1.0)
     with pytest.raises(ValueError, match="patience"):
         exit_rule("argmax", 1)

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from recurrent_depth.generation.cache import RecurrentCache
+from recurrent_depth.generation.config import Captured, EngineOptions, Refill
 from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.generation.exits import RULES, OutputKL, StateChange, exit_rule
 from recurrent_depth.generation.forcing import ThinkingBudget
-from recurrent_depth.generation.graph import Captured, StaticToken, decode_captured
+from recurrent_depth.generation.graph import StaticToken, decode_captured
 from recurrent_depth.generation.modes import decode_in_mode
 from support import lively_model
 
@@ -145,14 +146,12 @@ def test_buffers_do_not_move(model):
 
 
 def test_is_one_of_the_modes(model):
-    from recurrent_depth.hf.engine import EngineOptions
-
     mode = EngineOptions(captured=True).mode()
     assert mode == Captured()
     options = Decoding(max_new_tokens=4, num_steps=3)
     assert decode_in_mode(model, PROMPTS, options, mode).tokens == decode(model, PROMPTS, options).tokens
-    with pytest.raises(ValueError, match="slots and captured"):
-        EngineOptions(slots=2, captured=True).mode()
+    with pytest.raises(ValueError, match="refill and captured"):
+        EngineOptions(refill=Refill(2), captured=True)
 
 
 def test_one_rule_and_one_depth_for_all(model):

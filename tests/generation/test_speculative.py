@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recurrent_depth.generation.config import Speculation
 from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.generation.exits import StateChange
-from recurrent_depth.generation.speculative import Speculation, decode_speculatively
+from recurrent_depth.generation.speculative import decode_speculatively
 from recurrent_depth.generation.stopping import StopStrings
 from support import lively_model
 

@@ -6,12 +6,10 @@ import random
 import pytest
 import torch
 
+from recurrent_depth.generation.config import Refill, Speculation, Wavefront
 from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.generation.exits import OutputKL, StateChange
 from recurrent_depth.generation.modes import decode_in_mode
-from recurrent_depth.generation.scheduler import Refill
-from recurrent_depth.generation.speculative import Speculation
-from recurrent_depth.generation.wavefront import Wavefront
 from support import lively_model
 
 MODES = {

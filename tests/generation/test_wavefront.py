@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recurrent_depth.generation.config import EngineOptions, Wavefront
 from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.generation.exits import StateChange
-from recurrent_depth.generation.wavefront import Wavefront, decode_wavefront
+from recurrent_depth.generation.wavefront import decode_wavefront
 from recurrent_depth.model.layers import rotary_at
 from support import lively_model
 
@@ -198,11 +199,9 @@ def test_drafts_enter_and_are_accepted_and_streaming_can_end_a_request(model):
 
 
 def test_the_wavefront_is_exact_unless_asked_otherwise(model):
-    """As with the command line's wavefront_exact: an approximation has to be named."""
-    from recurrent_depth.hf.engine import EngineOptions
-
+    """An approximation has to be named, on the command line as well."""
     prompts, options = [[5, 6, 7], [8]], Decoding(max_new_tokens=16, num_steps=8)
-    assert Wavefront(steps=2) == EngineOptions(wavefront_steps=2).mode()
+    assert Wavefront(steps=2) == EngineOptions(wavefront=Wavefront(2)).mode()
     assert (
         decode_wavefront(model, prompts, options, Wavefront(steps=2)).tokens == decode(model, prompts, options).tokens
     )
