@@ -17,8 +17,9 @@ from torch import Tensor
 
 from recurrent_depth.generation.cache import ALL, RecurrentCache, Rows
 from recurrent_depth.generation.exits import ExitRule, Exits
-from recurrent_depth.model.layers import Rotary, rotary_at
-from recurrent_depth.model.loss import wide
+from recurrent_depth.model.attention import Rotary, on_heads
+from recurrent_depth.model.layers import rotary_at
+from recurrent_depth.model.loss import to_float32
 from recurrent_depth.model.ops import Ops
 from recurrent_depth.model.transformer import RecurrentDepthModel
 
@@ -54,7 +55,7 @@ class _Pass:
         self.plain = plain  # every token takes all steps of the cache: nothing is left behind early
         self.steps = torch.zeros_like(active, dtype=torch.long)  # [B, T], steps taken so far
         self.real, self.mask = mask, visible(mask, active.shape[1])
-        self.ops: Ops = model.transformer.ln_f.ops
+        self.ops: Ops = model.transformer.core_block.ops
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -active.shape[1] :]
         self.rotary = rotary_at(model.freqs_cis, positions)
         self.rows: Rows = ALL
@@ -98,9 +99,9 @@ class _Pass:
         rows = self.rows
         self.rows = rows if at is None else torch.tensor(self.numbers, device=at.device)[at]
         chosen = state if at is None else state[at]
-        hidden = self.model.transformer.write(chosen, self.part_rotary(), self.attend)
+        hidden = self.model.transformer.run_coda(chosen, self.part_rotary(), on_heads(self.attend))
         self.rows = rows
-        return wide(self.model.lm_head(hidden[:, -last:]))
+        return to_float32(self.model.lm_head(hidden[:, -last:]))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, slot: int) -> Tensor:
         """q, k, v [N, H, T', K]."""
@@ -174,15 +175,15 @@ def adaptive_forward(
     state = torch.zeros(B, T, model.config.n_embd, dtype=model.lm_head.weight.dtype, device=real.device)
     if input_states is not None:
         state += input_states.to(state.dtype)
-    e = part.read(part.embed(run.part(input_ids)), run.part_rotary(), run.attend)
+    e = part.run_prelude(part.embed(run.part(input_ids)), run.part_rotary(), on_heads(run.attend))
     new, adapt = part.injection(e)
     injected = torch.zeros_like(state)
     injected[everyone] = new
     computed = 0
     for step in range(max(most)):
         chosen, before, active = run.chosen, run.part(state), run.part(run.active)
-        slot = part.first_core_slot + step * cache.core_layers
-        after = part.core_block.step(before, run.part(injected), adapt, run.part_rotary(), run.attend, slot)
+        slot = part.first_core_layer + step * cache.core_layers
+        after = part.core_block.step(before, run.part(injected), adapt, run.part_rotary(), on_heads(run.attend), slot)
         after = torch.where(active[..., None], after, before)
         run.steps += run.active
         computed += active.numel()

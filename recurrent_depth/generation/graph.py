@@ -29,10 +29,9 @@ from recurrent_depth.generation.decoding import (
     write,
 )
 from recurrent_depth.generation.exits import ExitRule
-from recurrent_depth.model.attention import ProjectedAttend
-from recurrent_depth.model.layers import Rotary, rotary_at
-from recurrent_depth.model.loss import wide
-from recurrent_depth.model.ops import Ops
+from recurrent_depth.model.attention import Projection, Rotary, merge_heads
+from recurrent_depth.model.layers import rotary_at
+from recurrent_depth.model.loss import to_float32
 from recurrent_depth.model.transformer import RecurrentDepthModel
 
 Region = Callable[[], None]
@@ -87,7 +86,7 @@ def decode_captured(
         account(token.taken, token.positions + 1, [1] * B)
 
 
-class StaticToken(ProjectedAttend):
+class StaticToken:
     """One new token a request: buffers that never move, and the regions that work on them.
 
     Args:
@@ -167,14 +166,14 @@ class StaticToken(ProjectedAttend):
         self.taken.zero_()
         self.memory.fill_(torch.nan)
         self.cache.depths.scatter_(1, self.columns[:, None], torch.full_like(self.ids, self.num_steps))
-        self.injected.copy_(part.injection(part.read(part.embed(self.ids), self.rotary, self))[0])
+        self.injected.copy_(part.injection(part.run_prelude(part.embed(self.ids), self.rotary, self))[0])
         if not self.warm_start:
             self.state.zero_()
 
     def step(self, i: int) -> None:
         """Step i of the core, from 0: a row that has left keeps its state, and writes nothing."""
         core = self.model.transformer.core_block
-        slot = self.model.transformer.first_core_slot + i * len(core)
+        slot = self.model.transformer.first_core_layer + i * len(core)
         after = core.step(self.state, self.injected, self.adapt, self.rotary, self, slot)
         after = torch.where(self.active[..., None], after, self.state)
         self.taken += self.active
@@ -193,20 +192,27 @@ class StaticToken(ProjectedAttend):
 
     def _read(self, state: Tensor) -> Tensor:
         """[B, 1, D] -> logits [B, 1, V]."""
-        return wide(self.model.lm_head(self.model.transformer.write(state, self.rotary, self)))
+        return to_float32(self.model.lm_head(self.model.transformer.run_coda(state, self.rotary, self)))
 
-    def attend(self, ops: Ops, qkv: Tensor, qk_bias: Tensor | None, rotary: Rotary, slot: int) -> Tensor:
-        """Rotate, write into the cache where a row takes part, attend by depth. [B, 1, 3 H K] -> [B, H, 1, K]."""
-        cache = self.cache
+    def __call__(self, projection: Projection, slot: int) -> Tensor:
+        """Rotate, write into the cache where a row takes part, attend by depth. -> [B, 1, H K]."""
+        cache, qk_bias, ops = self.cache, projection.qk_bias, projection.ops
         in_core, place = slot >= cache.outer, max(slot - cache.outer, 0)
         step, layer = place // cache.core_layers, place % cache.core_layers
         entries = cache.core[:, layer] if in_core else cache.entries[slot, None]  # [budget or 1, 2, B, H, S, K]
         biases = (None, None) if qk_bias is None else (qk_bias[0, 0], qk_bias[1, 0])
         writes = self.active if in_core else self.running
         q = ops.rope_into_cache(
-            qkv, *biases, *rotary, entries, self.steps[step], self.columns, writes, entries.shape[3]
+            projection.qkv,
+            *biases,
+            *projection.rotary,
+            entries,
+            self.steps[step],
+            self.columns,
+            writes,
+            entries.shape[3],
         )
-        return ops.decode_attention(q, entries, cache.depths, self.mask, self.steps[step], self.lengths)
+        return merge_heads(ops.decode_attention(q, entries, cache.depths, self.mask, self.steps[step], self.lengths))
 
     def capture(self) -> None:
         """Replace each region by the replay of its CUDA graph; from then on they must be called in their order.

@@ -28,9 +28,9 @@ from recurrent_depth.generation.decoding import (
     padded,
     write,
 )
-from recurrent_depth.model.attention import Attend
-from recurrent_depth.model.layers import Rotary, rotary_at
-from recurrent_depth.model.loss import wide
+from recurrent_depth.model.attention import AttentionFunction, Rotary, on_heads
+from recurrent_depth.model.layers import rotary_at
+from recurrent_depth.model.loss import to_float32
 from recurrent_depth.model.transformer import RecurrentDepthModel
 
 
@@ -151,8 +151,8 @@ class _Run:
         # Drafts beyond a row's last token are never written; they must only not leave the rotary table.
         positions = (self.mask.cumsum(-1) - 1).clamp(0, self.model.config.block_size - 1)[:, -T:]
         rotary = rotary_at(self.model.freqs_cis, positions)
-        e = part.read(part.embed(ids), rotary, self._attend(T))
-        return e, part.think(torch.zeros_like(e), e, steps, rotary, self._attend(T)), rotary
+        e = part.run_prelude(part.embed(ids), rotary, self._attend(T))
+        return e, part.iterate(torch.zeros_like(e), e, steps, rotary, self._attend(T)), rotary
 
     def _verify(self, drafts: list[tuple[Tensor, Tensor, Rotary]]) -> Tensor:
         """The remaining steps of all drafted tokens in parallel: logits [B, G, V]."""
@@ -161,22 +161,23 @@ class _Run:
         cos = torch.cat([cos for _, _, (cos, _) in drafts], dim=1)
         sin = torch.cat([sin for _, _, (_, sin) in drafts], dim=1)
         T, first = len(drafts), self.speculation.steps
-        state = self.model.transformer.think(
-            state, e, self.steps - first, (cos, sin), self._attend(T), first_step=first
-        )
+        part = self.model.transformer
+        injected, adapt = part.injection(e)
+        layer_index = part.first_core_layer + first * len(part.core_block)
+        state = part.core_block(state, injected, adapt, self.steps - first, (cos, sin), self._attend(T), layer_index)
         return self._finish(state, (cos, sin), T)
 
     def _finish(self, state: Tensor, rotary: Rotary, T: int) -> Tensor:
-        return wide(self.model.lm_head(self.model.transformer.write(state, rotary, self._attend(T))))
+        return to_float32(self.model.lm_head(self.model.transformer.run_coda(state, rotary, self._attend(T))))
 
-    def _attend(self, T: int) -> Attend:
+    def _attend(self, T: int) -> AttentionFunction:
         mask = visible(self.mask, T)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, slot: int) -> Tensor:
             k, v = self.cache.update(k, v, slot)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-        return attend
+        return on_heads(attend)
 
     def _write(self, row: int, token: int) -> None:
         self.running[row] = write(self.written, row, token, None, self.options, self.on_token)

@@ -15,8 +15,9 @@ from torch import Tensor
 from recurrent_depth.generation.adaptive import COPY_LIMIT
 from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.generation.exits import ExitRule, Exits
-from recurrent_depth.model.layers import Rotary, rotary_at
-from recurrent_depth.model.loss import wide
+from recurrent_depth.model.attention import Rotary, on_heads
+from recurrent_depth.model.layers import rotary_at
+from recurrent_depth.model.loss import to_float32
 from recurrent_depth.model.transformer import RecurrentDepthModel
 
 
@@ -157,7 +158,9 @@ class ThinkingTokens:
         """Prelude, and what of it enters the core: [n, 1, D]."""
         part = self.model.transformer
         x = part.embed(torch.tensor(ids, device=self.state.device)[:, None])
-        return part.injection(part.read(x, self._rotary(places), TokenAttention(self.cache, places).attend))[0]
+        return part.injection(
+            part.run_prelude(x, self._rotary(places), on_heads(TokenAttention(self.cache, places).attend))
+        )[0]
 
     def keep(self, chosen: list[int]) -> None:
         """Forget all others."""
@@ -178,7 +181,7 @@ class ThinkingTokens:
         adapt = part.injection(self.injected[:1])[1]
         self.cache.depths[attention.rows, attention.columns] = attention.steps + 1
         after = part.core_block.step(
-            before, injected, adapt, self._rotary(places), attention.attend, part.first_core_slot
+            before, injected, adapt, self._rotary(places), on_heads(attention.attend), part.first_core_layer
         )
         self.state = after if all_of_them else self.state.index_put((torch.tensor(chosen, device=after.device),), after)
         for n in chosen:
@@ -194,8 +197,8 @@ class ThinkingTokens:
     def logits(self, state: Tensor, places: Places, wanted: Sequence[int] | None = None) -> Tensor:
         """Through the coda, states [N, 1, D] at these places; through the head, those that are wanted: [n, 1, V]."""
         attention = TokenAttention(self.cache, places)
-        hidden = self.model.transformer.write(state, self._rotary(places), attention.attend)
-        return wide(self.model.lm_head(hidden if wanted is None else hidden[list(wanted)]))
+        hidden = self.model.transformer.run_coda(state, self._rotary(places), on_heads(attention.attend))
+        return to_float32(self.model.lm_head(hidden if wanted is None else hidden[list(wanted)]))
 
     def _rotary(self, places: Places) -> Rotary:
         return rotary_at(self.model.freqs_cis, torch.tensor(places.columns, device=self.state.device)[:, None])

@@ -21,7 +21,7 @@ from recurrent_depth.runs import CheckpointError, find_checkpoint, is_run, load_
 
 _CODE = {
     "model": ("attention", "config", "layers", "loss", "ops", "random", "recurrence", "transformer"),
-    "hf": ("clock", "configuration", "modeling", "slots"),
+    "hf": ("caches", "clock", "configuration", "modeling"),
 }
 """The files an export carries, so that it loads where this package is not installed."""
 

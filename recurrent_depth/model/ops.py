@@ -20,8 +20,8 @@ from recurrent_depth.model.random import truncated_normal
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, released_rounding: bool = False) -> Tensor:
     """x [..., D], weight [D] -> [..., D]: x / sqrt(mean(x²) + eps) * weight, computed in fp32 (or fp64)."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    h = x if x.dtype == torch.float64 else x.float()
+    normal = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     if released_rounding:
         normal = normal.to(x.dtype)
     return (normal * weight).to(x.dtype)
@@ -30,14 +30,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, released_rounding: bool = Fa
 def add_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: float, released_rounding: bool = False) -> Tensor:
     """rms_norm(residual + branch): the sandwich norm wraps the residual sum (arXiv 2502.05171, section 3.2)."""
     return rms_norm(residual + branch, weight, eps, released_rounding)
-
-
-def add_norm_norm(
-    residual: Tensor, branch: Tensor, weight_a: Tensor, weight_b: Tensor, eps: float, released_rounding: bool = False
-) -> tuple[Tensor, Tensor]:
-    """a = rms_norm(residual + branch, weight_a) and b = rms_norm(a, weight_b), both [..., D]."""
-    a = add_norm(residual, branch, weight_a, eps, released_rounding)
-    return a, rms_norm(a, weight_b, eps, released_rounding)
 
 
 def bias_rope(
@@ -120,7 +112,6 @@ class Ops:
 
     rms_norm: Callable[..., Tensor] = rms_norm
     add_norm: Callable[..., Tensor] = add_norm
-    add_norm_norm: Callable[..., tuple[Tensor, Tensor]] = add_norm_norm
     bias_rope: Callable[..., tuple[Tensor, Tensor, Tensor]] = bias_rope
     swiglu: Callable[[Tensor], Tensor] = swiglu
     truncated_normal: Callable[..., Tensor] = truncated_normal
@@ -161,7 +152,6 @@ def _rounding(ops: Ops, released: bool) -> Ops:
         ops,
         rms_norm=partial(ops.rms_norm, released_rounding=True),
         add_norm=partial(ops.add_norm, released_rounding=True),
-        add_norm_norm=partial(ops.add_norm_norm, released_rounding=True),
     )
 
 

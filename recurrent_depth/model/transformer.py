@@ -1,6 +1,6 @@
 """The model: prelude, recurrent core, coda (arXiv 2502.05171). Free of transformers, files and processes.
 
-Shapes: B batch, T tokens, D width, R steps, V vocabulary.
+Shapes: B batch, T tokens, D width, R iterations, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recurrent_depth.model.attention import Attend, Cache, attention_for
+from recurrent_depth.model.attention import AttentionFunction, Cache, Rotary, attention_for
 from recurrent_depth.model.config import ModelConfig
-from recurrent_depth.model.layers import RMSNorm, Rotary, SandwichBlock, rotary_at, rotary_table
-from recurrent_depth.model.loss import linear_cross_entropy, shift_labels, valid_targets, wide
+from recurrent_depth.model.layers import SandwichBlock, make_norm, rotary_at, rotary_table
+from recurrent_depth.model.loss import linear_cross_entropy, shift_labels, to_float32, valid_targets
 from recurrent_depth.model.random import named_generator
 from recurrent_depth.model.recurrence import Adapt, NumSteps, OnStep, RecurrentCore
 
@@ -28,25 +28,25 @@ class Transformer(nn.Module):
         self.adapter = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
         self.core_block = RecurrentCore(config)
         self.coda = nn.ModuleList(SandwichBlock(config) for _ in range(config.n_layers_in_coda))
-        self.ln_f = RMSNorm(config.n_embd, config.norm_eps)
+        self.ln_f = make_norm(config)
 
-    # Cache slots: [prelude | coda | core step 0 | core step 1 | ...], so that depth may vary without moving the coda.
     @property
-    def first_core_slot(self) -> int:
+    def first_core_layer(self) -> int:
+        """Layer index of the first core block at iteration 0; prelude and coda come before it."""
         return len(self.prelude) + len(self.coda)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """input_ids [B, T] -> scaled embeddings [B, T, D]."""
         return self.wte(input_ids) * self.embed_scale
 
-    def read(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        """Prelude: embeddings [B, T, D] -> e [B, T, D]."""
-        for slot, block in enumerate(self.prelude):
-            x = block(x, rotary, attend, slot)
+    def run_prelude(self, x: Tensor, rotary: Rotary, attention: AttentionFunction) -> Tensor:
+        """Embeddings [B, T, D] -> e [B, T, D]."""
+        for layer_index, block in enumerate(self.prelude):
+            x = block(x, rotary, attention, layer_index)
         return x
 
     def injection(self, e: Tensor) -> tuple[Tensor, Adapt]:
-        """What enters the core at every step, and the function that adds it to the state.
+        """Return what enters the core at every iteration, and the function that adds it to the state.
 
         adapter([s; e]) = s W_sᵀ + e W_eᵀ, and e does not change: the second product is made once. An adapter that was
         replaced, wrapped or quantised (LoRA, torchao, hooks) keeps the concatenation, so that its own forward runs.
@@ -59,26 +59,24 @@ class Transformer(nn.Module):
     def _concatenate(self, state: Tensor, e: Tensor) -> Tensor:
         return self.adapter(torch.cat([state, e], dim=-1))
 
-    def think(
+    def iterate(
         self,
         state: Tensor,
         e: Tensor,
         num_steps: NumSteps,
         rotary: Rotary,
-        attend: Attend,
-        first_step: int = 0,
+        attention: AttentionFunction,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Iterate the core from `state` [B, T, D]; `first_step` says how many steps that state has already had."""
+        """Return `state` [B, T, D] after `num_steps` iterations of the core."""
         injected, adapt = self.injection(e)
-        first_slot = self.first_core_slot + first_step * len(self.core_block)
-        return self.core_block(state, injected, adapt, num_steps, rotary, attend, first_slot, on_step)
+        return self.core_block(state, injected, adapt, num_steps, rotary, attention, self.first_core_layer, on_step)
 
-    def write(self, state: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        """Coda: state [B, T, D] -> hidden [B, T, D] for the head. `ln_f` is used on both sides of it."""
+    def run_coda(self, state: Tensor, rotary: Rotary, attention: AttentionFunction) -> Tensor:
+        """State [B, T, D] -> hidden [B, T, D] for the head. `ln_f` is used on both sides of the coda."""
         x = self.ln_f(state)
         for offset, block in enumerate(self.coda):
-            x = block(x, rotary, attend, len(self.prelude) + offset)
+            x = block(x, rotary, attention, len(self.prelude) + offset)
         return self.ln_f(x)
 
 
@@ -106,7 +104,7 @@ class ModelOutput:
         logits: [B, T, V] in fp32; None where only the loss was asked for.
         loss: mean over valid labels (`labels`), or sum over valid targets (`targets`); None without either.
         state: s_R [B, T, D], before ln_f.
-        states: the state after every step, R tensors [B, T, D], if asked for.
+        states: the state after every iteration, R tensors [B, T, D], if asked for.
     """
 
     logits: Tensor | None
@@ -148,7 +146,7 @@ class RecurrentDepthModel(nn.Module):
 
         Args:
             input_ids: [B, T].
-            num_steps: steps of the core, an int, or (without, with) gradient; default: the config's mean_recurrence.
+            num_steps: core iterations, an int, or (without, with) gradient; default: the config's mean_recurrence.
             input_states: initial state [B, T, D]; default zeros.
             labels: [B, T], shifted here, -100 ignored; the loss is their mean.
             targets: [B, T], aligned already, -100 ignored; the loss is their sum and no logits are returned.
@@ -156,7 +154,7 @@ class RecurrentDepthModel(nn.Module):
             position_ids: [B or 1, T]; default: from the mask where there is one, else counted on from the cache.
             document_ids: [B, T]; tokens see only their own document.
             cache: holds the keys and values of earlier tokens and takes those of this pass.
-            return_states: keep the state after every step.
+            return_states: keep the state after every iteration.
             loss_chunk_size: with `targets`, tokens whose logits exist at one time.
         """
         past = cache.length() if cache is not None else 0
@@ -166,22 +164,22 @@ class RecurrentDepthModel(nn.Module):
                 "shorten the input or use a model with a longer block_size"
             )
         rotary = rotary_at(self.freqs_cis, self._positions(input_ids, past, attention_mask, position_ids))
-        attend = attention_for(
+        attention = attention_for(
             input_ids.shape[1], attention_mask=attention_mask, document_ids=document_ids, cache=cache
         )
-        e = self.transformer.read(self.transformer.embed(input_ids), rotary, attend)
+        e = self.transformer.run_prelude(self.transformer.embed(input_ids), rotary, attention)
         state = torch.zeros_like(e) if input_states is None else input_states.to(e.dtype)
         states: list[Tensor] | None = [] if return_states else None
         record = None if states is None else lambda step, s: states.append(s)
         steps = self.config.mean_recurrence if num_steps is None else num_steps
-        state = self.transformer.think(state, e, steps, rotary, attend, on_step=record)
-        hidden = self.transformer.write(state, rotary, attend)
+        state = self.transformer.iterate(state, e, steps, rotary, attention, record)
+        hidden = self.transformer.run_coda(state, rotary, attention)
         if cache is not None:
             cache.advance(input_ids.shape[1])
         if targets is not None:
             loss = linear_cross_entropy(hidden, self.lm_head.weight, targets, loss_chunk_size)
             return ModelOutput(None, loss, state, states)
-        logits = wide(self.lm_head(hidden))
+        logits = to_float32(self.lm_head(hidden))
         return ModelOutput(logits, _labels_loss(logits, labels), state, states)
 
     @staticmethod

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from recurrent_depth.generation.adaptive import adaptive_forward
 from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.generation.exits import RULES, OutputKL, StateChange, exit_rule, register
+from recurrent_depth.model.attention import on_heads
 from recurrent_depth.model.layers import rotary_at
 from support import lively_model
 
@@ -47,7 +48,7 @@ def brute_force(model, ids, depths, budget):
     Iteration i reads and writes place i mod budget (arXiv 2502.05171, section 6.2); where an earlier token stopped
     before it wrote that place, the nearest place below it that the token did write.
     """
-    part, outer = model.transformer, model.transformer.first_core_slot
+    part, outer = model.transformer, model.transformer.first_core_layer
     core, kept, logits = len(part.core_block), {}, []
 
     for t, token in enumerate(ids):
@@ -65,9 +66,9 @@ def brute_force(model, ids, depths, budget):
             values = torch.cat([v for _, v in entries], dim=2)
             return torch.softmax(q @ keys.transpose(-1, -2) / q.shape[-1] ** 0.5, -1) @ values
 
-        e = part.read(part.embed(torch.tensor([[token]])), rotary, attend)
-        state = part.think(torch.zeros_like(e), e, int(depths[t]), rotary, attend)
-        logits.append(model.lm_head(part.write(state, rotary, attend))[0, 0])
+        e = part.run_prelude(part.embed(torch.tensor([[token]])), rotary, on_heads(attend))
+        state = part.iterate(torch.zeros_like(e), e, int(depths[t]), rotary, on_heads(attend))
+        logits.append(model.lm_head(part.run_coda(state, rotary, on_heads(attend)))[0, 0])
     return torch.stack(logits)
 
 

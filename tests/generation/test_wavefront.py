@@ -9,6 +9,7 @@ from recurrent_depth.generation.config import EngineOptions, Wavefront
 from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.generation.exits import StateChange
 from recurrent_depth.generation.wavefront import decode_wavefront
+from recurrent_depth.model.attention import on_heads
 from recurrent_depth.model.layers import rotary_at
 from support import lively_model
 
@@ -46,7 +47,7 @@ def test_the_exact_wavefront_writes_what_plain_decoding_writes(model, data):
 @torch.no_grad()
 def reference(model, prompt, new, r, wavefront):
     """The approximate sampler for one request, with dense windows and one entry a (column, layer): a shared cache."""
-    part, outer = model.transformer, model.transformer.first_core_slot
+    part, outer = model.transformer, model.transformer.first_core_layer
     layers = len(part.core_block)
     kept = {}
 
@@ -68,16 +69,16 @@ def reference(model, prompt, new, r, wavefront):
         return rotary_at(model.freqs_cis, torch.arange(first, first + n)[None])
 
     def read(first, ids):
-        return part.read(part.embed(torch.tensor([ids])), rotary(first, len(ids)), attend_from(first))
+        return part.run_prelude(part.embed(torch.tensor([ids])), rotary(first, len(ids)), on_heads(attend_from(first)))
 
     def iterate(first, e, state, writes):
         turn = rotary(first, e.shape[1])
-        moved = part.think(state, e, 1, turn, attend_from(first, writes))
+        moved = part.iterate(state, e, 1, turn, on_heads(attend_from(first, writes)))
         return torch.where(torch.tensor(writes)[None, :, None], moved, state)
 
     def says(first, state):
         turn = rotary(first, state.shape[1])
-        return model.lm_head(part.write(state, turn, attend_from(first)))[0].argmax(-1).tolist()
+        return model.lm_head(part.run_coda(state, turn, on_heads(attend_from(first))))[0].argmax(-1).tolist()
 
     e = read(0, prompt)
     state = torch.zeros_like(e)

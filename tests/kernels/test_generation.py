@@ -33,7 +33,7 @@ def test_tokens_and_depths_are_equal_in_fp64(options, way):
 
 
 def test_a_captured_step_takes_these_launches(device):
-    """With all kernels: per block two norms beside the fused ones, two of attention and its reduction."""
+    """With all kernels: per block four norms, rotation into the cache, attention and its reduction, the gate."""
     from recurrent_depth.generation.cache import RecurrentCache
     from recurrent_depth.generation.graph import StaticToken
 
@@ -43,6 +43,6 @@ def test_a_captured_step_takes_these_launches(device):
     token = StaticToken(model, cache, torch.ones(2, 3, dtype=torch.long, device=device), None, 2, 1, False)
     with torch.no_grad(), watched() as launches:
         token.step(0)
-    block = ["norm_forward", "rotate_and_store", "attend_one", "join_splits", "norm_forward", "swiglu_forward",
-             "norm_forward"]  # fmt: skip
+    block = ["norm_forward", "rotate_and_store", "attend_one", "join_splits", "norm_forward", "norm_forward",
+             "swiglu_forward", "norm_forward"]  # fmt: skip
     assert [launch.name for launch in launches] == block * len(model.transformer.core_block)

@@ -9,6 +9,7 @@ import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.layers import RMSNorm
 from recurrent_depth.model.recurrence import sample_depth, split_steps
 from recurrent_depth.model.transformer import RecurrentDepthModel
 
@@ -107,6 +108,52 @@ def test_a_replaced_adapter_is_called(model, ids):
     wrapped.weight = torch.nn.Parameter(model.transformer.adapter.weight.detach() / 2)
     model.transformer.adapter = wrapped
     torch.testing.assert_close(model(ids, num_steps=3).logits, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_every_module_of_a_block_runs(model, ids):
+    """Hooks fire once per call and see what the module returns; a module in the place of a norm is used."""
+    core = model.transformer.core_block[0]
+    seen = []
+    for name, module in core.named_children():
+        module.register_forward_hook(lambda module, args, y, name=name: seen.append(name))
+    plain = model(ids, num_steps=3).logits
+    assert seen == ["norm_1", "attn", "norm_2", "norm_3", "mlp", "norm_4"] * 3
+
+    class Doubled(RMSNorm):
+        def forward(self, x, branch=None):
+            return 2 * super().forward(x, branch)
+
+    for place in ("norm_1", "norm_2", "norm_3", "norm_4"):
+        original = getattr(core, place)
+        setattr(core, place, Doubled(32, 1e-6).double())
+        assert not torch.allclose(model(ids, num_steps=3).logits, plain)
+        setattr(core, place, original)
+
+
+def test_the_configured_norm_is_used_in_every_place(ids):
+    """A layer norm computed by hand gives the model's outputs; parameters keep their names."""
+    layer, rms = (RecurrentDepthModel(dataclasses.replace(CONFIG, norm=norm)).double() for norm in ("layer", "rms"))
+    layer.initialise(0)
+    rms.initialise(0)
+    assert list(layer.state_dict()) == list(rms.state_dict())
+
+    class ByHand(torch.nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x, branch=None):
+            h = x if branch is None else x + branch
+            h = h - h.mean(-1, keepdim=True)
+            return h / (h.square().mean(-1, keepdim=True) + CONFIG.norm_eps).sqrt() * self.weight
+
+    assert not torch.allclose(layer(ids, num_steps=3).logits, rms(ids, num_steps=3).logits)
+    for block in (*rms.transformer.prelude, *rms.transformer.core_block, *rms.transformer.coda):
+        for place in ("norm_1", "norm_2", "norm_3", "norm_4"):
+            setattr(block, place, ByHand(getattr(block, place).weight))
+    rms.transformer.ln_f = ByHand(rms.transformer.ln_f.weight)
+    expected = rms(ids, num_steps=3).logits
+    torch.testing.assert_close(layer(ids, num_steps=3).logits, expected, rtol=1e-12, atol=1e-12)
 
 
 class QuantisedWeight(torch.Tensor):
