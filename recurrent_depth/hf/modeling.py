@@ -75,7 +75,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def base_model(self) -> Callable[..., "BackboneOutput"]:
-        """Everything before the head, with the arguments of `forward`: libraries with a head of their own (TRL) call it."""
+        """Everything before the head, with the arguments of `forward`; libraries with their own head (TRL) call it."""
         return self.backbone
 
     def set_kernels(self, kernels: Kernels, released_rounding: bool = False) -> None:
