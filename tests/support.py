@@ -1,11 +1,11 @@
-"""Start several ranks on this machine, and configurations small enough to train in a second."""
+"""Several ranks on this machine, configurations small enough to train in a second, and models to decode with."""
 
 import json
 import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from recurrent_depth.data.loader import TaskDataConfig
+from recurrent_depth.generation.config import Mode
+from recurrent_depth.generation.engine import Decoder
+from recurrent_depth.generation.request import DecodableModel, Decoded, Decoding
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.runs import checkpoints
@@ -57,6 +60,17 @@ def lively_model(vocab_size: int = 50, block_size: int = 96, scale: float = 2.5)
         for name, p in model.named_parameters():
             p.mul_(1.0 if "norm" in name or "ln_f" in name else scale)
     return model.eval()
+
+
+def decode(
+    model: DecodableModel,
+    prompts: Sequence[Sequence[int]],
+    options: Decoding | None = None,
+    mode: Mode | None = None,
+    **given: Any,
+) -> Decoded:
+    """Continue prompts with a decoder of its own."""
+    return Decoder(model, mode).generate(prompts, options, **given)
 
 
 def losses(run: Path) -> list[float]:

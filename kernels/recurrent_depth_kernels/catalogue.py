@@ -40,7 +40,7 @@ def _attention(B: int, T: int, G: int, R: int, S: int, dtype: torch.dtype) -> No
     biases = (torch.empty((n, K), dtype=dtype, device="meta") for n in (HEADS, G))
     rotary = (torch.empty((B, T, K), device="meta") for _ in range(2))
     q = rope_into_cache(qkv, *biases, *rotary, entries, by_row, by_row, active, HEADS)
-    decode_attention(q, entries, by_column, by_column, by_row, by_row)
+    decode_attention(q, entries, by_column, by_row, by_row, by_row, by_row, False)
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -38,7 +38,7 @@ def examples(
     position = torch.arange(rows, device=device)
     entries = torch.randn(4, 2, 1, heads, rows, width // heads, device=device, dtype=dtype)  # a budget of 4
     queries = torch.randn(1, heads, 4, width // heads, device=device, dtype=dtype)
-    cached = torch.ones_like(position[None]), None, position[:1], position[:1] + rows
+    cached = torch.ones_like(position[None]), None, position[:1], position[:1] + rows, position[:1], False
     return {
         "norm": (width, lambda: norm_rows(x, x, weight, 1e-6, False)),
         "norm_backward": (width, lambda: norm_rows_backward(x, x, weight, scale, x, False)),

@@ -40,7 +40,7 @@ def evaluate_budgets(config: "EvalConfig", name: str, out: Path) -> list[Result]
 
 def build_examiner(config: "EvalConfig", checker: "Checker") -> Examiner:
     """The model, its tokenizer and the questions of a configuration."""
-    from recurrent_depth.hf.loading import load_model, unwrap
+    from recurrent_depth.hf.loading import load_model
     from recurrent_depth.reasoning.format import Formatter
 
     def grade(questions: Sequence[Question], answers: Sequence[str]) -> list[bool]:
@@ -53,7 +53,7 @@ def build_examiner(config: "EvalConfig", checker: "Checker") -> Examiner:
     if tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer.json; questions are text and need one")
     formatter = Formatter(tokenizer, config.thinking_format)
-    return Examiner(unwrap(model), formatter, questions, grade, config.answer_tokens, config.batch_size)
+    return Examiner(model, formatter, questions, grade, config.answer_tokens, config.batch_size)
 
 
 def load_questions(config: "EvalConfig") -> list[Question]:

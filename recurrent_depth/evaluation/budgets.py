@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from recurrent_depth.data.packed import DataError
 from recurrent_depth.evaluation.scaling import Cell
-from recurrent_depth.generation.decoding import Decoding, decode
-from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.generation.engine import Decoder
+from recurrent_depth.generation.request import DecodableModel, Decoding
 from recurrent_depth.reasoning.format import Formatter
 
 Grade = Callable[[Sequence["Question"], Sequence[str]], list[bool]]
@@ -77,7 +77,7 @@ class Examiner:
         batch_size: questions decoded together.
     """
 
-    model: RecurrentDepthModel
+    model: DecodableModel
     formatter: Formatter
     questions: Sequence[Question]
     grade: Grade
@@ -143,7 +143,7 @@ class Examiner:
 
     def _room(self, prompts: list[list[int]]) -> int:
         """Thinking tokens that fit the model's block after the longest prompt."""
-        block, longest = self.model.config.block_size, max(map(len, prompts))
+        block, longest = self.model.model_config.block_size, max(map(len, prompts))
         room = block - longest - self._overhead()
         if room < 1:
             raise ValueError(f"prompts of up to {longest} tokens leave no room to think in a block of {block}")
@@ -154,9 +154,10 @@ class Examiner:
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         tokens: list[list[int]] = [[] for _ in prompts]
         core_steps = flops = 0
+        decoder = Decoder(self.model)
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            result = decode(self.model, [prompts[index] for index in batch], options, requests=batch)
+            result = decoder.generate([prompts[index] for index in batch], options, requests=batch)
             for index, written in zip(batch, result.tokens, strict=True):
                 tokens[index] = written
             core_steps += result.core_steps

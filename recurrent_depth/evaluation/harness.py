@@ -15,8 +15,9 @@ from lm_eval.tasks import TaskManager
 
 from recurrent_depth.evaluation.table import Result
 from recurrent_depth.generation.config import EngineOptions, Thinking
+from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.forcing import ThinkingBudget
-from recurrent_depth.hf.engine import decode_texts, decoding, joined, unpadded
+from recurrent_depth.hf.engine import decoding, joined, stop_at, unpadded
 
 if TYPE_CHECKING:
     from recurrent_depth.evaluation.sweep import TaskGroup
@@ -39,6 +40,7 @@ class RecurrentLM(HFLM):
     state_seed: int | None = None
     spent: Counter[str]
     think_end_token: int | None = None
+    decoder: Decoder | None = None
 
     def _model_call(self, inps: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         with torch.no_grad():
@@ -81,9 +83,10 @@ class RecurrentLM(HFLM):
         )
         if isinstance(options.thinking, ThinkingBudget):
             self.think_end_token = options.thinking.end[-1]
-        result = decode_texts(
-            self.model, self.tokenizer, unpadded(context, attention_mask), options, engine.mode(), stop
-        )
+        if self.decoder is None or self.decoder.mode != engine.mode():
+            self.decoder = Decoder(self.model, engine.mode())
+        on_token = stop_at(self.tokenizer, stop, options)
+        result = self.decoder.generate(unpadded(context, attention_mask), options, on_token=on_token)
         self.spent += Counter(tokens=sum(map(len, result.tokens)), core_steps=result.core_steps, flops=result.flops)
         return joined(context, result.tokens, self.tokenizer.pad_token_id)
 

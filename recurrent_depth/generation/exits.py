@@ -1,7 +1,7 @@
-"""When a token has thought enough: rules for leaving the core early (arXiv 2502.05171, section 6.1).
+"""Rules that stop iterating a token early (arXiv 2502.05171, section 6.1).
 
-A rule is a function of one step and of what it chose to remember of the step before. It holds no state of its own, so
-that rows of a batch may be at different steps, leave, and be replaced by others.
+A rule is a function of one iteration and of what it chose to remember of the one before. It holds no state of its own,
+so that tokens may be at different iterations, stop, and be replaced by others.
 
 Shapes: B batch, T tokens, D width, V vocabulary, M numbers that a rule remembers of a token.
 """
@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,23 +18,23 @@ from torch import Tensor
 from recurrent_depth.checks import check_at_least
 
 Read = Callable[[], Tensor]
-"""Logits [B, T, V] of the state after the step, through coda and head: as dear as a core step or more."""
+"""Returns the logits [B, T, V] of the state after the iteration; costs coda and head."""
 
-ReadRows = Callable[[Tensor | None], Tensor]
-"""The same for the rows at these places (None: all of them)."""
+ReadSome = Callable[[Tensor | None], Tensor]
+"""The same for the tokens at these places (None: all of them)."""
 
 
 class ExitRule(Protocol):
-    """When a token has converged."""
+    """Decides when a token has converged."""
 
     def remembers(self, vocab_size: int) -> int:
-        """M, the numbers kept of every token from one step to the next."""
+        """Return M, the numbers kept of every token from one iteration to the next."""
 
     def converged(self, before: Tensor, after: Tensor, read: Read, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Which tokens have converged, bool [B, T], and the new memory [B, T, M].
+        """Return which tokens have converged, bool [B, T], and the new memory [B, T, M].
 
-        `before` and `after` are the states around a step, [B, T, D]. At a token's first step its memory is NaN, so
-        that every comparison with it is false.
+        `before` and `after` are the states around an iteration, [B, T, D]. At a token's first iteration its memory is
+        NaN, so that every comparison with it is false.
         """
 
 
@@ -91,7 +91,7 @@ class EntropyChange:
 
 @dataclass(frozen=True)
 class StableArgmax:
-    """The likeliest token is the same for `patience` successive steps."""
+    """The most probable token is the same for `patience` successive iterations."""
 
     patience: int = 5
 
@@ -155,51 +155,49 @@ def _rule_class(path: str) -> Callable[..., ExitRule]:
 
 
 class Exits:
-    """The rules of a batch, one per row, and what they remember of tokens [rows, T].
+    """The rules of the tokens in the core, and what they remember.
 
-    Rules are told apart by identity, so that they need neither hash nor equality. Rows that share a rule object are
+    Rules are told apart by identity, so that they need neither hash nor equality. Tokens that share a rule object are
     asked together.
     """
 
-    def __init__(self, rules: Sequence[ExitRule | None], tokens: int, vocab_size: int) -> None:
-        self.rules, self.tokens, self.vocab_size = list(rules), tokens, vocab_size
-        self.memory: dict[int, Tensor] = {}  # id of a rule in `rules` -> [rows, T, M]
-
-    def keep(self, rows: list[int]) -> None:
-        """Forget all other rows."""
-        self.rules = [self.rules[row] for row in rows]
-        used = {id(rule) for rule in self.rules}
-        self.memory = {rule: memory[rows] for rule, memory in self.memory.items() if rule in used}
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.rules: list[ExitRule | None] = []  # one per token
+        self.memory: dict[int, Tensor] = {}  # id of a rule in `rules` -> [N, 1, M]
 
     def extend(self, rules: Sequence[ExitRule | None]) -> None:
-        """Further rows, of tokens that have taken no step."""
+        """Add tokens that have not iterated yet."""
         self.rules += rules
         for rule, memory in self.memory.items():
             new = torch.full((len(rules), *memory.shape[1:]), torch.nan, dtype=memory.dtype, device=memory.device)
             self.memory[rule] = torch.cat([memory, new])
 
-    def converged(self, rows: Sequence[int], before: Tensor, after: Tensor, read: ReadRows, first: int = 0) -> Tensor:
-        """Which tokens have converged, bool [N, T']: states [N, T', D] of `rows`, of the tokens from `first` on."""
-        done = torch.zeros(after.shape[:2], dtype=torch.bool, device=after.device)
-        for rule in {id(self.rules[row]): self.rules[row] for row in rows}.values():
-            if rule is None:
-                continue
-            mine = [n for n, row in enumerate(rows) if self.rules[row] is rule]
-            at = _places(mine, len(rows), after.device)
-            kept = _places([rows[n] for n in mine], len(self.rules), after.device)
+    def keep(self, tokens: list[int]) -> None:
+        """Forget all other tokens."""
+        self.rules = [self.rules[n] for n in tokens]
+        used = {id(rule) for rule in self.rules}
+        self.memory = {rule: memory[tokens] for rule, memory in self.memory.items() if rule in used}
+
+    def converged(self, before: Tensor, after: Tensor, read: ReadSome) -> list[bool] | None:
+        """Return which tokens have converged, from their states [N, 1, D]; None if none has a rule."""
+        distinct = {id(rule): rule for rule in self.rules if rule is not None}
+        if not distinct:
+            return None
+        done = torch.zeros(len(after), dtype=torch.bool, device=after.device)
+        for rule in distinct.values():
+            mine = [n for n, other in enumerate(self.rules) if other is rule]
+            everyone = len(mine) == len(self.rules)
+            at = None if everyone else torch.tensor(mine, device=after.device)
+            chosen: Any = slice(None) if everyone else at
             memory = self._memory(rule, after)
-            logits = partial(read, None if isinstance(at, slice) else at)
-            done[at], memory[kept, first:] = rule.converged(before[at], after[at], logits, memory[kept, first:])
-        return done
+            done_now, memory[chosen] = rule.converged(before[chosen], after[chosen], partial(read, at), memory[chosen])
+            done[chosen] = done_now[:, 0]
+        return done.tolist()  # the host decides who goes on
 
     def _memory(self, rule: ExitRule, like: Tensor) -> Tensor:
         if id(rule) not in self.memory:
             dtype = torch.promote_types(like.dtype, torch.float32)
-            shape = (len(self.rules), self.tokens, rule.remembers(self.vocab_size))
+            shape = (len(self.rules), 1, rule.remembers(self.vocab_size))
             self.memory[id(rule)] = torch.full(shape, torch.nan, dtype=dtype, device=like.device)
         return self.memory[id(rule)]
-
-
-def _places(places: list[int], total: int, device: torch.device) -> Tensor | slice:
-    """An index for these places; a slice, which copies nothing, where they are all."""
-    return slice(None) if places == list(range(total)) else torch.tensor(places, device=device)

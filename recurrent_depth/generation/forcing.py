@@ -33,7 +33,7 @@ class ThinkingBudget(ThinkingLimits):
 
 
 class Forcing:
-    """One request under a budget. Ask `forced` before a token is chosen, tell `choose` what the model chose.
+    """One request under a budget: `choose` says what is written when the model has drawn a token.
 
     `stop` are ids that end a request: while it thinks they count as an end of thinking, so that it answers.
     """
@@ -45,7 +45,7 @@ class Forcing:
         thought = _open_thoughts(prompt, budget)
         self.tokens = thought or 0
         self.replaced = 0
-        self.queue: list[int] = list(budget.begin) if thought is None else []
+        self.queue: list[int] = list(budget.begin) if thought is None else []  # tokens that are written next
         self.opening = len(self.queue)
         if self.tokens > budget.at_most:
             raise ValueError(
@@ -53,24 +53,26 @@ class Forcing:
             )
 
     def forced(self) -> int | None:
-        """The next token, where it is not the model's to choose."""
-        if not self.queue and self.thinking and self.tokens >= self.budget.at_most:
-            self._close()
-        return self.queue[0] if self.queue else None
+        """Return the next token, where the model has no choice."""
+        if self.queue:
+            return self.queue[0]
+        return self.budget.end[0] if self.thinking and self.tokens >= self.budget.at_most else None
 
-    def choose(self, token: int) -> int:
-        """What is written when the model (or the queue) says `token`."""
+    def choose(self, drawn: int) -> int:
+        """Return the next token, given the one the model has drawn."""
+        if not self.queue and self.thinking:
+            if self.tokens >= self.budget.at_most:
+                self._close()
+            elif drawn in self.ends:
+                if self._replaces():
+                    self.replaced += 1
+                    self.queue = list(self.budget.wait)
+                else:
+                    self._close()
         if self.queue:
             return self._from_queue()
-        if self.thinking and token in self.ends:
-            if self._replaces():
-                self.replaced += 1
-                self.queue = list(self.budget.wait)
-            else:
-                self._close()
-            return self._from_queue()
         self.tokens += self.thinking
-        return token
+        return drawn
 
     def _replaces(self) -> bool:
         room = self.tokens + len(self.budget.wait) <= self.budget.at_most

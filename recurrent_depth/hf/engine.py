@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from recurrent_depth.generation.config import EngineOptions, Mode
-from recurrent_depth.generation.decoding import Decoded, Decoding, OnToken
+from recurrent_depth.generation.config import EngineOptions
+from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.exits import exit_rule
 from recurrent_depth.generation.forcing import ThinkingBudget
-from recurrent_depth.generation.modes import decode_in_mode
-from recurrent_depth.generation.stopping import StopStrings, cut
+from recurrent_depth.generation.request import Decoded, Decoding, OnToken
+from recurrent_depth.generation.text import StopStrings, cut
 from recurrent_depth.hf.forcing import thinking_budget
-from recurrent_depth.hf.loading import unwrap
+from recurrent_depth.model.recurrence import split_steps
 
 
 def decoding(options: EngineOptions, tokenizer: Any = None, **changes: Any) -> Decoding:
@@ -51,12 +51,15 @@ class Engine:
     Afterwards `result` holds what the last call took (steps, FLOPs, cache bytes). `generate` need not make a cache of
     its own: pass use_cache=False. Not honoured, and refused: beams, several sequences, logits processors. Stream with
     `on_token`, called with (request, token): transformers does not hand a streamer on to a custom_generate.
+
+    One object serves many calls: while the model is the same, its `Decoder` keeps memory and captured graphs.
     """
 
     def __init__(
         self, options: EngineOptions | None = None, tokenizer: Any = None, on_token: OnToken | None = None
     ) -> None:
         self.options, self.tokenizer, self.on_token = options or EngineOptions(), tokenizer, on_token
+        self.decoder: Decoder | None = None
         self.result: Decoded | None = None
 
     def __call__(
@@ -76,19 +79,20 @@ class Engine:
                         "top_p": generation_config.top_p or 1.0}  # fmt: skip
         eos = generation_config.eos_token_id
         stop = () if eos is None else tuple(eos) if isinstance(eos, Sequence) else (int(eos),)
-        steps = model_kwargs.get("num_steps")
-        changes = {} if steps is None else {"num_steps": steps}
+        steps = model_kwargs.get("num_steps") or self.options.num_steps or model.config.num_steps
         options = decoding(
             self.options,
             self.tokenizer,
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
+            num_steps=None if steps is None else sum(split_steps(steps)),
             stop=stop,
             **sampling,
-            **changes,
         )
+        if self.decoder is None or self.decoder.model is not model:
+            self.decoder = Decoder(model, self.options.mode())
         on_token = _Listening(input_ids, stopping_criteria, self.on_token)
         prompts = unpadded(input_ids, model_kwargs.get("attention_mask"))
-        self.result = decode_in_mode(unwrap(model), prompts, options, self.options.mode(), on_token=on_token)
+        self.result = self.decoder.generate(prompts, options, on_token=on_token)
         pad = generation_config.pad_token_id
         return joined(input_ids, self.result.tokens, 0 if pad is None else int(pad))
 
@@ -131,18 +135,11 @@ def joined(input_ids: Tensor, tokens: list[list[int]], pad: int) -> Tensor:
     return torch.cat([input_ids, new], dim=1)
 
 
-def decode_texts(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    options: Decoding,
-    mode: Mode | None,
-    stops: Sequence[str],
-    on_token: OnToken | None = None,
-) -> Decoded:
-    """Decode until one of the texts `stops` appears (behind the thinking part, where there is a budget for one)."""
-    strings = StopStrings(tokenizer.decode, stops, _end_of_thinking(options), on_token)
-    return decode_in_mode(unwrap(model), prompts, options, mode, on_token=strings)
+def stop_at(
+    tokenizer: Any, stops: Sequence[str], options: Decoding, on_token: OnToken | None = None
+) -> StopStrings:
+    """Return an `on_token` that ends requests at one of the texts `stops`, behind the thinking part if there is one."""
+    return StopStrings(tokenizer.decode, stops, _end_of_thinking(options), on_token)
 
 
 def text_of(tokenizer: Any, tokens: list[int], options: Decoding, stops: Sequence[str]) -> str:

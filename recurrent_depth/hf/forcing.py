@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from recurrent_depth.generation.adaptive import per_row
 from recurrent_depth.generation.config import Thinking
-from recurrent_depth.generation.decoding import Decoding, draw
 from recurrent_depth.generation.forcing import Forcing, ThinkingBudget
+from recurrent_depth.generation.request import Decoding, draw, per_request
 
 
 def thinking_budget(thinking: Thinking, tokenizer: Any) -> ThinkingBudget:
@@ -81,7 +80,6 @@ class BudgetForcing(LogitsProcessor):
         tokens = draw(scores, self.sampling, names, (input_ids.shape[1] - self.padding).to(scores.device))
         for row, request in enumerate(self.requests):
             if request is not None:
-                request.forced()
                 tokens[row] = request.choose(int(tokens[row]))
         self.seen, self.told = input_ids, tokens.to(input_ids)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
@@ -95,7 +93,7 @@ class BudgetForcing(LogitsProcessor):
             raise ValueError(f"attention_mask has {len(mask)} rows for {B} sequences; pass the mask of the prompts")
         mask = mask.repeat_interleave(B // len(mask), dim=0)  # num_return_sequences
         self.padding = width - mask.sum(1)  # [B]
-        budgets = per_row(self.budgets, B, "budgets")
+        budgets = per_request(self.budgets, B, "budgets")
         prompts = [ids[-n:] for ids, n in zip(input_ids.tolist(), mask.sum(1).tolist(), strict=True)]
         self.requests = [
             None if b is None else Forcing(b, prompt, self.stop) for b, prompt in zip(budgets, prompts, strict=True)

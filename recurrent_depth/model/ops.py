@@ -65,45 +65,58 @@ def rope_into_cache(
     qkv: Tensor, q_bias: Tensor | None, k_bias: Tensor | None, cos: Tensor, sin: Tensor, entries: Tensor,
     steps: Tensor, columns: Tensor, active: Tensor, n_heads: int,
 ) -> Tensor:  # fmt: skip
-    """`bias_rope` at decode: returns q [B, H, T, K] and stores k, v in the cache; what the host need not know stays
-    on the device.
+    """`bias_rope` at decode: return q [B, H, T, K] and store k, v in the cache, without host synchronisation.
 
-    entries [R, 2, B, H, S, K], a layer's part of the cache with a budget of R recurrences, is changed in place: the
-    active tokens [B, T] of row b go to slot steps[b] mod R, from column columns[b] on. Biases [H, K].
+    entries [R, 2, B, H, S, K], a layer's part of a cache with a budget of R iterations, is changed in place: the active
+    tokens [B, T] of row b go to place steps[b] mod R, from column columns[b] on. Biases [H, K].
     """
     bias = None if q_bias is None or k_bias is None else torch.stack([q_bias, k_bias])[:, None]
     q, k, v = bias_rope(qkv, bias, cos, sin, n_heads)
     rows = torch.arange(len(qkv), device=qkv.device)
-    slots = steps % len(entries)
+    places = steps % len(entries)
     for t in range(qkv.shape[1]):
         new = torch.stack([k[:, :, t], v[:, :, t]], dim=1)  # [B, 2, H, K]
-        at = (slots, slice(None), rows, slice(None), columns + t)
+        at = (places, slice(None), rows, slice(None), columns + t)
         entries[at] = torch.where(active[:, t, None, None, None], new, entries[at])
     return q
 
 
-def decode_attention(
-    q: Tensor, entries: Tensor, depths: Tensor, mask: Tensor | None, steps: Tensor, lengths: Tensor
-) -> Tensor:
-    """Attention of q [B, H, T, K], the last T of each row's lengths[b] columns, over a recurrence-indexed cache.
+def read_place(steps: Tensor, depths: Tensor, budget: int, released: bool = False) -> Tensor:
+    """Return the place where an iteration reads a token, of a cache that keeps `budget` iterations.
 
-    Iteration i reads place i mod R of the budget (arXiv 2502.05171, section 6.2); a cached token that stopped before it
-    wrote that place is seen by its deepest one: place min(steps[b] mod R, depth - 1). entries [R, 2, B, H, S, K],
-    depths [B, S]. mask [B, S] is nonzero where a column is a real token; a new token always sees itself. Copies the
-    entries it reads, where R is above 1; the kernel reads them in place.
+    Iteration i writes place i mod b (arXiv 2502.05171, section 6.2). A token that took d iterations is read at its last
+    one from there on, min(i, d - 1), so at place min(i, d - 1) mod b. The released code reads place i mod b as long as
+    the token has written there, min(i mod b, d - 1). Both are the same without a budget, with a budget of one, and
+    where every token takes all iterations.
+
+    Args:
+        steps: the iteration i that reads, from 0; broadcasts with `depths`, the iterations d that a token took.
+    """
+    if released:
+        return torch.minimum(steps % budget, depths - 1)
+    return torch.minimum(steps, depths - 1) % budget
+
+
+def decode_attention(
+    q: Tensor, entries: Tensor, depths: Tensor, lanes: Tensor | None, starts: Tensor, lengths: Tensor, steps: Tensor,
+    released: bool,
+) -> Tensor:  # fmt: skip
+    """Attention of q [N, H, T, K], the last T of each row's lengths[n] columns, over lane lanes[n] (or n) of a cache.
+
+    entries [R, 2, B, H, S, K] and depths [B, S] are read by the rule of `read_place`, from column starts[n] on. Copies
+    the entries it reads, where R is above 1; the kernel reads them in place.
     """
     T, S = q.shape[2], entries.shape[4]
-    chosen = entries[0]
-    if len(entries) > 1:
-        slots = torch.minimum(steps[:, None] % len(entries), depths - 1)
-        index = slots[None, None, :, None, :, None].expand(1, *entries.shape[1:])
-        chosen = entries.gather(0, index)[0]  # [2, B, H, S, K]
     column = torch.arange(S, device=q.device)
-    own = lengths[:, None, None] - T + torch.arange(T, device=q.device)[:, None]  # [B, T, 1]
-    seen = column <= own
-    if mask is not None:
-        seen = seen & (mask[:, None] != 0) | (column == own)
-    return F.scaled_dot_product_attention(q, chosen[0], chosen[1], attn_mask=seen[:, None])
+    if len(entries) == 1:
+        keys, values = entries[0] if lanes is None else entries[0][:, lanes]  # [N, H, S, K]
+    else:
+        row = torch.arange(len(q), device=q.device) if lanes is None else lanes
+        places = read_place(steps[:, None], depths[row, :S], len(entries), released)  # [N, S]
+        keys, values = entries[places, :, row[:, None], :, column].permute(2, 0, 3, 1, 4)
+    own = lengths[:, None, None] - T + torch.arange(T, device=q.device)[:, None]  # [N, T, 1]
+    seen = (column <= own) & (column >= starts[:, None, None])
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None])
 
 
 @dataclass(frozen=True)
@@ -117,6 +130,11 @@ class Ops:
     truncated_normal: Callable[..., Tensor] = truncated_normal
     rope_into_cache: Callable[..., Tensor] = rope_into_cache
     decode_attention: Callable[..., Tensor] = decode_attention
+
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether `decode_attention` reads the cache where it lies."""
+        return self.decode_attention is not decode_attention
 
 
 TORCH_OPS = Ops()

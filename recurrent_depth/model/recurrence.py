@@ -78,6 +78,7 @@ class RecurrentCore(nn.ModuleList):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(SandwichBlock(config) for _ in range(config.n_layers_in_recurrent_block))
+        self.first_layer = config.n_layers_in_prelude + config.n_layers_in_coda  # layer indices before the core's
         self.ops = TORCH_OPS
         self.activation_checkpointing: Checkpointing = "none"
 
@@ -89,19 +90,17 @@ class RecurrentCore(nn.ModuleList):
         num_steps: NumSteps,
         rotary: Rotary,
         attention: AttentionFunction,
-        first_layer: int = 0,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Run the loop from `state` [B, T, D]; `injection` [B, T, D] enters at every iteration. Return the last state.
 
-        Memory does not grow with the iterations without gradient. `first_layer` is the layer index of the first block.
+        Memory does not grow with the iterations without gradient.
         """
         without, with_gradient = split_steps(num_steps)
-        for step in range(without + with_gradient):
-            layer_index = first_layer + step * len(self)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and step >= without):
-                state = self._checkpointed_step(state, injection, adapt, rotary, attention, layer_index)
-            if on_step is not None and on_step(step + 1, state):
+        for iteration in range(without + with_gradient):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and iteration >= without):
+                state = self._checkpointed_step(state, injection, adapt, rotary, attention, iteration)
+            if on_step is not None and on_step(iteration + 1, state):
                 break
         return state
 
@@ -117,13 +116,13 @@ class RecurrentCore(nn.ModuleList):
         adapt: Adapt,
         rotary: Rotary,
         attention: AttentionFunction,
-        first_layer: int,
+        iteration: int,
     ) -> Tensor:
-        """Run one iteration: s_i = core(adapter([s_{i-1}; e])). [B, T, D] -> [B, T, D]."""
+        """Run an iteration, counted from 0: s_{i+1} = core(adapter([s_i; e])). [B, T, D] -> [B, T, D]."""
         x = adapt(state, injection)
-        for offset, block in enumerate(self):
+        for layer_index, block in enumerate(self, start=self.first_layer + iteration * len(self)):
             if self.activation_checkpointing == "block" and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, attention, first_layer + offset, use_reentrant=False)
+                x = checkpoint(block, x, rotary, attention, layer_index, use_reentrant=False)
             else:
-                x = block(x, rotary, attention, first_layer + offset)
+                x = block(x, rotary, attention, layer_index)
         return x

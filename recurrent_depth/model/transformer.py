@@ -30,11 +30,6 @@ class Transformer(nn.Module):
         self.coda = nn.ModuleList(SandwichBlock(config) for _ in range(config.n_layers_in_coda))
         self.ln_f = make_norm(config)
 
-    @property
-    def first_core_layer(self) -> int:
-        """Layer index of the first core block at iteration 0; prelude and coda come before it."""
-        return len(self.prelude) + len(self.coda)
-
     def embed(self, input_ids: Tensor) -> Tensor:
         """input_ids [B, T] -> scaled embeddings [B, T, D]."""
         return self.wte(input_ids) * self.embed_scale
@@ -70,7 +65,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Return `state` [B, T, D] after `num_steps` iterations of the core."""
         injected, adapt = self.injection(e)
-        return self.core_block(state, injected, adapt, num_steps, rotary, attention, self.first_core_layer, on_step)
+        return self.core_block(state, injected, adapt, num_steps, rotary, attention, on_step)
 
     def run_coda(self, state: Tensor, rotary: Rotary, attention: AttentionFunction) -> Tensor:
         """State [B, T, D] -> hidden [B, T, D] for the head. `ln_f` is used on both sides of the coda."""
@@ -126,6 +121,11 @@ class RecurrentDepthModel(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
         self.register_buffer("freqs_cis", rotary_table(config))
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The configuration, by the name it has in the transformers class as well."""
+        return self.config
 
     def forward(
         self,

@@ -100,8 +100,8 @@ class LocalWriter:
         return [self._reply(prompt, tokens) for prompt, tokens in zip(prompts, written, strict=True)]
 
     def _by_our_engine(self, prompts: list[list[int]]) -> list[list[int]]:
-        from recurrent_depth.generation.decoding import Decoding, decode
-        from recurrent_depth.hf.loading import unwrap
+        from recurrent_depth.generation.engine import Decoder
+        from recurrent_depth.generation.request import Decoding
 
         options = Decoding(
             max_new_tokens=self.config.max_new_tokens,
@@ -110,7 +110,7 @@ class LocalWriter:
             seed=self.config.seed,
             stop=self.stop_ids,
         )
-        return decode(unwrap(self.model), prompts, options).tokens
+        return Decoder(self.model).generate(prompts, options).tokens
 
     def _by_transformers(self, prompts: list[list[int]]) -> list[list[int]]:
         import torch

@@ -10,7 +10,7 @@ from recurrent_depth.generation.config import EngineOptions
 from recurrent_depth.model.config import Kernels
 
 if TYPE_CHECKING:
-    from recurrent_depth.generation.decoding import OnToken
+    from recurrent_depth.generation.request import OnToken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,9 @@ class GenerateConfig(EngineOptions):
 def generate(config: GenerateConfig) -> None:
     """Decode all prompts."""
     from recurrent_depth.devices import choose_device, choose_dtype
+    from recurrent_depth.generation.engine import Decoder
     from recurrent_depth.generation.exits import exit_rule
-    from recurrent_depth.hf.engine import decode_texts, decoding, text_of
+    from recurrent_depth.hf.engine import decoding, stop_at, text_of
     from recurrent_depth.hf.loading import load_model
 
     device = choose_device(config.device)
@@ -78,11 +79,11 @@ def generate(config: GenerateConfig) -> None:
     ids = [_encode(tokenizer, prompt, config.chat) for prompt in prompts]
     ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end_turn|>")} - {None}
     options = decoding(
-        config, tokenizer, max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
-        top_p=config.top_p, stop=tuple(sorted(ends)),
+        config, tokenizer, max_new_tokens=config.max_new_tokens, num_steps=config.num_steps or model.config.num_steps,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, stop=tuple(sorted(ends)),
     )  # fmt: skip
-    on_token = _printing(tokenizer) if config.stream else None
-    result = decode_texts(model, tokenizer, ids, options, config.mode(), config.stop, on_token)
+    on_token = stop_at(tokenizer, config.stop, options, _printing(tokenizer) if config.stream else None)
+    result = Decoder(model, config.mode()).generate(ids, options, on_token=on_token)
     for prompt, tokens, steps in zip(prompts, result.tokens, result.steps, strict=True):
         text = text_of(tokenizer, tokens, options, config.stop)
         print(json.dumps({"prompt": prompt, "text": text, "steps": steps}, ensure_ascii=False))
@@ -95,7 +96,7 @@ def generate(config: GenerateConfig) -> None:
 
 def _printing(tokenizer: Any) -> "OnToken":
     """Return a function that writes text to standard error as its tokens come."""
-    from recurrent_depth.generation.stopping import TextStream
+    from recurrent_depth.generation.text import TextStream
 
     text = TextStream(tokenizer.decode)
 

@@ -6,12 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recurrent_depth.generation.config import EngineOptions, Wavefront
-from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.generation.exits import StateChange
-from recurrent_depth.generation.wavefront import decode_wavefront
+from recurrent_depth.generation.request import Decoding
 from recurrent_depth.model.attention import on_heads
 from recurrent_depth.model.layers import rotary_at
-from support import lively_model
+from support import decode, lively_model
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ def test_the_exact_wavefront_writes_what_plain_decoding_writes(model, data):
     wavefront = Wavefront(
         steps=data.draw(st.integers(1, 4), "steps a pass"), width=data.draw(st.integers(1, 6), "width"), exact=True
     )
-    found = decode_wavefront(model, prompts, options, wavefront)
+    found = decode(model, prompts, options, wavefront)
     plain = decode(model, prompts, options)
     assert found.tokens == plain.tokens
     assert found.steps == plain.steps
@@ -47,7 +46,7 @@ def test_the_exact_wavefront_writes_what_plain_decoding_writes(model, data):
 @torch.no_grad()
 def reference(model, prompt, new, r, wavefront):
     """The approximate sampler for one request, with dense windows and one entry a (column, layer): a shared cache."""
-    part, outer = model.transformer, model.transformer.first_core_layer
+    part, outer = model.transformer, model.transformer.core_block.first_layer
     layers = len(part.core_block)
     kept = {}
 
@@ -146,9 +145,9 @@ def test_the_approximate_wavefront_equals_a_dense_reference(model, data):
     new, r = data.draw(st.integers(2, 14), "new"), data.draw(st.integers(2, 9), "iterations")
     written, passes = reference(model, prompt, new, r, wavefront)
     options = Decoding(max_new_tokens=new, num_steps=r, cache_budget=1)
-    found = decode_wavefront(model, [prompt, [7]], options, wavefront)
+    found = decode(model, [prompt, [7]], options, wavefront)
     assert found.tokens[0] == written
-    assert decode_wavefront(model, [prompt], options, wavefront).passes == passes
+    assert decode(model, [prompt], options, wavefront).passes == passes
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.6])
@@ -158,9 +157,9 @@ def test_the_approximate_wavefront_at_published_settings_writes_what_plain_decod
     options = Decoding(max_new_tokens=32, num_steps=32, cache_budget=1)
     model = lively_model(scale=scale)
     plain = decode(model, prompts, options).tokens
-    found = decode_wavefront(model, prompts, options, Wavefront(4, exact=False, threshold=0.03))
+    found = decode(model, prompts, options, Wavefront(4, exact=False, threshold=0.03))
     assert found.tokens == plain
-    looser = decode_wavefront(model, prompts, options, Wavefront(4, exact=False, threshold=0.3))
+    looser = decode(model, prompts, options, Wavefront(4, exact=False, threshold=0.3))
     assert looser.computed_steps < found.computed_steps
 
 
@@ -175,7 +174,7 @@ def test_a_wavefront_of_one_position_is_plain_decoding_at_any_budget(model, data
         temperature=data.draw(st.sampled_from([0.0, 1.0]), "temperature"),
     )
     wavefront = Wavefront(data.draw(st.integers(1, 4), "steps a pass"), width=1, exact=False, threshold=0.0)
-    found = decode_wavefront(model, prompts, options, wavefront)
+    found = decode(model, prompts, options, wavefront)
     assert found.tokens == decode(model, prompts, options).tokens
     assert found.drafted == 0
 
@@ -183,7 +182,7 @@ def test_a_wavefront_of_one_position_is_plain_decoding_at_any_budget(model, data
 def test_drafts_enter_and_are_accepted_and_streaming_can_end_a_request(model):
     prompts = [[5, 6, 7], [8], [9, 10]]
     options = Decoding(max_new_tokens=30, num_steps=12)
-    found = decode_wavefront(model, prompts, options, Wavefront(steps=3, exact=True))
+    found = decode(model, prompts, options, Wavefront(steps=3, exact=True))
     plain = decode(model, prompts, options)
     assert found.tokens == plain.tokens
     assert 0 < found.accepted < found.drafted
@@ -194,7 +193,7 @@ def test_drafts_enter_and_are_accepted_and_streaming_can_end_a_request(model):
         seen.append((row, token))
         return row == 0 and sum(r == 0 for r, _ in seen) == 3
 
-    stopped = decode_wavefront(model, prompts, options, Wavefront(steps=3, exact=True), on_token=third)
+    stopped = decode(model, prompts, options, Wavefront(steps=3, exact=True), on_token=third)
     assert stopped.tokens == [plain.tokens[0][:3], *plain.tokens[1:]]
     assert [token for row, token in seen if row == 1] == plain.tokens[1]
 
@@ -203,23 +202,21 @@ def test_the_wavefront_is_exact_unless_asked_otherwise(model):
     """An approximation has to be named, on the command line as well."""
     prompts, options = [[5, 6, 7], [8]], Decoding(max_new_tokens=16, num_steps=8)
     assert Wavefront(steps=2) == EngineOptions(wavefront=Wavefront(2)).mode()
-    assert (
-        decode_wavefront(model, prompts, options, Wavefront(steps=2)).tokens == decode(model, prompts, options).tokens
-    )
+    assert decode(model, prompts, options, Wavefront(steps=2)).tokens == decode(model, prompts, options).tokens
 
 
 def test_what_does_not_go_together_is_refused(model):
     exact = Wavefront(exact=True)
     with pytest.raises(ValueError, match="cache_budget 2 must be at least num_steps 4"):
-        decode_wavefront(model, [[1]], Decoding(num_steps=4, cache_budget=2), exact)
+        decode(model, [[1]], Decoding(num_steps=4, cache_budget=2), exact)
     with pytest.raises(ValueError, match="exit"):
-        decode_wavefront(model, [[1]], Decoding(num_steps=4, exit=StateChange()), exact)
+        decode(model, [[1]], Decoding(num_steps=4, exit=StateChange()), exact)
     with pytest.raises(ValueError, match="warm_start"):
-        decode_wavefront(model, [[1]], Decoding(num_steps=4, warm_start=True), exact)
+        decode(model, [[1]], Decoding(num_steps=4, warm_start=True), exact)
     with pytest.raises(ValueError, match="one num_steps"):
-        decode_wavefront(model, [[1], [2]], Decoding(num_steps=[4, 2]), exact)
+        decode(model, [[1], [2]], Decoding(num_steps=[4, 2]), exact)
     with pytest.raises(ValueError, match="min_steps 9"):
-        decode_wavefront(model, [[1]], Decoding(num_steps=4, min_steps=9), exact)
+        decode(model, [[1]], Decoding(num_steps=4, min_steps=9), exact)
     with pytest.raises(ValueError, match="at least 1"):
         Wavefront(steps=0)
     with pytest.raises(ValueError, match="threshold"):

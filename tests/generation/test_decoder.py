@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recurrent_depth.generation.config import Captured, Refill
-from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.generation.exits import EntropyChange, OutputKL, StateChange
 from recurrent_depth.generation.forcing import Forcing, ThinkingBudget
-from recurrent_depth.generation.modes import decode_in_mode
+from recurrent_depth.generation.request import Decoding
 from recurrent_depth.model.flops import forward_flops
-from support import lively_model
+from support import decode, lively_model
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +114,6 @@ def test_thinking_stops_at_its_budget_and_waits_are_written(model):
     request = Forcing(budget, [1, 40])
     written = []
     for wanted in (8, 41, 9, 9, 41, 9, 41, 41, 9):
-        request.forced()
         written.append(request.choose(wanted))
     # 8; the end becomes two tokens (the second over a 9); 9; a second wait; then the end is let through
     assert written == [8, 42, 43, 9, 42, 43, 41, 41, 9]
@@ -153,7 +151,6 @@ def test_a_stop_while_thinking_counts_as_the_end_of_thinking():
     request = Forcing(ThinkingBudget(**BUDGET, at_most=9, rounds=1), [40], stop=(3,))
     written = []
     for wanted in (8, 3, 9, 9, 3, 5, 3):
-        request.forced()
         written.append(request.choose(wanted))
     assert written == [8, 42, 43, 9, 41, 5, 3]
 
@@ -226,5 +223,5 @@ def test_exits_after_the_prompt_only(model):
     full = decode(model, prompts, Decoding(**common))
     assert [tokens[0] for tokens in found.tokens] == [tokens[0] for tokens in full.tokens]
     for mode in (Refill(2), Captured()):
-        other = decode_in_mode(model, prompts, Decoding(exit=StateChange(0.3), exit_prompt=False, **common), mode)
+        other = decode(model, prompts, Decoding(exit=StateChange(0.3), exit_prompt=False, **common), mode)
         assert (other.tokens, other.steps) == (found.tokens, found.steps)
