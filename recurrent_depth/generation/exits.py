@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, D width, V vocabulary, M numbers that a rule remember
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -121,12 +121,15 @@ def register(name: str, factory: Callable[..., ExitRule]) -> None:
     if name in RULES:
         raise ValueError(f"an exit rule called {name!r} exists; choose another name")
     RULES[name] = factory
+    exit_rule.cache_clear()
 
 
+@cache
 def exit_rule(name: str, threshold: float | None = None) -> ExitRule:
     """Return a rule by its name, or of the class at a place: `package.module:Class`.
 
-    `threshold` is the patience of `argmax`; None is each rule's default (the published value).
+    `threshold` is the patience of `argmax`; None is each rule's default (the published value). The same arguments give
+    the same object, so that a decoder finds the graphs again that it captured with the rule.
     """
     factory = _rule_class(name) if ":" in name else RULES.get(name)
     if factory is None:

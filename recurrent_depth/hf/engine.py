@@ -135,9 +135,7 @@ def joined(input_ids: Tensor, tokens: list[list[int]], pad: int) -> Tensor:
     return torch.cat([input_ids, new], dim=1)
 
 
-def stop_at(
-    tokenizer: Any, stops: Sequence[str], options: Decoding, on_token: OnToken | None = None
-) -> StopStrings:
+def stop_at(tokenizer: Any, stops: Sequence[str], options: Decoding, on_token: OnToken | None = None) -> StopStrings:
     """Return an `on_token` that ends requests at one of the texts `stops`, behind the thinking part if there is one."""
     return StopStrings(tokenizer.decode, stops, _end_of_thinking(options), on_token)
 

@@ -5,13 +5,13 @@ import torch
 from transformers import AutoTokenizer
 
 from recurrent_depth.generation.config import EngineOptions, Refill, Speculation, Thinking, Wavefront
-from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.generation.exits import OutputKL, StateChange
 from recurrent_depth.generation.forcing import ThinkingBudget
+from recurrent_depth.generation.request import Decoding
 from recurrent_depth.hf.engine import Engine
 from recurrent_depth.hf.forcing import BudgetForcing, thinking_budget
 from recurrent_depth.hf.loading import wrap
-from support import lively_model
+from support import decode, lively_model
 
 PROMPTS = [[5, 6, 7, 8, 9], [11, 40, 12], [3]]
 BEGIN, WAIT = (40,), (42, 43)
