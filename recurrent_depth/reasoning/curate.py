@@ -56,9 +56,9 @@ def curate(config: CurateConfig) -> dict[str, Any]:
     stages = [(stage_name(description), build_stage(description)) for description in config.stages]
     out, root = Path(config.out), Path(config.root)
     cache = Path(config.cache) if config.cache is not None else out / "cache"
-    out.mkdir(parents=True, exist_ok=True)
 
     examples, drops = load_pool(config.pool, root)
+    out.mkdir(parents=True, exist_ok=True)
     sources = source_inputs(config.pool, root)
     steps = [_step("load", "load", {}, Outcome(examples, drops), digest(sources))]
     for name, stage in stages:
@@ -86,11 +86,17 @@ def _step(name: str, kind: str, options: dict[str, Any], outcome: Outcome, key: 
 
 
 def _import(modules: list[str]) -> None:
-    """Modules of the user's, which may lie in the current folder."""
+    """Import modules of the user, which may lie in the current folder."""
     if modules:
         sys.path.insert(0, os.getcwd())
     for module in modules:
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            raise DataError(
+                f"imports: {module!r} cannot be imported ({type(error).__name__}: {error}); correct it, or run in "
+                "the folder that holds the module"
+            ) from error
 
 
 def _seed(seed: int, name: str) -> int:

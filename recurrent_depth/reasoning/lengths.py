@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from recurrent_depth.checks import check_at_least, check_not_empty
+from recurrent_depth.hub import check_folder_or_hub_name
 from recurrent_depth.reasoning.local import model_fingerprint
 from recurrent_depth.reasoning.pool import Example
 from recurrent_depth.reasoning.stages import Context, Outcome, Stage, file_digest, stage
@@ -65,6 +66,7 @@ def count_tokens(texts: list[str], name: str) -> list[int]:
         from recurrent_depth.data.tokenizer import load_tokenizer
 
         return [len(encoding.ids) for encoding in load_tokenizer(file).encode_batch(texts, add_special_tokens=False)]
+    check_folder_or_hub_name(name, "tokenizer")
     from transformers import AutoTokenizer
 
     encoded = AutoTokenizer.from_pretrained(name)(texts, add_special_tokens=False)["input_ids"] if texts else []

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from recurrent_depth.checks import check_at_least, check_not_empty, check_num_steps
+from recurrent_depth.hub import check_folder_or_hub_name
 from recurrent_depth.reasoning.replies import Reply, ReplyCache, progress
 from recurrent_depth.reasoning.stages import digest, file_digest
 from recurrent_depth.runs import find_checkpoint, is_run
@@ -71,6 +72,8 @@ class LocalWriter:
     """
 
     def __init__(self, config: LocalConfig) -> None:
+        if not is_run(config.model):
+            check_folder_or_hub_name(config.model)
         from recurrent_depth.hf.loading import load_model
 
         self.config = config
