@@ -34,6 +34,12 @@ VERBS = {
         "prepare_reasoning",
     ),
     "eval": Verb("accuracy over test-time steps", "recurrent_depth.evaluation", "EvalConfig", "evaluate"),
+    "tasks": Verb(
+        "lm-eval tasks that need no network",
+        "recurrent_depth.evaluation.offline_tasks",
+        "OfflineTasksConfig",
+        "write_offline_tasks",
+    ),
     "generate": Verb("write text", "recurrent_depth.serving.generate", "GenerateConfig", "generate"),
     "curate": Verb("make a small reasoning set", "recurrent_depth.reasoning.curate", "CurateConfig", "curate"),
     "export": Verb("write a Hugging Face folder", "recurrent_depth.hf.export", "ExportConfig", "export"),
