@@ -1,8 +1,11 @@
 """Checks of option values. Each raises a ValueError that names the field, the given value and what is allowed.
 
+`check_installed` names the packages that an optional part of the library lacks.
+
 Imports nothing outside the standard library.
 """
 
+import importlib.util
 import math
 from collections.abc import Sequence
 
@@ -45,3 +48,10 @@ def check_each_at_least(name: str, values: Sequence[int | float], minimum: int |
     for value in values:
         if not (math.isfinite(value) and value >= minimum):
             raise ValueError(f"{name} is {list(values)}; every entry must be at least {minimum}")
+
+
+def check_installed(feature: str, packages: Sequence[str], extra: str) -> None:
+    """Raise unless the packages that `feature` needs are installed; `extra` is the extra that brings them."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{feature} needs {', '.join(missing)}; run: pip install 'recurrent-depth[{extra}]'")

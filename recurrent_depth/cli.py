@@ -33,7 +33,7 @@ VERBS = {
         "ReasoningDataConfig",
         "prepare_reasoning",
     ),
-    "eval": Verb("accuracy over test-time steps", "recurrent_depth.evaluation", "EvalConfig", "evaluate"),
+    "eval": Verb("accuracy over iterations", "recurrent_depth.evaluation.command", "EvalConfig", "evaluate"),
     "generate": Verb("write text", "recurrent_depth.serving.generate", "GenerateConfig", "generate"),
     "curate": Verb("make a small reasoning set", "recurrent_depth.reasoning.curate", "CurateConfig", "curate"),
     "export": Verb("write a Hugging Face folder", "recurrent_depth.hf.export", "ExportConfig", "export"),

@@ -47,7 +47,7 @@ def main() -> None:
 
     recurrent = out / "shell-game"
     recurrent_depth("train", "--config", str(CONFIGS / "shell-game.yaml"), "--out", str(recurrent))
-    from recurrent_depth.training.summary import summarise
+    from recurrent_depth.evaluation.report import summarise
 
     budget = summarise(recurrent).seconds
     for name in ("depth-1", "fixed-10"):

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.generation.forcing import ThinkingBudget
 
 HUGINN_PROMPT = (

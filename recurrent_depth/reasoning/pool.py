@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 
 AnswerFormat = Literal["plain", "gsm8k"]
 _REQUIRED = ("question", "answer")
