@@ -31,7 +31,7 @@ def test_large_configurations_say_how_they_are_launched_and_can_be_planned(path,
     assert f"train.py --config configs/pretrain/{path.name}" in path.read_text()
     gpus = "8" if "huginn" in path.name else "1"
     assert main(["plan", "--config", str(path), "--num-gpus", gpus, "--device", "mi300x"]) == 0
-    assert "tokens a second" in capsys.readouterr().out
+    assert "tokens/s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))

@@ -100,7 +100,10 @@ def sections(results: Sequence[Result]) -> list[Section]:
     parts: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         parts.setdefault((result.task if result.difficulty else "", result.metric), []).append(result)
-    return [_section(f"{task or 'Tasks'}: {metric}", metric, part) for (task, metric), part in parts.items()]
+    return [
+        _section(f"{task}: {metric}" if task else f"{metric} by task", metric, part)
+        for (task, metric), part in parts.items()
+    ]
 
 
 def _section(title: str, metric: str, results: Sequence[Result]) -> Section:
@@ -161,7 +164,8 @@ def _chart(groups: dict[tuple[str, str], dict[str, dict[int, Result]]]) -> tuple
     finish_axes(axes, drawn, "%" if is_fraction(metric) else metric, legend=False)
     handles = [Line2D([], [], color=colours[name], label=name) for name in names]
     handles += [Line2D([], [], color="black", linestyle=styles[model], label=model) for model in models]
-    plain_text(figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize="small"))
+    title = f"colour: {'difficulty' if by_difficulty else 'task'}; line: model"
+    plain_text(figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize="small", title=title))
     return _as_base64(figure), _caption(models, swept, fixed, shown, by_difficulty)
 
 
@@ -180,7 +184,7 @@ def _caption(
     if fixed:
         text += f"Horizontal lines: {', '.join(fixed)}, which ran with one number of iterations. "
     if by_difficulty:
-        text += "Colours: difficulty, from easy (dark) to hard (bright). "
+        text += "Colours: difficulty (instructions before the answer), from easy (dark) to hard (bright). "
     return text + f"Mode: {settings}. Error bars: one standard error over {n} rows."
 
 

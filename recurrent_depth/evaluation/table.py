@@ -218,7 +218,7 @@ def new_figure(panels: int = 1) -> tuple[Any, list[Any]]:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(panels, 1, figsize=(6, 4.2 * panels), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(panels, 1, figsize=(5.2, 4 * panels), layout="constrained", squeeze=False)
     return figure, list(axes[:, 0])
 
 

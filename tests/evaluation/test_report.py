@@ -90,7 +90,7 @@ def test_every_metric_has_a_section_of_its_own(tmp_path):
     for title, unit, shown in (
         ("acc", "percent", "25.0"), ("acc_norm", "percent", "75.0"), ("word_perplexity", "word_perplexity", "23.5")
     ):  # fmt: skip
-        part = text.split(f"<h2>Tasks: {title}</h2>")[1].split("<h2>")[0]
+        part = text.split(f"<h2>{title} by task</h2>")[1].split("<h2>")[0]
         assert f"<th>{unit}, by iterations</th>" in part
         assert f"<tr><td>sciq</td><td>{shown}</td><td>{shown}</td></tr>" in part
 
