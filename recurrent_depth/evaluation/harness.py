@@ -100,7 +100,7 @@ def check_tasks(groups: Sequence[TaskGroup], config: LmEvalConfig) -> None:
     if not names:
         return
     manager = task_manager(config.include_path, None, defaults=True)
-    unknown = [name for name in names if not manager.match_tasks([name])]
+    unknown = sorted(set(names) - set(manager.all_tasks))
     if unknown:
         raise ValueError(
             f"tasks: {', '.join(unknown)} not found; `lm-eval ls tasks` lists the tasks, lm_eval.include_path adds "
@@ -241,6 +241,6 @@ def _documents(report: dict[str, Any], task: str) -> int:
 
 
 def _split_name(task: str) -> tuple[str, str]:
-    """Return task and difficulty of `shell_game_lm__5-8`."""
+    """Return name and difficulty of a task: of shell_game_lm__5-8, shell_game_lm and 5-8; of others, no difficulty."""
     name, _, difficulty = task.partition("__")
-    return name, difficulty
+    return (name, difficulty) if name in GENERATED_NAMES else (task, "")

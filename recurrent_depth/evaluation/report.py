@@ -267,8 +267,11 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _bytes_per_token(data: dict[str, Any]) -> float | None:
-    manifest = Path(data["path"]) / "manifest.json" if data.get("path") else None
-    if manifest is None or not manifest.is_file():
+    packed = data.get("packed") or data
+    if not packed.get("path"):
+        return None
+    manifest = Path(packed["path"]) / "manifest.json"
+    if not manifest.is_file():
         return None
     split = json.loads(manifest.read_text())["splits"]["validation"]
     return split["bytes"] / (split["tokens_kept"] + split["tokens_dropped"])

@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 from collections import Counter
 
 import pytest
 import yaml
 from lm_eval.api.instance import Instance
 
+from recurrent_depth.cli import main
 from recurrent_depth.evaluation.command import evaluate
 from recurrent_depth.evaluation.config import BudgetGrid, EvalConfig, LmEvalConfig, TaskGroup
 from recurrent_depth.evaluation.harness import RecurrentLM, check_tasks, read_report
@@ -121,11 +123,40 @@ def test_generation_options_of_the_wrong_type_are_refused(gen_kwargs, message):
         check_tasks([TaskGroup(tasks=["shell_game_lm"], gen_kwargs=gen_kwargs)], LmEvalConfig())
 
 
-def test_tasks_that_do_not_generate_have_no_thinking_budget(tmp_path):
-    folder = write_task(tmp_path / "tasks", output_type="multiple_choice", doc_to_choice=["7", "8"], doc_to_target=0)
-    section = LmEvalConfig(include_path=folder, budgets=BudgetGrid(thinking_tokens=[8]))
-    with pytest.raises(ValueError, match=r"count does not generate text \(multiple_choice\)"):
-        check_tasks([TaskGroup(tasks=["count"])], section)
+@pytest.fixture(scope="module")
+def odd_tasks(tmp_path_factory):
+    """One folder for all, since lm-eval reads thousands of files whenever it looks for tasks."""
+    folder = tmp_path_factory.mktemp("odd") / "tasks"
+    write_task(folder, task="choice", output_type="multiple_choice", doc_to_choice=["7", "8"], doc_to_target=0)
+    (folder / "line.yaml").write_text("just one line\n")
+    (folder / "list.yaml").write_text("- a\n- b\n")
+    (folder / "bare.yaml").write_text("task: bare\n")
+    (folder / "dataless.yaml").write_text("task: dataless\ndataset_path: json\n")
+    return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("line", "tasks: line not found; `lm-eval ls tasks` lists the tasks"),
+        ("list", "tasks: list not found"),
+        ("bare", "lm-eval cannot load bare .*; check its YAML and data with `lm-eval validate --tasks bare`"),
+        ("dataless", "lm-eval cannot load dataless"),
+    ],
+)
+def test_lm_eval_tasks_that_cannot_be_loaded_are_named(odd_tasks, name, message, tmp_path, capsys):
+    command = ["eval", "--model", "nowhere", "--out", str(tmp_path / "out"), "--tasks", name]
+    assert main([*command, "--lm-eval.include-path", odd_tasks]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_tasks_that_do_not_generate_have_no_thinking_budget(odd_tasks):
+    section = LmEvalConfig(include_path=odd_tasks, budgets=BudgetGrid(thinking_tokens=[8]))
+    with pytest.raises(ValueError, match=r"choice does not generate text \(multiple_choice\)"):
+        check_tasks([TaskGroup(tasks=["choice"])], section)
 
 
 def test_reports_of_lm_eval_keep_every_metric_and_count_the_documents_of_groups():
