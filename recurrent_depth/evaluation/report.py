@@ -4,7 +4,7 @@ import base64
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
@@ -18,6 +18,7 @@ from recurrent_depth.checks import check_installed
 from recurrent_depth.evaluation.config import ReportConfig
 from recurrent_depth.evaluation.table import (
     MAX_LINES,
+    Key,
     Result,
     draw_line,
     finish_axes,
@@ -41,7 +42,7 @@ def report(config: ReportConfig) -> Path:
     out = Path(config.out)
     if out.is_dir():
         raise ValueError(f"out: {out} is a folder; give an HTML file, for example {out / 'report.html'}")
-    results = [result for path in config.results for result in read_csv(Path(path))]
+    results = _read_results(config.results)
     runs = [summarise(run) for run in config.runs]
     page = _template().render(
         title=config.title,
@@ -59,6 +60,20 @@ def report(config: ReportConfig) -> Path:
     return out
 
 
+def _read_results(paths: Sequence[str]) -> list[Result]:
+    """Return the rows of all files. Raise if two files have values of the same name, which would replace each other."""
+    results: dict[tuple[Key, int], Result] = {}
+    for path in paths:
+        rows = {(key, r): row for key, cells in series(read_csv(Path(path))).items() for r, row in cells.items()}
+        for key, _ in rows.keys() & results.keys():
+            raise ValueError(
+                f"results: {path} and an earlier file both have {key.task} of the model {key.model}; evaluate one of "
+                "them with another --name, or leave it out"
+            )
+        results |= rows
+    return list(results.values())
+
+
 def _template() -> Any:
     import jinja2
 
@@ -74,118 +89,95 @@ def _big(value: float) -> str:
     return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}".strip()
 
 
-@dataclass(frozen=True)
-class Section:
-    """A chart and a table of one metric: of a task with difficulties, or of all tasks without.
+def sections(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Return a section per metric of a task with difficulties, and per metric of all tasks without.
 
-    Attributes:
-        title: for example "shell_game: accuracy".
-        chart: PNG in base64; None if no model has been evaluated at two numbers of iterations.
-        caption: what the chart shows.
-        unit: "percent" or the metric.
-        depths: numbers of iterations, the columns of the table.
-        groups: (heading, [(line, {num_steps: result})]) for every model and mode.
+    A section has the title, the chart (PNG in base64; None without a curve), its caption, the unit of the values, the
+    numbers of iterations (columns of the table), and for every model and mode its lines: (name, {num_steps: result}).
     """
-
-    title: str
-    chart: str | None
-    caption: str
-    unit: str
-    depths: list[int]
-    groups: list[tuple[str, list[tuple[str, dict[int, Result]]]]]
-
-
-def sections(results: Sequence[Result]) -> list[Section]:
-    """Return the sections of the page, in the order of the results."""
     parts: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         parts.setdefault((result.task if result.difficulty else "", result.metric), []).append(result)
-    return [
-        _section(f"{task}: {metric}" if task else f"{metric} by task", metric, part)
-        for (task, metric), part in parts.items()
-    ]
+    found = []
+    for (task, metric), part in parts.items():
+        lines = series(part)
+        groups: dict[str, list[tuple[str, dict[int, Result]]]] = {}
+        for key in sorted(lines, key=lambda key: natural(_line_name(key))):
+            groups.setdefault(f"{key.model} ({_setting(key)})", []).append((_line_name(key), lines[key]))
+        chart, caption = _chart(lines)
+        found.append({
+            "title": f"{task}: {metric}" if task else f"{metric} by task", "chart": chart, "caption": caption,
+            "unit": "percent" if is_fraction(metric) else metric,
+            "depths": sorted({result.num_steps for result in part}),
+            "groups": {f"{key.model} ({_setting(key)})": groups[f"{key.model} ({_setting(key)})"] for key in lines},
+        })  # fmt: skip
+    return found
 
 
-def _section(title: str, metric: str, results: Sequence[Result]) -> Section:
-    groups: dict[tuple[str, str], dict[str, dict[int, Result]]] = {}  # (model, setting) -> line -> num_steps
-    for (model, task, difficulty, mode, budget, seed, _), cells in series(results).items():
-        setting = ", ".join(part for part in (mode, budget, seed and f"state seed {seed}") if part)
-        groups.setdefault((model, setting), {})[difficulty or task] = cells
-    chart, caption = _chart(groups)
-    return Section(
-        title=title,
-        chart=chart,
-        caption=caption,
-        unit="percent" if is_fraction(metric) else metric,
-        depths=sorted({result.num_steps for result in results}),
-        groups=[
-            (f"{model} ({setting})", sorted(lines.items(), key=lambda line: natural(line[0])))
-            for (model, setting), lines in groups.items()
-        ],
-    )
+def _line_name(key: Key) -> str:
+    return key.difficulty or key.task
 
 
-_LINE_STYLES: list[Any] = ["-", "--", ":", "-.", (0, (1, 3)), (0, (7, 2))]
+def _setting(key: Key) -> str:
+    return ", ".join(part for part in (key.mode, key.budget, key.seed and f"state seed {key.seed}") if part)
 
 
-def _chart(groups: dict[tuple[str, str], dict[str, dict[int, Result]]]) -> tuple[str | None, str]:
-    """Draw the first setting of every model; models evaluated at one number of iterations are horizontal lines."""
+def _chart(lines: dict[Key, dict[int, Result]]) -> tuple[str | None, str]:
+    """Draw the first setting of every model, and say what is drawn.
+
+    A model evaluated at several numbers of iterations is a curve for each difficulty or task, another one a horizontal
+    line.
+    """
     from matplotlib import colormaps
     from matplotlib.lines import Line2D
 
-    models: dict[str, dict[str, dict[int, Result]]] = {}
-    shown = {}
-    for (model, setting), lines in groups.items():
-        if model not in models:
-            models[model], shown[model] = lines, setting
-    swept = [model for model, lines in models.items() if any(len(cells) > 1 for cells in lines.values())]
-    if not swept:
+    first = {key.model: _setting(key) for key in reversed(lines)}
+    drawn = {
+        key: cells for key, cells in lines.items() if _setting(key) == first[key.model] and key.difficulty != "all"
+    }
+    curves = list(dict.fromkeys(key.model for key, cells in drawn.items() if len(cells) > 1))
+    if not curves:
         return None, ""
-    fixed = [model for model in models if model not in swept]
-    names = sorted({name for lines in models.values() for name in lines if name != "all"}, key=natural)[:MAX_LINES]
-    names = names or ["all"]
-    by_difficulty = any(cells[r].difficulty for lines in models.values() for cells in lines.values() for r in cells)
+    names = sorted({_line_name(key) for key in drawn}, key=natural)[:MAX_LINES]
+    models = list(dict.fromkeys(key.model for key in drawn))
+    by_difficulty = any(key.difficulty for key in drawn)
     palette = colormaps["viridis" if by_difficulty else "turbo"]
     colours = {name: palette(0.92 * index / max(len(names) - 1, 1)) for index, name in enumerate(names)}
-    styles: dict[str, Any] = dict(
-        zip(models, ["-", "--", ":", "-.", (0, (1, 3)), (0, (7, 2))] * len(models), strict=False)
-    )
+    styles = {model: _LINE_STYLES[index % len(_LINE_STYLES)] for index, model in enumerate(models)}
     figure, (axes,) = new_figure()
-    for model, lines in models.items():
-        for name in names:
-            if name in lines and model in swept:
-                draw_line(axes, lines[name], color=colours[name], linestyle=styles[model])
-            elif name in lines:
-                (only,) = lines[name].values()
-                scale = 100 if is_fraction(only.metric) else 1
-                axes.axhline(scale * only.value, color=colours[name], linestyle=styles[model], lw=1.2)
-    drawn = series(_results(models[model] for model in swept))
-    metric = next(iter(drawn))[-1]
-    finish_axes(axes, drawn, "%" if is_fraction(metric) else metric, legend=False)
+    for key, cells in drawn.items():
+        if _line_name(key) not in names:
+            continue
+        style = {"color": colours[_line_name(key)], "linestyle": styles[key.model]}
+        if key.model in curves:
+            draw_line(axes, cells, **style)
+        else:
+            (result,) = cells.values()
+            axes.axhline((100 if is_fraction(key.metric) else 1) * result.value, lw=1.2, **style)
+    metric = next(iter(drawn)).metric
+    curve_lines = {key: cells for key, cells in drawn.items() if key.model in curves}
+    finish_axes(axes, curve_lines, "%" if is_fraction(metric) else metric, legend=False)
     handles = [Line2D([], [], color=colours[name], label=name) for name in names]
     handles += [Line2D([], [], color="black", linestyle=styles[model], label=model) for model in models]
     title = f"colour: {'difficulty' if by_difficulty else 'task'}; line: model"
     plain_text(figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize="small", title=title))
-    return _as_base64(figure), _caption(models, swept, fixed, shown, by_difficulty)
+    return _as_base64(figure), _caption(drawn, curves, by_difficulty)
 
 
-def _results(models: Iterable[dict[str, dict[int, Result]]]) -> list[Result]:
-    return [result for lines in models for cells in lines.values() for result in cells.values()]
-
-
-def _caption(
-    models: dict[str, dict[str, dict[int, Result]]], swept: list[str], fixed: list[str], shown: dict[str, str],
-    by_difficulty: bool,
-) -> str:  # fmt: skip
-    counts = sorted({result.n for result in _results(models.values())})
-    n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    settings = ", ".join(sorted({shown[model] for model in models}))
-    text = f"Curves with points: {', '.join(swept)}, with more or fewer iterations of the core at test time. "
-    if fixed:
-        text += f"Horizontal lines: {', '.join(fixed)}, which ran with one number of iterations. "
+def _caption(drawn: dict[Key, dict[int, Result]], curves: list[str], by_difficulty: bool) -> str:
+    others = dict.fromkeys(key.model for key in drawn if key.model not in curves)
+    counts = [result.n for cells in drawn.values() for result in cells.values()]
+    rows = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    caption = [f"Curves: {', '.join(curves)}, with more or fewer iterations of the core at test time."]
+    if others:
+        caption.append(f"Horizontal lines: {', '.join(others)}, evaluated at one number of iterations.")
     if by_difficulty:
-        text += "Colours: difficulty (instructions before the answer), from easy (dark) to hard (bright). "
-    return text + f"Mode: {settings}. Error bars: one standard error over {n} rows."
+        caption.append("Colours: difficulty (instructions before the answer), from easy (dark) to hard (bright).")
+    modes = ", ".join(sorted({_setting(key) for key in drawn}))
+    return " ".join([*caption, f"Mode: {modes}. Error bars: one standard error over {rows} rows."])
+
+
+_LINE_STYLES: list[Any] = ["-", "--", ":", "-.", (0, (1, 3)), (0, (7, 2))]
 
 
 @dataclass(frozen=True)

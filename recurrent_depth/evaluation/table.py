@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from recurrent_depth.evaluation.config import Published
 from recurrent_depth.files import atomic_file
@@ -56,10 +56,18 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (10**9, part) for part in parts if part]
 
 
-Key = tuple[str, str, str, str, str, str, str]
-"""(model, task, difficulty, mode, budget, seed, metric) of a line over iterations."""
+class Key(NamedTuple):
+    """A line over iterations: the fields that its results share. `seed` is empty for the zero state."""
 
-KEY_NAMES = ("model", "task", "difficulty", "mode", "budget", "seed", "metric")
+    model: str
+    task: str
+    difficulty: str
+    mode: str
+    budget: str
+    seed: str
+    metric: str
+
+
 COLUMNS = tuple(field.name for field in fields(Result))
 
 
@@ -119,7 +127,8 @@ def series(results: Iterable[Result]) -> dict[Key, dict[int, Result]]:
     lines: dict[Key, dict[int, Result]] = {}
     for r in results:
         seed = "" if r.seed is None else str(r.seed)
-        lines.setdefault((r.model, r.task, r.difficulty, r.mode, r.budget, seed, r.metric), {})[r.num_steps] = r
+        key = Key(r.model, r.task, r.difficulty, r.mode, r.budget, seed, r.metric)
+        lines.setdefault(key, {})[r.num_steps] = r
     return lines
 
 
@@ -136,12 +145,13 @@ def markdown(results: Sequence[Result]) -> str:
     """
     depths = sorted({result.num_steps for result in results})
     lines = series(results)
-    shown = [i for i in range(1, len(KEY_NAMES)) if KEY_NAMES[i] in ("task", "metric") or any(key[i] for key in lines)]
+    shown = [name for name in Key._fields if name != "model" and any(getattr(key, name) for key in lines)]
     rows = []
     for key, cells in lines.items():
-        names = [*key[:-1], metric_label(key[-1])]
-        rows.append([*(names[i] for i in shown), *(format_value(cells[r]) if r in cells else "" for r in depths)])
-    return markdown_table([*(KEY_NAMES[i] for i in shown), *(f"r={r}" for r in depths)], rows)
+        names = key._replace(metric=metric_label(key.metric))._asdict()
+        values = [format_value(cells[r]) if r in cells else "" for r in depths]
+        rows.append([*(names[name] for name in shown), *values])
+    return markdown_table([*shown, *(f"r={r}" for r in depths)], rows)
 
 
 def metric_label(metric: str) -> str:
@@ -185,14 +195,13 @@ def plot(results: Sequence[Result], path: Path, title: str) -> None:
     """
     panels: dict[str, dict[Key, dict[int, Result]]] = {}
     for key, cells in series(results).items():
-        panels.setdefault("%" if is_fraction(key[-1]) else key[-1], {})[key] = cells
+        panels.setdefault("%" if is_fraction(key.metric) else key.metric, {})[key] = cells
     figure, all_axes = new_figure(len(panels))
     for axes, (unit, lines) in zip(all_axes, panels.items(), strict=True):
         kept = dict(list(lines.items())[:MAX_LINES])
         for label, cells in zip(line_labels(list(kept)), kept.values(), strict=True):
             draw_line(axes, cells, label=label)
-        left_out = len(lines) - len(kept)
-        note = f"\n(first {len(kept)} of {len(lines)} lines; all are in results.csv)" if left_out else ""
+        note = f"\n(first {len(kept)} of {len(lines)} lines; all are in results.csv)" if len(kept) < len(lines) else ""
         axes.set_title(title + note, fontsize="medium", parse_math=False)
         finish_axes(axes, lines, unit)
     save_figure(figure, path)
@@ -200,14 +209,11 @@ def plot(results: Sequence[Result], path: Path, title: str) -> None:
 
 def line_labels(keys: Sequence[Key]) -> list[str]:
     """Return a label for each line: the parts of its key that differ between lines, or else its task and metric."""
-    differing = [i for i in range(len(KEY_NAMES)) if len({key[i] for key in keys}) > 1]
-    names = [i for i in differing if KEY_NAMES[i] != "seed"] or [KEY_NAMES.index("task"), KEY_NAMES.index("metric")]
+    differing = [name for name in Key._fields if name != "seed" and len({getattr(key, name) for key in keys}) > 1]
     labels = []
     for key in keys:
-        parts = [key[i] for i in names if key[i]]
-        if KEY_NAMES.index("seed") in differing:
-            parts.append(f"state seed {key[5]}" if key[5] else "zero state")
-        labels.append(", ".join(parts))
+        parts = [getattr(key, name) for name in differing or ("task", "metric")]
+        labels.append(", ".join(part for part in (*parts, key.seed and f"state seed {key.seed}") if part))
     return labels
 
 
@@ -234,7 +240,7 @@ def draw_line(axes: Any, cells: dict[int, Result], **style: Any) -> None:
 def finish_axes(axes: Any, lines: dict[Key, dict[int, Result]], unit: str, legend: bool = True) -> None:
     """Label the axes of a panel of `lines`, and add its legend. The x axis is logarithmic."""
     depths = sorted({r for cells in lines.values() for r in cells})
-    metrics = sorted({key[-1] for key in lines})
+    metrics = sorted({key.metric for key in lines})
     axes.set_xscale("log", base=2)
     axes.set_xticks(depths, [str(r) for r in depths])
     axes.minorticks_off()

@@ -62,21 +62,20 @@ def test_model_and_baselines_are_in_one_chart():
         *(result("depth-1", difficulty=difficulty, value=0.2) for difficulty in ("1-2", "9-12", "all")),
     ]
     (section,) = sections(results)
-    assert section.title == "shell_game: accuracy"
-    assert section.chart is not None
-    assert "Curves with points: ours" in section.caption
-    assert "Horizontal lines: depth-1" in section.caption
-    assert "Mode: parallel" in section.caption
-    assert "one standard error over 64 rows" in section.caption
-    assert section.depths == [1, 4, 8]
-    headings = [heading for heading, _ in section.groups]
-    assert headings == ["ours (parallel)", "ours (cache-1)", "depth-1 (parallel)"]
-    assert [line for line, _ in section.groups[0][1]] == ["1-2", "9-12", "all"]
+    assert section["title"] == "shell_game: accuracy"
+    assert section["chart"] is not None
+    assert "Curves: ours" in section["caption"]
+    assert "Horizontal lines: depth-1" in section["caption"]
+    assert "Mode: parallel" in section["caption"]
+    assert "one standard error over 64 rows" in section["caption"]
+    assert section["depths"] == [1, 4, 8]
+    assert list(section["groups"]) == ["ours (parallel)", "ours (cache-1)", "depth-1 (parallel)"]
+    assert [line for line, _ in section["groups"]["ours (parallel)"]] == ["1-2", "9-12", "all"]
 
 
 def test_chart_of_single_dots_is_left_out():
     (section,) = sections([result("a"), result("b")])
-    assert section.chart is None
+    assert section["chart"] is None
 
 
 def test_every_metric_has_a_section_of_its_own(tmp_path):
@@ -151,6 +150,14 @@ def test_runs_without_training_records_are_refused(run, content, message, tmp_pa
     assert main(["report", "--out", str(tmp_path / "new" / "r.html"), "--runs", str(copy)]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_two_models_of_one_name_are_refused(tmp_path, capsys):
+    for name in ("a", "b"):
+        write_csv([*swept(), result(name)], tmp_path / f"{name}.csv")
+    files = f"{tmp_path / 'a.csv'},{tmp_path / 'b.csv'}"
+    assert main(["report", "--out", str(tmp_path / "r.html"), "--results", files]) == 1
+    assert "both have shell_game of the model ours; evaluate one of them with another --name" in capsys.readouterr().err
 
 
 def test_report_on_other_csv_files_is_refused(tmp_path, capsys):
