@@ -77,7 +77,6 @@ def test_dashes_and_bare_lists():
         (["train", "--config", str(SHELL_GAME), "--model.vocab_size", "8"], "model.vocab_size"),
         (["train", "--config", str(SHELL_GAME), "--model.block_size", "8"], "model.block_size"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["eval", "--model", "nowhere", "--out", "OUT", "--generated.tasks", "[shell_game]"], "nowhere"),
         (["eval", "--model", "nowhere", "--out", "OUT", "--generated.tasks", "[chess]"], "chess"),
         (["dance"], "unknown verb"),
     ],

@@ -88,6 +88,31 @@ def test_dtype_of_eval_is_that_of_the_computation(run, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "results.json").read_text())["device"] == "cpu in bfloat16"
 
 
+@pytest.mark.parametrize(
+    ("gpus", "options", "expected"),
+    [
+        (1, [], ("cuda", torch.bfloat16, "auto")),
+        (0, [], ("cpu", torch.float32, "auto")),
+        (1, ["--device", "cpu", "--kernels", "torch"], ("cpu", torch.float32, "torch")),
+        (2, ["--device", "cuda:1", "--dtype", "float32"], ("cuda:1", torch.float32, "auto")),
+    ],
+)
+def test_eval_runs_on_the_accelerator_unless_told_otherwise(gpus, options, expected, tmp_path, monkeypatch, capsys):
+    """The model is loaded once, on the device, in the dtype and with the kernels that were asked for."""
+    asked = []
+
+    def load_model(path, dtype, device, kernels):
+        asked.append((str(device), dtype, kernels))
+        raise ValueError("enough for this test")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr("recurrent_depth.hf.loading.load_model", load_model)
+    assert generated("anything", tmp_path / "out", *options) == 1
+    assert "enough for this test" in capsys.readouterr().err
+    assert asked == [expected]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_eval_on_a_gpu_that_is_not_there_is_refused(run, tmp_path, capsys):
     assert generated(run, tmp_path / "out", "--device", "cuda") == 1
