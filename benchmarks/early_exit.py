@@ -15,7 +15,7 @@ import torch
 
 from common import RESULTS, write_result
 from recurrent_depth.data.tasks import TASKS
-from recurrent_depth.evaluation.dense import VALIDATION_SPLIT
+from recurrent_depth.evaluation.generated import VALIDATION_SPLIT
 from recurrent_depth.generation.adaptive import adaptive_forward
 from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.generation.exits import ExitRule, exit_rule

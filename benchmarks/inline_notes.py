@@ -22,9 +22,9 @@ import torch
 from common import RESULTS, interval, kept, write_result
 from recurrent_depth.data.notes import note_id
 from recurrent_depth.data.tasks import TASKS
-from recurrent_depth.evaluation.budget_plots import plot_frontier, plot_heat_map
-from recurrent_depth.evaluation.dense import VALIDATION_SPLIT
-from recurrent_depth.evaluation.scaling import Cell, axis_reports, best_within, cheapest_reaching, frontier
+from recurrent_depth.evaluation.budget_metrics import Cell, axis_reports, best_within, cheapest_reaching, frontier
+from recurrent_depth.evaluation.generated import VALIDATION_SPLIT
+from recurrent_depth.evaluation.grid import plot_frontier, plot_heat_map
 from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.model.flops import forward_flops
 from recurrent_depth.model.transformer import RecurrentDepthModel

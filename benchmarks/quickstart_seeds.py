@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from common import write_result
 from recurrent_depth.data.loader import curriculum
 from recurrent_depth.data.tasks import TASKS
-from recurrent_depth.evaluation.dense import evaluate_dense
+from recurrent_depth.evaluation.generated import evaluate_per_position
 from recurrent_depth.model.flops import training_flops
 from recurrent_depth.model.recurrence import sample_depth
 from recurrent_depth.parsing import parse_options
@@ -97,7 +97,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         run = train(dataclasses.replace(config, out=f"{folder}/run"))
         model = load_run_model(run)
     depths = DEPTHS if job["model"] == "shell-game" else [1]
-    results = evaluate_dense(model, job["model"], TASKS["shell_game"], depths, modes=("parallel",))
+    results = evaluate_per_position(model, job["model"], TASKS["shell_game"], depths)
     flops, tokens = flops_and_tokens(config)
     accuracy = {f"r{r.num_steps}": {} for r in results}
     for r in results:

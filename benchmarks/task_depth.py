@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from common import write_result
 from recurrent_depth.data.tasks import TASKS
-from recurrent_depth.evaluation.dense import evaluate_dense
+from recurrent_depth.evaluation.generated import evaluate_per_position
 from recurrent_depth.parsing import parse_options
 from recurrent_depth.runs import load_run_model
 from recurrent_depth.training.config import TrainCommand
@@ -38,7 +38,7 @@ def run_job(job: tuple[str, int, int]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet:
         sys.stderr = quiet
         model = load_run_model(train(dataclasses.replace(config, out=f"{folder}/run")))
-    results = evaluate_dense(model, task, TASKS[task], DEPTHS, modes=("parallel",))
+    results = evaluate_per_position(model, task, TASKS[task], DEPTHS)
     accuracy: dict[str, dict[str, float]] = {f"r{r}": {} for r in DEPTHS}
     for result in results:
         accuracy[f"r{result.num_steps}"][result.difficulty] = round(result.value, 4)

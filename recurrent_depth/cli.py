@@ -89,9 +89,9 @@ VERBS = {
     ),
     "eval": Verb(
         "measure accuracy over iterations",
-        "recurrent_depth.evaluation:EvalConfig",
-        "recurrent_depth.evaluation:evaluate",
-        "recurrent-depth eval --model runs/first --dense shell_game --num-steps 1,4,8 --out results",
+        "recurrent_depth.evaluation.config:EvalConfig",
+        "recurrent_depth.evaluation.command:evaluate",
+        "recurrent-depth eval --model runs/first --generated.tasks shell_game --num-steps 1,4,8 --out results",
         extra="eval",
         needs=("matplotlib",),
     ),
@@ -105,7 +105,7 @@ VERBS = {
     ),
     "report": Verb(
         "write one HTML page about runs and evaluations",
-        "recurrent_depth.evaluation.report:ReportConfig",
+        "recurrent_depth.evaluation.config:ReportConfig",
         "recurrent_depth.evaluation.report:report",
         "recurrent-depth report --runs runs/first --results results/results.csv --out report.html",
         extra="eval",

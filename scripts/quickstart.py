@@ -47,7 +47,7 @@ def main() -> None:
 
     recurrent = out / "shell-game"
     recurrent_depth("train", "--config", str(CONFIGS / "shell-game.yaml"), "--out", str(recurrent))
-    from recurrent_depth.training.summary import summarise
+    from recurrent_depth.evaluation.report import summarise
 
     budget = summarise(recurrent).seconds
     for name in ("depth-1", "fixed-10"):
@@ -58,10 +58,10 @@ def main() -> None:
 
     depths = "1,2,4,8,12,16,32,64"
     modes = "parallel,cache-full,cache-1"
-    evaluation = ["--dense", "shell_game", "--rows", "256"]
+    evaluation = ["--generated.tasks", "[shell_game]", "--generated.rows", "256"]
     recurrent_depth(
         "eval", "--model", str(recurrent), "--out", str(out / "eval-shell-game"), *evaluation, "--num-steps", depths,
-        "--modes", modes,
+        "--generated.modes", f"[{modes}]",
     )  # fmt: skip
     for name in ("depth-1", "fixed-10"):
         recurrent_depth(
@@ -81,10 +81,10 @@ def main() -> None:
     names = ("eval-shell-game", "eval-depth-1", "eval-fixed-10", "eval-harness")
     results = ",".join(str(out / name / "results.csv") for name in names)
     note = (
-        "The shell game: one core block, iterated. More steps at test time solve longer games. Both baselines had the "
-        "same training time on this machine. 'parallel' evaluates all positions at once and equals decoding with a "
-        "full cache; with a shared cache (cache-1) tokens see earlier tokens' finished entries, and few steps suffice. "
-        "The text model shows the same pipeline on source code: at this size more steps gain little."
+        "The shell game: one core block, iterated. More iterations at test time solve longer games. 'parallel' "
+        "evaluates all positions at once and equals decoding with a full cache; with a shared cache (cache-1) tokens "
+        "see earlier tokens' finished entries, and few iterations suffice. The text model shows the same commands on "
+        "source code: at this size more iterations gain little."
     )
     report = ["--out", str(out / "report.html"), "--runs", runs, "--results", results]
     recurrent_depth("report", *report, "--title", "Quickstart", "--note", note)

@@ -177,8 +177,12 @@ def _training_lines(source: str) -> list[str]:
 def _evaluation_lines(results: str | None) -> list[str]:
     if results is None:
         return ["Not evaluated."]
-    from recurrent_depth.evaluation.table import Result, markdown
-
-    record = json.loads(Path(results).read_text())
-    versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items())
-    return [markdown([Result(**row) for row in record["results"]]), "", f"Versions: {versions}."]
+    try:
+        record = json.loads(Path(results).read_text())
+        versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items())
+        return [record["table"], f"Versions: {versions}."]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"results: {results} is not a results.json of `recurrent-depth eval` ({type(error).__name__}: {error}); "
+            "give that file, or leave results out"
+        ) from error

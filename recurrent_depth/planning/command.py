@@ -1,4 +1,4 @@
-"""`recurrent-depth plan`: what a run needs and how long it takes, before a GPU is rented."""
+"""`recurrent-depth plan`: memory and time of a run, computed from its options."""
 
 from recurrent_depth.planning.config import PlanConfig
 from recurrent_depth.planning.devices import DEVICES, GB, LINK_EFFICIENCY, RESERVE, Device
@@ -7,7 +7,7 @@ from recurrent_depth.planning.pretraining import Job, communication, fits, memor
 
 
 def plan(config: PlanConfig) -> None:
-    """Print the plan."""
+    """Print the memory and time of a pretraining run, or the table of fine-tuning."""
     if config.run is None or config.num_gpus is None:
         print(finetuning_table(config.finetuning))
         return
@@ -19,7 +19,7 @@ def plan(config: PlanConfig) -> None:
 
 
 def memory_table(job: Job, device: Device) -> str:
-    """Memory of one GPU by part, and whether it fits."""
+    """Return a table of the memory of one GPU by part, and whether it fits."""
     parts = memory(job)
     lines = ["| memory of one GPU | GB |", "|---|---|"]
     lines += [f"| {name} | {size / GB:.2f} |" for name, size in parts.items()]
@@ -28,25 +28,27 @@ def memory_table(job: Job, device: Device) -> str:
     if fits(job, device):
         return "\n".join([*lines, "", "It fits.", ""])
     changes = remedies(job, device)
-    advice = f"It fits with {', '.join(changes)}." if changes else "No change of runtime makes it fit: take fewer rows."
+    advice = (
+        f"It fits with {', '.join(changes)}." if changes else "No option under runtime is enough: raise micro_steps."
+    )
     return "\n".join([*lines, "", f"It does not fit. {advice}", ""])
 
 
 def time_table(job: Job, device: Device, utilisation: float) -> str:
-    """FLOPs, communication and time."""
+    """Return a table of FLOPs, communication and time."""
     speed, sent = throughput(job, device, utilisation), communication(job)
     total = job.tokens_per_step * job.run.steps
     days = total / speed.tokens_per_second / 86_400
     rows = {
-        "useful FLOPs a token, mean over the run": f"{speed.useful / 1e9:,.1f} GFLOP",
-        "executed FLOPs a token, with recomputation": f"{speed.executed / 1e9:,.1f} GFLOP",
-        "tokens a step, and of the run": f"{job.tokens_per_step:,} and {total:,}",
-        "gathered a step (weights)": f"{sent['gather'] / GB:.2f} GB",
-        "reduce-scattered a step (gradients)": f"{sent['reduce_scatter'] / GB:.2f} GB",
-        "all-reduced a step (over replicas)": f"{sent['all_reduce'] / GB:.2f} GB",
-        f"compute a step, at {utilisation:.0%} of the peak": f"{speed.compute_seconds:.2f} s",
-        f"communication a step, none hidden, {LINK_EFFICIENCY:.0%} of links": f"{speed.communication_seconds:.2f} s",
-        "tokens a second": f"{speed.tokens_per_second:,.0f}",
+        "useful FLOPs per token, mean over the run": f"{speed.useful / 1e9:,.1f} GFLOP",
+        "executed FLOPs per token, with recomputation": f"{speed.executed / 1e9:,.1f} GFLOP",
+        "tokens per training step, and of the run": f"{job.tokens_per_step:,} and {total:,}",
+        "gathered per training step (weights)": f"{sent['gather'] / GB:.2f} GB",
+        "reduce-scattered per training step (gradients)": f"{sent['reduce_scatter'] / GB:.2f} GB",
+        "all-reduced per training step (over replicas)": f"{sent['all_reduce'] / GB:.2f} GB",
+        f"compute per training step, at {utilisation:.0%} of the peak": f"{speed.compute_seconds:.2f} s",
+        f"communication per training step, {LINK_EFFICIENCY:.0%} of links": f"{speed.communication_seconds:.2f} s",
+        "tokens/s": f"{speed.tokens_per_second:,.0f}",
         "days of the run": f"{days:,.1f}",
     }
     return "\n".join(["| time | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

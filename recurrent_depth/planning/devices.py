@@ -1,4 +1,4 @@
-"""Accelerators by their vendors' data sheets. Bandwidths are of one direction, in bytes per second and GPU."""
+"""Accelerators, by their vendors' data sheets. Bandwidths are per GPU and direction, in bytes/s."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ from recurrent_depth.planning.config import DeviceName
 GB = 10**9
 
 RESERVE = 0.08
-"""Share of a card left free: the CUDA context, cuBLAS workspaces, fragmentation. An allowance, not a measurement."""
+"""Share of a card's memory left free for the CUDA context, cuBLAS workspaces and fragmentation; not measured."""
 
 LINK_EFFICIENCY = 0.7
-"""Share of a link's bandwidth that large collectives are assumed to reach."""
+"""Share of a link's bandwidth that large collectives are assumed to reach; not measured."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Device:
 
     Attributes:
         memory: bytes.
-        peak: dense bfloat16 operations per second.
+        peak: dense bfloat16 FLOP/s.
         link: bandwidth to the other GPUs of the node.
-        network: bandwidth to other nodes, this GPU's share.
+        network: this GPU's share of the bandwidth to other nodes.
         per_node: GPUs in a node.
     """
 

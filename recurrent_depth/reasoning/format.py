@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.generation.forcing import ThinkingBudget
 from recurrent_depth.reasoning.config import ThinkingFormat
 

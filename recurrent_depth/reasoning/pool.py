@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.reasoning.config import OPTIONAL, REQUIRED, SourceConfig
 
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")

@@ -1,6 +1,6 @@
-"""Numbers that judge a way of scaling test-time compute (s1, arXiv 2501.19393, section 3.2), and the iso-FLOP frontier.
+"""Metrics of a test-time scaling method (s1, arXiv 2501.19393, section 3.2), and the iso-FLOP frontier.
 
-A method is a set of runs, each with a compute (thinking tokens, steps of the core, or FLOPs) and an accuracy.
+A method is a set of runs, each with a compute (thinking tokens, core iterations, or FLOPs) and an accuracy.
 """
 
 import itertools
@@ -9,18 +9,22 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One cell of a grid over hidden steps and visible thinking, means over its questions.
+    """One cell of a grid over core iterations and thinking tokens; means over its questions.
 
     Attributes:
-        label: how the tokens were budgeted, for example `think=64,waits=1`.
-        num_steps: steps of the core.
-        accuracy, stderr: fractions; n: questions.
-        thinking_tokens, new_tokens: written in the trace; written in all.
-        core_steps: steps of the core over all tokens, the prompt's included.
-        flops: of all of them.
+        label: the thinking budget, for example `tokens=64 waits=1`.
+        num_steps: iterations of the core.
+        accuracy: a fraction.
+        stderr: standard error of the accuracy.
+        n: questions.
+        thinking_tokens: tokens written in the trace.
+        new_tokens: all tokens written.
+        core_steps: core iterations over all tokens, those of the prompt included.
+        flops: of prompt and reply.
         within_budget: share of the questions whose trace kept its budget.
+        mode: budget-forcing, or a control.
     """
 
     label: str
@@ -33,20 +37,21 @@ class Cell:
     core_steps: float
     flops: float
     within_budget: float = 1.0
+    mode: str = "budget-forcing"
 
 
 def control(computes: Iterable[float], at_least: float = 0.0, at_most: float = math.inf) -> float:
-    """Share of runs whose compute lies within the bounds, which are inclusive."""
+    """Return the share of runs whose compute lies within the bounds, which are inclusive."""
     inside = [at_least <= compute <= at_most for compute in computes]
     if not inside:
-        raise ValueError("control of no runs is not defined; name at least one")
+        raise ValueError("control of no runs is not defined; give at least one run")
     return sum(inside) / len(inside)
 
 
 def scaling(runs: Sequence[tuple[float, float]]) -> float:
-    """Mean slope (f(b) - f(a)) / (b - a) over all pairs of runs (compute, accuracy) with b > a.
+    """Return the mean slope (f(b) - f(a)) / (b - a) over all pairs of runs (compute, accuracy) with b > a.
 
-    Pairs of equal compute have no slope and are left out; NaN where no pair is left.
+    Pairs of equal compute have no slope and are left out; NaN if no pair is left.
     """
     pairs = [(low, high) for low, high in itertools.combinations(sorted(runs), 2) if high[0] > low[0]]
     if not pairs:
@@ -55,12 +60,12 @@ def scaling(runs: Sequence[tuple[float, float]]) -> float:
 
 
 def performance(runs: Sequence[tuple[float, float]]) -> float:
-    """The best accuracy of any run."""
+    """Return the best accuracy of any run."""
     return max(accuracy for _, accuracy in runs)
 
 
 def frontier(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells that no cheaper (or equally cheap) one equals or beats in accuracy, by rising FLOPs."""
+    """Return the cells whose accuracy no other cell of at most their FLOPs reaches, by increasing FLOPs."""
     best: list[Cell] = []
     for cell in sorted(cells, key=lambda c: (c.flops, -c.accuracy)):
         if not best or cell.accuracy > best[-1].accuracy:
@@ -69,19 +74,28 @@ def frontier(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def best_within(cells: Sequence[Cell], flops: float) -> Cell | None:
-    """The most accurate cell of at most so many FLOPs, the cheapest of equals; None where all cost more."""
+    """Return the most accurate cell of at most `flops`, the cheapest of equals; None if all cost more."""
     affordable = [cell for cell in cells if cell.flops <= flops]
     return min(affordable, key=lambda c: (-c.accuracy, c.flops), default=None)
 
 
 def cheapest_reaching(cells: Sequence[Cell], accuracy: float) -> Cell | None:
-    """The cheapest cell of at least this accuracy; None where none reaches it."""
+    """Return the cheapest cell of at least this accuracy; None if no cell reaches it."""
     return min((cell for cell in cells if cell.accuracy >= accuracy), key=lambda c: c.flops, default=None)
 
 
 @dataclass(frozen=True)
 class ScalingReport:
-    """Control, Scaling and Performance of one line of runs: an axis with the other one held."""
+    """Control, Scaling and Performance of the runs along one axis of the grid.
+
+    Attributes:
+        axis: the axis that varies.
+        held: value of the other axis.
+        control: share of traces within their budget.
+        scaling: accuracy (a fraction) per thinking token, or per iteration.
+        performance: best accuracy.
+        runs: number of runs.
+    """
 
     axis: str
     held: str
@@ -92,10 +106,9 @@ class ScalingReport:
 
 
 def axis_reports(cells: Sequence[Cell]) -> list[ScalingReport]:
-    """Along either axis: thinking tokens at each number of steps, steps at each budget of tokens.
+    """Report along both axes: thinking tokens at each number of iterations, iterations at each thinking budget.
 
-    Scaling is accuracy (a fraction) per thinking token, or per step. The steps are obeyed by construction, so Control
-    is 1 along them.
+    Control is 1 along the iterations, which are obeyed by construction.
     """
     reports = []
     for held, line in _lines(cells, lambda cell: f"r={cell.num_steps}"):
@@ -104,7 +117,7 @@ def axis_reports(cells: Sequence[Cell]) -> list[ScalingReport]:
         reports.append(ScalingReport("thinking tokens", held, kept, scaling(runs), performance(runs), len(runs)))
     for held, line in _lines(cells, lambda cell: cell.label):
         runs = [(float(cell.num_steps), cell.accuracy) for cell in line]
-        reports.append(ScalingReport("steps", held, 1.0, scaling(runs), performance(runs), len(runs)))
+        reports.append(ScalingReport("iterations", held, 1.0, scaling(runs), performance(runs), len(runs)))
     return reports
 
 

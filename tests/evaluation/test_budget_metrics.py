@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recurrent_depth.evaluation.budget_sweep import grid_markdown
-from recurrent_depth.evaluation.scaling import (
+from recurrent_depth.evaluation.budget_metrics import (
     Cell,
     axis_reports,
     best_within,
@@ -17,13 +16,17 @@ from recurrent_depth.evaluation.scaling import (
     performance,
     scaling,
 )
+from recurrent_depth.evaluation.grid import grid_markdown
 
 
-def cell(accuracy, flops, label="think=0,waits=0", num_steps=1, tokens=0.0, kept=1.0):
-    return Cell(label, num_steps, accuracy, 0.0, 100, tokens, tokens, 1.0, flops, kept)
+def cell(accuracy, flops, label="tokens=0 waits=0", num_steps=1, tokens=0.0, kept=1.0, mode="budget-forcing"):
+    return Cell(
+        label=label, num_steps=num_steps, accuracy=accuracy, stderr=0.0, n=100, thinking_tokens=tokens,
+        new_tokens=tokens, core_steps=1.0, flops=flops, within_budget=kept, mode=mode,
+    )  # fmt: skip
 
 
-def test_scaling_of_published_points():
+def test_scaling_agrees_with_published_points():
     """AIME24 of s1: 50.0 at 7.0k thinking tokens, 30.0 at 20.7k when traces were cut to short blocks in training."""
     assert scaling([(20.7, 30.0), (7.0, 50.0)]) == pytest.approx(-20.0 / 13.7)
     assert performance([(7.0, 50.0), (20.7, 30.0)]) == 50.0
@@ -37,7 +40,7 @@ def test_scaling_is_the_mean_over_pairs():
     assert math.isnan(scaling([(3.0, 0.4)]))
 
 
-def test_control_of_published_shares():
+def test_control_agrees_with_published_shares():
     """Token-conditional control keeps 2 of 5 budgets, step-conditional 3 of 5, class-conditional 1 of 2."""
     assert control([900, 7000, 3000, 2000, 1000], at_most=1000) == 0.4
     assert control([5, 6, 7, 1, 9], at_least=5, at_most=7) == 0.6
@@ -53,7 +56,7 @@ cells = st.lists(
 
 @settings(deadline=None)
 @given(cells, st.integers(0, 21))
-def test_the_frontier_is_what_nothing_dominates(found, budget):
+def test_frontier_is_what_no_cell_dominates(found, budget):
     best = frontier(found)
     for one in found:
         beaten = any(
@@ -73,19 +76,19 @@ def test_the_frontier_is_what_nothing_dominates(found, budget):
     assert (reaching is None) == (max(c.accuracy for c in found) < budget / 21)
 
 
-def test_reports_along_either_axis():
+def test_axis_reports_cover_both_axes():
     grid = [
-        cell(0.2, 1.0, "think=0,waits=0", 1, 0.0),
-        cell(0.6, 2.0, "think=0,waits=0", 3, 0.0),
-        cell(0.4, 2.0, "think=8,waits=0", 1, 4.0, 0.5),
-        cell(0.8, 4.0, "think=8,waits=0", 3, 8.0),
+        cell(0.2, 1.0, "tokens=0 waits=0", 1, 0.0),
+        cell(0.6, 2.0, "tokens=0 waits=0", 3, 0.0),
+        cell(0.4, 2.0, "tokens=8 waits=0", 1, 4.0, 0.5),
+        cell(0.8, 4.0, "tokens=8 waits=0", 3, 8.0),
     ]
     by_axis = {(r.axis, r.held): r for r in axis_reports(grid)}
     assert by_axis["thinking tokens", "r=1"].scaling == pytest.approx(0.05)
     assert by_axis["thinking tokens", "r=1"].control == 0.75
     assert by_axis["thinking tokens", "r=3"].scaling == pytest.approx(0.025)
-    assert by_axis["steps", "think=0,waits=0"].scaling == pytest.approx(0.2)
-    assert by_axis["steps", "think=8,waits=0"].performance == 0.8
-    table = grid_markdown(grid, [cell(0.9, 9.0, "majority=4", 3)])
-    assert "| think=8,waits=0 | 40.0 | 80.0 |" in table
-    assert "majority=4" in table
+    assert by_axis["iterations", "tokens=0 waits=0"].scaling == pytest.approx(0.2)
+    assert by_axis["iterations", "tokens=8 waits=0"].performance == 0.8
+    table = grid_markdown(grid, [cell(0.9, 9.0, "samples=4 tokens=8", 3, mode="majority")])
+    assert "| tokens=8 waits=0 | 40.0 | 80.0 |" in table
+    assert "| majority | samples=4 tokens=8 | 3 | 90.0 ± 0.0 |" in table
