@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from reasoning_rows import puzzles, write_rows
 from recurrent_depth.data.loader import PackedDataConfig, open_source
 from recurrent_depth.hf.dense import DenseCommand, as_features, load_dense, optimizer_of, train_dense
-from recurrent_depth.hf.loading import _fast_tokenizer
+from recurrent_depth.hf.loading import fast_tokenizer
 from recurrent_depth.reasoning.dataset import ReasoningDataConfig, prepare_reasoning
 from recurrent_depth.training.optimizer import OptimizerConfig
 from recurrent_depth.training.parallel import RuntimeConfig
@@ -27,7 +27,7 @@ def prepared(tmp_path_factory):
     )  # fmt: skip
     torch.manual_seed(0)
     LlamaForCausalLM(shape).save_pretrained(folder / "llama")
-    _fast_tokenizer(folder / "data" / "tokenizer.json").save_pretrained(folder / "llama")
+    fast_tokenizer(folder / "data" / "tokenizer.json").save_pretrained(folder / "llama")
     return folder
 
 
