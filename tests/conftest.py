@@ -9,9 +9,9 @@ from recurrent_depth.data.tokenizer import train_tokenizer
 from recurrent_depth.hf.loading import fast_tokenizer, wrap
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
+from support import ANSWER, QUESTION
 
 TEXT = "the quick brown fox jumps over the lazy dog. how many apples are there? there are 7 apples. "
-QUESTION, ANSWER = "how many apples are there?", "there are 7 apples."
 
 
 @pytest.fixture(scope="session")

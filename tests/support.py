@@ -24,6 +24,7 @@ from recurrent_depth.training.run import RunConfig
 from recurrent_depth.training.saving import CheckpointConfig
 from recurrent_depth.training.validation import ValidationConfig
 
+QUESTION, ANSWER = "how many apples are there?", "there are 7 apples."  # of the chat models in conftest.py
 ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 
 

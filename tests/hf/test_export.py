@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ANSWER, QUESTION
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
@@ -20,7 +19,7 @@ from recurrent_depth.hf.loading import fast_tokenizer, load_model
 from recurrent_depth.options import ExportConfig
 from recurrent_depth.runs import load_run_model
 from recurrent_depth.training.launch import train
-from support import losses, run_without_our_package, small_run
+from support import ANSWER, QUESTION, losses, run_without_our_package, small_run
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "huginn_tiny"
 
