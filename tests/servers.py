@@ -2,6 +2,9 @@
 
 import http.client
 import json
+import os
+import subprocess
+import sys
 import time
 import urllib.parse
 import urllib.request
@@ -73,3 +76,16 @@ def open_stream(url, key=None, **fields):
     headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
     connection.request("POST", "/v1/completions", json.dumps(body), headers)
     return connection
+
+
+def start_process(folder, *options):
+    """A server in a process of its own, and its address."""
+    command = [sys.executable, "-m", "recurrent_depth.cli", "serve", "--model", str(folder), "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--served-name", "small", "--device", "cpu", *options], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    line = next(line for line in process.stdout if line.startswith("serving"))
+    url = line.split(" on ")[1].split("/v1")[0]
+    wait_until(lambda: answers(url))
+    return process, url

@@ -4,7 +4,8 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -39,6 +39,9 @@ class Service:
         tokenizer: transformers tokenizer.
         name: what clients call the model.
         limits: of requests.
+        created: time of the start, in seconds since 1970.
+        counts: tokens of prompts and answers so far.
+        tokenizing: one thread, so that long prompts do not add up in memory.
     """
 
     engine: Engine
@@ -47,6 +50,7 @@ class Service:
     limits: Limits
     created: int = field(default_factory=lambda: int(time.time()))
     counts: Counter[str] = field(default_factory=Counter)
+    tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizing"))
 
     def check_model(self, name: str) -> None:
         if name != self.name:
@@ -57,34 +61,32 @@ class Service:
                 code="model_not_found",
             )
 
-    def chat_ids(self, request: ChatRequest) -> list[int]:
+    async def chat_ids(self, request: ChatRequest) -> list[int]:
         """Return the ids of a conversation, up to where the answer begins."""
         if not self.tokenizer.chat_template:
             raise ApiError(400, f"{self.name} has no chat template; use /v1/completions", param="messages")
         messages = [message.for_template() for message in request.messages]
-        return self._tokenized(
+        return await self._tokenized(
             "messages",
             lambda: self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True),
         )
 
-    def prompt_ids(self, request: CompletionRequest) -> list[int]:
+    async def prompt_ids(self, request: CompletionRequest) -> list[int]:
         """Return the ids of a prompt."""
         prompt = request.single_prompt()
         if isinstance(prompt, str):
-            return self._tokenized("prompt", lambda: self.tokenizer(prompt))
+            return await self._tokenized("prompt", lambda: self.tokenizer(prompt))
         size = self.engine.vocab_size
         if not all(0 <= token < size for token in prompt):
             raise ApiError(400, f"prompt holds a token id that is not in 0 to {size - 1}", param="prompt")
         return list(prompt)
 
-    @staticmethod
-    def _tokenized(param: str, tokenize: Any) -> list[int]:
+    async def _tokenized(self, param: str, tokenize: Callable[[], Any]) -> list[int]:
         try:
-            return tokenize()["input_ids"]
+            return (await asyncio.get_running_loop().run_in_executor(self.tokenizing, tokenize))["input_ids"]
         except Exception as error:  # lone surrogates, a chat template that refuses the order of roles, ...
-            raise ApiError(
-                400, f"{param} cannot be tokenized ({type(error).__name__}: {error})", param=param
-            ) from error
+            cause = f"{type(error).__name__}: {error}"
+            raise ApiError(400, f"{param} cannot be tokenized ({cause})", param=param) from error
 
     def generation(self, request: GenerationRequest, ids: Sequence[int], new_tokens: int | None) -> Generation:
         """Return what the engine is asked for, within the limits."""
@@ -186,7 +188,7 @@ def build_app(service: Service, api_key: str | None) -> Guard:
         """Answer a conversation. Beside OpenAI's fields: num_steps, top_k."""
         service.check_model(request.model)
         request.check_fields()
-        ids = await run_in_threadpool(service.chat_ids, request)
+        ids = await service.chat_ids(request)
         return await _respond(service, request, ids, request.new_tokens(), Reply("chat.completion", service.name))
 
     @app.post("/v1/completions")
@@ -194,7 +196,7 @@ def build_app(service: Service, api_key: str | None) -> Guard:
         """Continue a prompt. Beside OpenAI's fields: num_steps, top_k."""
         service.check_model(request.model)
         request.check_fields()
-        ids = await run_in_threadpool(service.prompt_ids, request)
+        ids = await service.prompt_ids(request)
         return await _respond(service, request, ids, request.new_tokens(), Reply("text_completion", service.name))
 
     @app.get("/v1/models")

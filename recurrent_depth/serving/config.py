@@ -16,7 +16,7 @@ class Limits:
     Args:
         num_steps: largest num_steps of a request (core iterations per token).
         new_tokens: most tokens of an answer, and what a request gets that names no number, as far as the context goes.
-        body_bytes: largest body of a request.
+        body_bytes: largest body of a request; tokenizing a text takes far more memory than the text.
         requests: requests in progress, decoding or waiting; further ones get status 429.
         batch: requests decoded together.
         cache_gib: memory of the keys and values of the requests decoded together, in GiB.
@@ -27,7 +27,7 @@ class Limits:
 
     num_steps: int = 64
     new_tokens: int = 2048
-    body_bytes: int = 2**20
+    body_bytes: int = 2**18
     requests: int = 64
     batch: int = 16
     cache_gib: float = 8.0

@@ -2,11 +2,8 @@
 
 import concurrent.futures
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 import urllib.parse
 import urllib.request
@@ -15,7 +12,7 @@ import pytest
 
 from recurrent_depth.cli import main
 from recurrent_depth.serving.config import Limits
-from servers import answers, ask, metric, open_stream, running, wait_until
+from servers import ask, metric, open_stream, running, start_process, wait_until
 
 KEY = "secret"
 
@@ -236,22 +233,10 @@ def test_deep_requests_do_not_keep_others_from_asking(chat_folder):
         stream.close()
 
 
-def start_server(folder, *options):
-    command = [sys.executable, "-m", "recurrent_depth.cli", "serve", "--model", str(folder), "--port", "0"]
-    process = subprocess.Popen(
-        [*command, "--served-name", "small", "--device", "cpu", *options], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    line = next(line for line in process.stdout if line.startswith("serving"))
-    url = line.split(" on ")[1].split("/v1")[0]
-    wait_until(lambda: answers(url))
-    return process, url
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_ends_the_server_and_its_requests(chat_folder, number):
-    process, url = start_server(chat_folder, "--limits.shutdown_seconds", "1")
+    process, url = start_process(chat_folder, "--limits.shutdown_seconds", "1")
     stream = open_stream(url, max_tokens=1900, num_steps=64)
     waiting = open_stream(url, max_tokens=4, num_steps=64, stream=False)
     wait_until(lambda: metric(url, "requests_in_progress") == 2)
