@@ -147,3 +147,10 @@ def run_without_our_package(script: str, scratch: Path) -> str:
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+def error_line(capsys: Any) -> str:
+    """The line in which a command has reported its error."""
+    lines = capsys.readouterr().err.splitlines()
+    assert not any(line.startswith("Traceback") for line in lines)
+    return next(line for line in lines if line.startswith("error: "))

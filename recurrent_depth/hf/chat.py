@@ -49,6 +49,7 @@ def set_generation_tokens(model: Any, tokenizer: Any) -> None:
     config = model.generation_config
     ends = stop_ids(model, tokenizer)
     config.eos_token_id = list(ends) or None
+    config._from_model_config = False  # transformers 4 derives it anew from config.json otherwise
     if config.bos_token_id is None:
         config.bos_token_id = tokenizer.bos_token_id
     if config.pad_token_id is None:

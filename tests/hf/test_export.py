@@ -115,6 +115,8 @@ def test_export_names_the_tokens_that_end_a_text(chat_export):
     assert config.pad_token_id == ids("<|pad|>")
     assert config.bos_token_id == ids("<|begin_text|>")
     assert tokenizer.model_max_length == 2048
+    written = json.loads((chat_export / "generation_config.json").read_text())
+    assert not written.get("_from_model_config")  # transformers 4 would derive it anew from config.json
 
 
 def test_model_card_runs_as_printed_and_the_model_ends_its_turn(chat_export, tmp_path):

@@ -1,5 +1,7 @@
 """The chat on a terminal, against a server of its own and against one that runs already."""
 
+import io
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +14,7 @@ from recurrent_depth.cli import main
 from recurrent_depth.serving.chat import chat
 from recurrent_depth.serving.config import ChatConfig
 from servers import metric, running, wait_until
-from support import ANSWER, QUESTION
+from support import ANSWER, QUESTION, error_line
 
 
 class Terminal:
@@ -71,18 +73,18 @@ def test_chat_survives_a_server_that_goes_away(monkeypatch, capsys, answering_fo
     assert err.splitlines() == [f"error: no server answers at {url}/v1/; ask again once it is back"] * 2
 
 
-def test_chat_reports_unreachable_server(monkeypatch, capsys):
-    assert main(["chat", "--url", "http://127.0.0.1:9/v1"]) == 1
-    assert capsys.readouterr().err.startswith("error: url: no server answers at http://127.0.0.1:9/v1")
+def test_chat_reports_unreachable_server(capsys):
+    assert main(["chat", "--url", "http://127.0.0.1:9/v1"]) != 0
+    assert error_line(capsys).startswith("error: url: no server answers at http://127.0.0.1:9/v1")
 
 
 def test_chat_reports_another_model_and_another_key(capsys, answering, strict_server):
-    assert main(["chat", "--url", f"{answering}/v1", "--model", "gpt"]) == 1
-    assert "served are small" in capsys.readouterr().err
-    assert main(["chat", "--url", f"{strict_server}/v1"]) == 1
-    assert "api_key" in capsys.readouterr().err
-    assert main(["chat", "--url", answering]) == 1
-    assert "usually ends in /v1" in capsys.readouterr().err
+    assert main(["chat", "--url", f"{answering}/v1", "--model", "gpt"]) != 0
+    assert "served are small" in error_line(capsys)
+    assert main(["chat", "--url", f"{strict_server}/v1"]) != 0
+    assert "api_key" in error_line(capsys)
+    assert main(["chat", "--url", answering]) != 0
+    assert "usually ends in /v1" in error_line(capsys)
 
 
 @pytest.mark.parametrize(
@@ -99,10 +101,8 @@ def test_chat_reports_another_model_and_another_key(capsys, answering, strict_se
 )
 def test_chat_options_that_cannot_work_are_explained(capsys, options, field):
     rest = [] if {"--url", "--model"} & set(options) or not options else ["--model", "m"]
-    assert main(["chat", *options, *rest]) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ")
-    assert field in error
+    assert main(["chat", *options, *rest]) != 0
+    assert field in error_line(capsys)
 
 
 @pytest.mark.slow
@@ -126,3 +126,11 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(chat_folder):
         assert process.returncode == 0, err
         assert len(out.splitlines()) >= 2
         assert err == ""
+
+
+def test_generate_ends_its_turn_as_well(monkeypatch, capsys, answering_folder):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(QUESTION + "\n"))
+    assert main(["generate", "--model", str(answering_folder), "--chat", "true", "--num-steps", "4"]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["text"] == ANSWER
+    assert len(row["steps"]) < 64

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recurrent_depth.serving.answer import Answer
 from recurrent_depth.serving.config import Limits, ServeConfig
-from servers import metric, running, wait_until
+from servers import ask, metric, running, wait_until
 from support import ANSWER, QUESTION
 
 MESSAGES = [{"role": "user", "content": QUESTION}]
@@ -162,6 +162,14 @@ def test_health_and_metrics(server, client):
     after = [metric(server, name) for name in names]
     assert after[0] == before[0] + 12
     assert after[1] > before[1]
+
+
+def test_protocol_is_described_by_the_server(server):
+    status, description = ask(server, "/openapi.json", method="GET")
+    assert status == 200
+    for request in ("ChatRequest", "CompletionRequest"):
+        fields = description["components"]["schemas"][request]["properties"]
+        assert "Core iterations" in fields["num_steps"]["description"]
 
 
 def test_messages_may_be_lists_of_text_parts(client, chat_folder):
