@@ -29,6 +29,9 @@ from recurrent_depth.serving.protocol import (
     usage,
 )
 
+_COLDEST = 1e-5
+"""Logits divided by a smaller temperature overflow; below it the likeliest token is taken."""
+
 
 @dataclass
 class Service:
@@ -113,14 +116,14 @@ class Service:
                     code="context_length_exceeded",
                 )  # fmt: skip
         allowed = min(limits.new_tokens, *(total - len(ids) for total in room.values()))
+        temperature = request.temperature if request.temperature > _COLDEST else 0.0
         return Generation(
-            tuple(ids), new_tokens or allowed, num_steps, request.temperature, request.top_k, request.top_p,
-            request.seed,
-        )  # fmt: skip
+            tuple(ids), new_tokens or allowed, num_steps, temperature, request.top_k, request.top_p, request.seed
+        )
 
 
 class Run:
-    """One request from its submission to the last piece of its text. Whoever makes it must `close` it."""
+    """One request, from its submission to the last piece of its text. `close` it once `pieces` has been entered."""
 
     def __init__(self, service: Service, generation: Generation, stops: Sequence[str]) -> None:
         decode = partial(service.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -128,13 +131,10 @@ class Run:
         self.answer = Answer(decode, stops)
         self.deadline = asyncio.get_running_loop().time() + service.limits.seconds
         self.finish_reason = "length"
-        try:
-            self.tokens: Tokens = service.engine.submit(generation)
-        except EngineStopped as error:
-            raise ApiError(503, str(error)) from error
+        self.tokens: Tokens | None = None
 
     async def pieces(self) -> AsyncIterator[str]:
-        """Yield the text as it comes."""
+        """Submit the request and yield its text as it comes."""
         while not self.answer.stopped and (token := await self._next_token()) is not None:
             if token in self.service.engine.stop_ids:
                 self.finish_reason = "stop"
@@ -145,6 +145,8 @@ class Run:
 
     async def _next_token(self) -> int | None:
         try:
+            if self.tokens is None:
+                self.tokens = self.service.engine.submit(self.generation)
             async with asyncio.timeout_at(self.deadline):
                 return await anext(self.tokens, None)
         except TimeoutError:
@@ -155,7 +157,8 @@ class Run:
 
     def close(self) -> None:
         """End the request where it has not ended: its client has left, or has what it wants."""
-        self.tokens.cancel()
+        if self.tokens is not None:
+            self.tokens.cancel()
         self.service.counts["prompt_tokens"] += len(self.generation.prompt)
         self.service.counts["generated_tokens"] += self.answer.tokens
 

@@ -180,7 +180,7 @@ def test_slow_body_is_a_408(asked, strict_server):
 
 
 def test_more_requests_than_allowed_get_a_429(strict_server):
-    streams = [open_stream(strict_server, KEY, max_tokens=100) for _ in range(2)]
+    streams = [open_stream(strict_server, KEY, max_tokens=100, num_steps=8) for _ in range(2)]
     wait_until(lambda: metric(strict_server, "requests_in_progress", KEY) == 2)
     assert_refused(ask(strict_server, key=KEY), 429, "limits.requests")
     assert ask(strict_server, "/v1/models", method="GET", key=KEY)[0] == 200

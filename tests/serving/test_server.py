@@ -107,6 +107,7 @@ def test_temperature_and_seed_are_honoured(client):
     assert len({text(temperature=1.5, seed=seed) for seed in (-(2**40), -3, -2, 2, 3, 4, 2**40)}) > 3
     assert len({text(temperature=1.5) for _ in range(4)}) > 1
     assert text(temperature=1.5, top_p=1e-6) == greedy
+    assert text(temperature=1e-300) == greedy
     assert text(temperature=1.5, extra_body={"top_k": 1}) == greedy
 
 
