@@ -182,7 +182,10 @@ class DecoderEngine:
     def close(self, seconds: float) -> bool:
         with self.changed:
             self.closed = True
+            requests = [*self.batch, *self.waiting]
+            self.waiting.clear()
             self.changed.notify()
+        self._end(requests, EngineStopped("the server is shutting down"))  # a pass that runs may take long to notice
         self.thread.join(timeout=seconds)
         return not self.thread.is_alive()
 
@@ -193,7 +196,6 @@ class DecoderEngine:
             except Exception as error:  # one batch fails, the server goes on
                 _log.exception("decoding a batch of %d requests failed", len(batch))
                 self._end(batch, EngineStopped(f"decoding failed ({type(error).__name__}); see the server's log"))
-        self._end(self.waiting, EngineStopped("the server is shutting down"))
 
     def _next_batch(self) -> list[_Request]:
         """Wait for requests; return the first one and those that fit beside it, or none once the engine is closed."""
@@ -234,7 +236,7 @@ class DecoderEngine:
             return batch[row].take(token) or self.closed
 
         decode(self.model, [g.prompt for g in asked], options, requests=seeds, on_token=on_token)
-        self._end(batch, EngineStopped("the server is shutting down") if self.closed else StopAsyncIteration())
+        self._end(batch, StopAsyncIteration())
 
     @staticmethod
     def _end(requests: Iterable[_Request], reason: Exception) -> None:

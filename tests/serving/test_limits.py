@@ -223,6 +223,18 @@ def test_request_that_takes_too_long_ends_with_the_reason(chat_folder):
         wait_until(lambda: metric(url, "requests_decoding") == 0)
 
 
+def test_server_goes_on_after_a_failure_of_its_engine(chat_folder):
+    with running(chat_folder, served_name="small") as (url, server):
+        embedding = server.service.engine.model.transformer.wte
+        weight = embedding.weight.data
+        embedding.weight.data = weight[:1]  # no other token can be looked up
+        status, answer = ask(url)
+        assert (status, answer["error"]["type"]) == (503, "server_error")
+        assert "decoding failed" in answer["error"]["message"]
+        embedding.weight.data = weight
+        assert ask(url)[0] == 200
+
+
 def test_deep_requests_do_not_keep_others_from_asking(chat_folder):
     with running(chat_folder, served_name="small") as (url, _):
         stream = open_stream(url, max_tokens=1900, num_steps=64)
