@@ -284,7 +284,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         return steps, state.to(x.dtype)
 
     def _depth(self) -> int:
-        return self.config.num_steps or self.config.mean_recurrence
+        return self.config.mean_recurrence if self.config.num_steps is None else self.config.num_steps
 
     def _training_depth(self, seed: int, step: int, micro_step: int) -> NumSteps:
         """Sampled, or the config's num_steps; the last mean_backprop_depth iterations carry gradient."""
