@@ -196,7 +196,7 @@ def _explained(message: str, load: Callable[[], T]) -> T:
         return load()
     except CheckpointError:
         raise
-    except Exception as error:  # tokenizers raises bare Exceptions, safetensors a class of its own
+    except Exception as error:  # tokenizers raises bare Exceptions, safetensors its SafetensorError
         raise ModelError(f"{message} ({type(error).__name__}: {_first_line(error)})") from error
 
 

@@ -31,7 +31,7 @@ class Generation:
 
     Args:
         prompt: ids; at least one.
-        max_new_tokens: the request ends with so many tokens, or with a stop id of the engine.
+        max_new_tokens: most new tokens; a stop id of the engine ends the request earlier.
         num_steps: core iterations per token.
         temperature, top_k, top_p: of sampling; temperature 0 takes the likeliest token.
         seed: of sampling; None draws one.

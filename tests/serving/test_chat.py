@@ -1,4 +1,4 @@
-"""The chat on a terminal, against a server of its own and against one that runs already."""
+"""The chat on a terminal, against the server it starts and against a running one."""
 
 import io
 import json
@@ -62,7 +62,7 @@ def test_chat_forgets_the_oldest_messages_where_the_context_is_full(monkeypatch,
     out, err = talk(monkeypatch, capsys, long, long, QUESTION, long * 10, QUESTION, url=f"{answering}/v1", system="s")
     assert out.splitlines()[-1]  # the last question has an answer
     assert err.count("the oldest question and answer are forgotten") >= 1
-    assert "exceeds the context of 2048 tokens" in err  # the question that cannot fit, whatever is forgotten
+    assert "exceeds the context of 2048 tokens" in err  # the question that cannot fit at all
     assert "Traceback" not in err
 
 

@@ -1,4 +1,4 @@
-"""A server in a process of its own under load and abuse: it answers throughout, and its memory stays bounded."""
+"""A server in a separate process under load and abuse: it answers throughout, and its memory stays bounded."""
 
 import concurrent.futures
 import json
