@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +27,7 @@ from recurrent_depth.training.config import (
 )
 from recurrent_depth.training.parallel import Ranks
 
+QUESTION, ANSWER = "how many apples are there?", "there are 7 apples."  # of the chat models in conftest.py
 ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -127,3 +130,30 @@ def _free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
+
+
+_ABSENT = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("recurrent_depth", "recurrent_depth_kernels"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import torch
+"""
+
+
+def run_without_our_package(script: str, scratch: Path) -> str:
+    """What a script prints in a process that cannot import this package and has no terminal to ask questions on."""
+    env = {"HF_HOME": str(scratch), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
+    command = [sys.executable, "-I", "-c", _ABSENT + script]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def error_line(capsys: Any) -> str:
+    """The line in which a command has reported its error."""
+    lines = capsys.readouterr().err.splitlines()
+    assert not any(line.startswith("Traceback") for line in lines)
+    return next(line for line in lines if line.startswith("error: "))

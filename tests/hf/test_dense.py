@@ -10,7 +10,7 @@ from reasoning_rows import puzzles, write_rows
 from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.data.loader import open_source
 from recurrent_depth.hf.dense import as_features, load_dense, optimizer_of, train_dense
-from recurrent_depth.hf.loading import _fast_tokenizer
+from recurrent_depth.hf.loading import fast_tokenizer
 from recurrent_depth.reasoning.config import ReasoningDataConfig
 from recurrent_depth.reasoning.dataset import prepare_reasoning
 from recurrent_depth.training.config import DenseConfig, OptimizerConfig, RunConfig, RuntimeConfig
@@ -28,7 +28,7 @@ def prepared(tmp_path_factory):
     )  # fmt: skip
     torch.manual_seed(0)
     LlamaForCausalLM(shape).save_pretrained(folder / "llama")
-    _fast_tokenizer(folder / "data" / "tokenizer.json").save_pretrained(folder / "llama")
+    fast_tokenizer(folder / "data" / "tokenizer.json").save_pretrained(folder / "llama")
     return folder
 
 

@@ -5,7 +5,7 @@ import pytest
 from recurrent_depth.data.packed import DataError
 from recurrent_depth.data.thinking import conversation, thinking_tokenizer
 from recurrent_depth.data.tokenizer import train_tokenizer
-from recurrent_depth.hf.loading import _fast_tokenizer
+from recurrent_depth.hf.loading import fast_tokenizer
 from recurrent_depth.reasoning.config import ThinkingFormat
 from recurrent_depth.reasoning.format import SPARES, Formatter
 
@@ -21,7 +21,7 @@ def tokenizer():
 def chat_tokenizer(tokenizer, tmp_path_factory):
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizer.save(str(file))
-    return _fast_tokenizer(file)
+    return fast_tokenizer(file)
 
 
 def test_the_prompt_is_that_of_the_chat_template(chat_tokenizer):
