@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl always, TensorBoard if it is installed, and progress on the terminal."""
+"""Run logging: metrics.jsonl always, TensorBoard if it is installed, and progress on the terminal."""
 
 import json
 import sys
@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from recurrent_depth.files import explain_full_disk, write_text
 
 
 class RunLog:
@@ -27,15 +29,16 @@ class RunLog:
 
     def write(self, step: int, record: dict[str, Any]) -> None:
         """Append one record to metrics.jsonl (and TensorBoard)."""
-        self.file.write(json.dumps({"step": step, **record}) + "\n")
-        self.file.flush()
+        with explain_full_disk(self.path):
+            self.file.write(json.dumps({"step": step, **record}) + "\n")
+            self.file.flush()
         if self.tensorboard is not None:
             for name, value in record.items():
                 if isinstance(value, int | float):
                     self.tensorboard.add_scalar(name, value, step)
 
     def rewind(self, step: int, record: dict[str, Any]) -> None:
-        """Forget the records after `step`, which will run again, and say why."""
+        """Remove the records after `step`, which will be written again, and write why."""
         self.file.close()
         _drop_records_from(self.path, step)
         self.file = self.path.open("a")
@@ -49,11 +52,13 @@ class RunLog:
             self.last_line = time.monotonic()
             print(f"step {step}/{total} {text}", file=sys.stderr, flush=True)
 
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+    def say(self, text: str, warning: bool = False) -> None:
+        """Print a line that stays."""
+        style = "bold yellow" if warning else None
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
+        """Stop the progress bar and close the files."""
         if self.progress is not None:
             self.progress.stop()
         if self.tensorboard is not None:
@@ -62,7 +67,7 @@ class RunLog:
 
 
 def _drop_records_from(path: Path, step: int) -> None:
-    """After a resume, steps that will run again leave the log; so does a half-written last line."""
+    """Remove the records after `step`, which will be written again, and a half-written last line."""
     if not path.exists():
         return
     kept = []
@@ -72,9 +77,7 @@ def _drop_records_from(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    write_text(path, "".join(kept))
 
 
 def _tensorboard(run: Path) -> Any:

@@ -20,8 +20,8 @@ def run(tmp_path_factory):
 
 def weights(checkpoint):
     """Straight from the files, in fp64."""
-    (path,) = checkpoint.glob("*.safetensors")
-    return {name: value.astype(np.float64) for name, value in load_file(path).items() if name.startswith("model.")}
+    (path,) = (checkpoint / "model").glob("*.safetensors")
+    return {name: value.astype(np.float64) for name, value in load_file(path).items()}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recurrent_depth.data.loader import PackedDataConfig
-from recurrent_depth.runs import CheckpointError, checkpoints, find_checkpoint, load_run_model
+from recurrent_depth.runs import CheckpointError, checkpoints, find_checkpoint, load_run_model, read_details
 from recurrent_depth.training.launch import train
 from recurrent_depth.training.optimizer import OptimizerConfig
 from recurrent_depth.training.parallel import build_model
@@ -43,7 +43,7 @@ def test_a_trained_model_is_read_back(finished):
     fresh = build_model(model.config, small_run(finished).runtime, ONE_RANK, seed=0)
     assert not torch.equal(model.transformer.adapter.weight, fresh.transformer.adapter.weight)
     trainer = Trainer(small_run(finished), ONE_RANK)
-    trainer.resume(find_checkpoint(finished))
+    trainer.resume(find_checkpoint(finished), read_details(find_checkpoint(finished)))
     for (name, a), (_, b) in zip(model.named_parameters(), trainer.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
@@ -51,7 +51,7 @@ def test_a_trained_model_is_read_back(finished):
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_damage_is_found_and_named(finished, tmp_path, damage):
     run = copy_run(finished, tmp_path / "run")
-    shard = next(find_checkpoint(run).glob("*.safetensors"))
+    shard = next(find_checkpoint(run).glob("model/*.safetensors"))
     content = bytearray(shard.read_bytes())
     if damage == "remove":
         shard.unlink()
@@ -74,7 +74,7 @@ def test_another_shape_is_refused(finished, tmp_path):
         train(wider, resume=True)
     trainer = Trainer(wider, ONE_RANK)
     with pytest.raises(CheckpointError, match="n_embd: saved 32, now 48"):
-        trainer.resume(find_checkpoint(run))
+        trainer.resume(find_checkpoint(run), read_details(find_checkpoint(run)))
 
 
 def test_another_optimizer_or_other_data_are_refused(finished, tmp_path):
