@@ -1,5 +1,7 @@
 """Start several ranks on this machine, and configurations small enough to train in a second."""
 
+import errno
+import io
 import json
 import multiprocessing
 import os
@@ -10,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -99,6 +102,19 @@ def assert_equal_runs(actual: Path, expected: Path) -> None:
     tensors, others = final_tensors(actual), final_tensors(expected)
     assert tensors.keys() == others.keys()
     assert all(torch.equal(tensors[name], others[name]) for name in others)
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The operating system has no room for files of this name: opening one to write fails."""
+    original = io.open
+
+    def full(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if name in str(file) and mode[0] in "wa":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        return original(file, mode, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", full)
+    monkeypatch.setattr("builtins.open", full)
 
 
 def outcome(folder: str | Path, action: Callable[..., Any], *args: Any) -> None:

@@ -19,8 +19,8 @@ from recurrent_depth.data.layout import MANIFEST, TOKENIZER, DataError, Split
 from recurrent_depth.data.loader import Batch, PackedDataConfig
 
 _CACHED_GROUPS = 2  # rows are read in order, so the one in use and the next
-_HASHED_BYTES = 1 << 30
-_HASHED_BLOCK = 1 << 16
+HASHED_BYTES = 1 << 30
+HASHED_BLOCK = 1 << 16
 
 
 class PackedSource:
@@ -66,7 +66,7 @@ class PackedSource:
             size = file.stat().st_size
             digest.update(f"{file.name} {size}\n".encode())
             with file.open("rb") as content:
-                for start, length in _hashed_parts(size, _HASHED_BYTES // len(self.files)):
+                for start, length in _hashed_parts(size, HASHED_BYTES // len(self.files)):
                     content.seek(start)
                     digest.update(content.read(length))
         return digest.hexdigest()[:16]
@@ -283,8 +283,8 @@ def _hashed_parts(size: int, budget: int) -> list[tuple[int, int]]:
     """Return (start, length) of the parts of a file that its fingerprint covers."""
     if size <= budget:
         return [(start, min(1 << 24, size - start)) for start in range(0, size, 1 << 24)]
-    count = max(2, budget // _HASHED_BLOCK)
-    return [(number * (size - _HASHED_BLOCK) // (count - 1), _HASHED_BLOCK) for number in range(count)]
+    count = max(2, budget // HASHED_BLOCK)
+    return [(number * (size - HASHED_BLOCK) // (count - 1), HASHED_BLOCK) for number in range(count)]
 
 
 def _documents(starts: list[np.ndarray], length: int) -> tuple[torch.Tensor, torch.Tensor]:

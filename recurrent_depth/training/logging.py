@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,7 +18,7 @@ class RunLog:
     def __init__(self, run: Path, start_step: int, total_steps: int) -> None:
         self.path = run / "metrics.jsonl"
         _drop_records_from(self.path, start_step)
-        self.file = self.path.open("a")
+        self.file = _open(self.path)
         self.tensorboard = _tensorboard(run)
         self.console = Console(stderr=True)
         self.progress = _progress(self.console) if self.console.is_terminal else None
@@ -31,17 +31,16 @@ class RunLog:
         """Append one record to metrics.jsonl (and TensorBoard)."""
         with explain_full_disk(self.path):
             self.file.write(json.dumps({"step": step, **record}) + "\n")
-            self.file.flush()
-        if self.tensorboard is not None:
-            for name, value in record.items():
-                if isinstance(value, int | float):
-                    self.tensorboard.add_scalar(name, value, step)
+            if self.tensorboard is not None:
+                for name, value in record.items():
+                    if isinstance(value, int | float):
+                        self.tensorboard.add_scalar(name, value, step)
 
     def rewind(self, step: int, record: dict[str, Any]) -> None:
         """Remove the records after `step`, which will be written again, and write why."""
         self.file.close()
         _drop_records_from(self.path, step)
-        self.file = self.path.open("a")
+        self.file = _open(self.path)
         self.write(step, record)
 
     def show(self, step: int, total: int, text: str) -> None:
@@ -61,9 +60,16 @@ class RunLog:
         """Stop the progress bar and close the files."""
         if self.progress is not None:
             self.progress.stop()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-        self.file.close()
+        with explain_full_disk(self.path):
+            self.file.close()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+
+
+def _open(path: Path) -> TextIO:
+    """Open metrics.jsonl to append. Each line is written at once: a buffer would be lost with the process."""
+    with explain_full_disk(path):
+        return path.open("a", buffering=1)
 
 
 def _drop_records_from(path: Path, step: int) -> None:
