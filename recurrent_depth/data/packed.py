@@ -253,12 +253,13 @@ def _matrix(lists: pa.Array, where: str) -> np.ndarray:
 def _check_starts(rows: list[np.ndarray] | None, length: int, where: str) -> None:
     if rows is None:
         raise DataError(f"{where} has no column doc_starts; set data.document_masking to false")
-    for number, starts in enumerate(rows):
-        if len(starts) and (starts[0] < 0 or starts[-1] > length or (np.diff(starts.astype(np.int64)) < 0).any()):
-            raise DataError(
-                f"{where}, row {number}: doc_starts is {starts.tolist()[:8]}; it must be positions from 0 to {length} "
-                "in ascending order, prepare the data again"
-            )
+    flat = np.concatenate([[0], *rows])
+    if flat.min() < 0 or flat.max() > length:
+        number = next(n for n, starts in enumerate(rows) if ((starts < 0) | (starts > length)).any())
+        raise DataError(
+            f"{where}, row {number}: doc_starts is {rows[number].tolist()[:8]}; all must be positions from 0 to "
+            f"{length}, prepare the data again"
+        )
 
 
 def _check_manifest(manifest: dict[str, Any], folder: Path, rows: int, length: int) -> None:

@@ -1,5 +1,7 @@
 """The control of a fine-tuning: a dense transformers model through the same rows, schedule and number of steps."""
 
+import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from recurrent_depth.data.loader import Batch, PackedDataConfig, Source, open_source
+from recurrent_depth.files import LOCK_FILE, output_folder
 from recurrent_depth.training.optimizer import OptimizerConfig
+from recurrent_depth.training.parallel import Ranks, start_processes
 from recurrent_depth.training.run import RunConfig
 from recurrent_depth.training.schedule import learning_rate
 
@@ -35,7 +39,10 @@ class DenseCommand(RunConfig):
 
 
 class Rows(Dataset):
-    """A source's rows in the order in which the trainer of recurrent models reads them."""
+    """A source's rows in the order in which the trainer of recurrent models reads them.
+
+    accelerate gives batch m * ranks + r to rank r, which makes the rows of a micro-step those of the recurrent trainer.
+    """
 
     def __init__(self, source: Source, count: int) -> None:
         self.source, self.count = source, count
@@ -69,33 +76,49 @@ class InOrder(Trainer):
 
 
 def train_dense(command: DenseCommand) -> Path:
-    """Fine-tune; returns the folder of the model."""
+    """Fine-tune; return the folder of the model."""
     config = command
     if not isinstance(config.data, PackedDataConfig):
         raise ValueError("a dense model is fine-tuned on prepared rows: give data.path")
     if config.data.document_masking and not config.data.restart_positions:
         raise ValueError("a dense model knows packed examples by their positions: set data.restart_positions: true")
+    rows = config.rows_per_rank(int(os.environ.get("WORLD_SIZE", 1)))
     out = Path(config.out)
-    if out.exists() and any(out.iterdir()) and not command.resume:
+    ranks = start_processes(config.runtime)
+    try:
+        with ExitStack() as stack:
+            ranks.on_main(lambda: _claim(stack.enter_context(output_folder(out)), command.resume))
+            _train(command, ranks, rows)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return out / "model"
+
+
+def _claim(out: Path, resume: bool) -> None:
+    if any(path.name != LOCK_FILE for path in out.iterdir()) and not resume:
         raise FileExistsError(f"{out} is not empty; continue with --resume true or choose another out")
-    source = open_source(config.data, "train", config.seed, config.steps)
-    model = load_dense(config.dense)
+
+
+def _train(command: DenseCommand, ranks: Ranks, rows: int) -> None:
+    source = open_source(command.data, "train", command.seed, command.steps)
+    model = load_dense(command.dense)
     if source.vocab_size > model.config.vocab_size:
         raise ValueError(
-            f"the rows use {source.vocab_size} token ids, {config.dense} has {model.config.vocab_size}; prepare them "
+            f"the rows use {source.vocab_size} token ids, {command.dense} has {model.config.vocab_size}; prepare them "
             "with its own tokenizer"
         )
-    optimizer, schedule = optimizer_of(model, config.optimizer, config.steps)
+    optimizer, schedule = optimizer_of(model, command.optimizer, command.steps)
     trainer = InOrder(
         model=model,
-        args=arguments(config),
-        train_dataset=Rows(source, config.steps * config.batch_size),
+        args=arguments(command, rows),
+        train_dataset=Rows(source, command.steps * command.batch_size),
         optimizers=(optimizer, schedule),
     )
     trainer.train(resume_from_checkpoint=command.resume or None)
-    trainer.save_model(str(out / "model"))
-    AutoTokenizer.from_pretrained(config.dense).save_pretrained(out / "model")
-    return out / "model"
+    folder = Path(command.out) / "model"
+    trainer.save_model(str(folder))
+    ranks.on_main(lambda: AutoTokenizer.from_pretrained(command.dense).save_pretrained(folder))
 
 
 def load_dense(path: str) -> Any:
@@ -105,9 +128,8 @@ def load_dense(path: str) -> Any:
     return model
 
 
-def arguments(config: RunConfig) -> TrainingArguments:
-    """The recipe in transformers' words."""
-    rows = config.rows_per_rank(int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1)
+def arguments(config: RunConfig, rows: int) -> TrainingArguments:
+    """Return transformers' options for the recipe; every rank takes `rows` rows of a micro-step."""
     gpu = config.runtime.device != "cpu" and torch.cuda.is_available()
     half = config.runtime.dtype == "bfloat16" or (config.runtime.dtype == "auto" and gpu)
     return TrainingArguments(
@@ -124,6 +146,7 @@ def arguments(config: RunConfig) -> TrainingArguments:
         seed=config.seed,
         report_to=[],
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
     )
 
 

@@ -70,9 +70,8 @@ def test_labels_that_do_not_fit_the_ids_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("starts", "words"),
     [
-        ([[0], [-1, 2], [0]], r"row 1: doc_starts is \[-1, 2\]; it must be positions from 0 to 4"),
+        ([[0], [-1, 2], [0]], r"row 1: doc_starts is \[-1, 2\]; all must be positions from 0 to 4"),
         ([[0], [0], [0, 5]], r"row 2: doc_starts is \[0, 5\]"),
-        ([[3, 0], [0], [0]], r"row 0: doc_starts is \[3, 0\]; .* ascending"),
         ([[0], None, [0]], "doc_starts: row 1 is null"),
         ([[0], [None], [0]], "doc_starts: row 1 is null or holds null"),
         ([["0"], ["1"], ["2"]], "must hold lists of integers"),
