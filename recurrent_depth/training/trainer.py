@@ -66,17 +66,18 @@ class Trainer:
         self.stopping = False
 
     def _check_data(self) -> None:
-        model, source = self.config.model, self.train_source
-        if source.vocab_size > model.vocab_size:
-            raise ValueError(
-                f"the data use {source.vocab_size} token ids, model.vocab_size is {model.vocab_size}; "
-                "raise model.vocab_size or prepare the data with a smaller tokenizer"
-            )
-        if source.sequence_length > model.block_size:
-            raise ValueError(
-                f"rows of {source.sequence_length} tokens exceed model.block_size {model.block_size}; "
-                "raise model.block_size or prepare shorter rows"
-            )
+        model = self.config.model
+        for source in (self.train_source, self.validation_source):
+            if source.vocab_size > model.vocab_size:
+                raise ValueError(
+                    f"the data use {source.vocab_size} token ids, model.vocab_size is {model.vocab_size}; "
+                    "raise model.vocab_size or prepare the data with a smaller tokenizer"
+                )
+            if source.sequence_length > model.block_size:
+                raise ValueError(
+                    f"rows of {source.sequence_length} tokens exceed model.block_size {model.block_size}; "
+                    "raise model.block_size or prepare shorter rows"
+                )
         rows, held_out = self.config.validation.rows, self.validation_source
         if held_out.rows_per_epoch is not None and rows > held_out.rows_per_epoch:
             raise ValueError(

@@ -118,12 +118,12 @@ def test_signals_at_random_moments_save_and_resume_bitwise(tmp_path):
     for trial in range(int(os.environ.get("SIGNAL_TRIALS", 6))):
         moment = [*MOMENTS, "any time"][trial % (len(MOMENTS) + 1)]
         victims = [(0,), (1,), (0, 1)][trial % 3]
-        call = rng.randint(1, {"during validation": 6, "during a save": 8, "any time": 1500}.get(moment, 20))
+        call = rng.randint(1, {"during validation": 4, "during a save": 6, "any time": 3000}.get(moment, 12))
         out = tmp_path / f"trial-{trial}"
-        done = run_ranks(train_with_signal_at, 2, busy_run(out), moment, call, victims, timeout=60)
+        done = run_ranks(train_with_signal_at, 2, busy_run(out), moment, call, victims)
         assert done == [0, 0], (moment, call, victims)
         print(f"{moment}, time {call}, to rank(s) {victims}: saved at {checkpoints(out)[-1].name}")
-        assert run_ranks(train_on, 2, busy_run(out), timeout=60) == [0, 0]
+        assert run_ranks(train_on, 2, busy_run(out)) == [0, 0]
         assert_equal_runs(out, tmp_path / "whole")
 
 
