@@ -92,12 +92,8 @@ def train_with_signal_at(config, moment: str, call: int, victims: tuple[int, ...
 
 def busy_run(out):
     """Saves and validations are most of the run, so that random moments fall into them."""
-    return small_run(
-        out,
-        steps=24,
-        checkpoint=CheckpointConfig(every=3),
-        validation=ValidationConfig(every=4, rows=8, num_steps=(1, 4)),
-    )
+    validation = ValidationConfig(every=3, rows=8, num_steps=(1, 4))
+    return small_run(out, checkpoint=CheckpointConfig(every=2), validation=validation)
 
 
 @pytest.mark.distributed
