@@ -107,13 +107,11 @@ class CheckpointWriter:
 
     def _hashes(self, final: Path, folder: Path) -> dict[str, str]:
         """Return the SHA-256 of every file by its name in the checkpoint. The files are divided among the ranks."""
+        listed: list[str] = []
         mine: dict[str, str] = {}
-
-        def hash_mine() -> None:
-            names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-            mine.update({name: file_hash(folder / name) for name in names[self.ranks.rank :: self.ranks.world_size]})
-
-        self._together(final, hash_mine)
+        self._together(final, lambda: self._on_main(lambda: listed.extend(_files(folder))))
+        names = self.ranks.gather(listed, self.group)[0][self.ranks.rank :: self.ranks.world_size]
+        self._together(final, lambda: mine.update({name: file_hash(folder / name) for name in names}))
         everyone = self.ranks.gather(mine, self.group)
         return dict(sorted((name, value) for part in everyone for name, value in part.items()))
 
@@ -154,6 +152,10 @@ def _make_folders(folder: Path, parts: list[str]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     for part in parts:
         (folder / part).mkdir(parents=True)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _prune(run: Path, config: CheckpointConfig) -> None:

@@ -192,18 +192,19 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the last step, or until asked to stop; the state is saved in either case."""
-        self.log = RunLog(self.run, self.step, self.config.steps) if self.ranks.is_main else None
-        try:
-            if self.step >= self.config.steps:
-                self._say(f"{self.run} is finished: step {self.step} of {self.config.steps}; raise --steps to train on")
-                return
-            self._say(self._start_line())
-            with self._signals():
-                self._loop()
-        finally:
-            self.writer.finish()
-            if self.log is not None:
-                self.log.close()
+        with self._signals():
+            self.log = RunLog(self.run, self.step, self.config.steps) if self.ranks.is_main else None
+            try:
+                if self.step >= self.config.steps:
+                    done = f"step {self.step} of {self.config.steps}"
+                    self._say(f"{self.run} is finished: {done}; raise --steps to train on")
+                else:
+                    self._say(self._start_line())
+                    self._loop()
+            finally:
+                self.writer.finish()
+                if self.log is not None:
+                    self.log.close()
 
     def _start_line(self) -> str:
         config, ranks, source = self.config, self.ranks, self.train_source
