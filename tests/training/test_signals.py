@@ -117,7 +117,7 @@ def test_signals_at_random_moments_save_and_resume_bitwise(tmp_path):
     rng = random.Random(12)
     for trial in range(int(os.environ.get("SIGNAL_TRIALS", 6))):
         moment = [*LAST_CALL][trial % len(LAST_CALL)]
-        victims = [(0,), (1,), (0, 1)][trial % 3]
+        victims = [(0,), (1,), (0, 1)][(trial + trial // len(LAST_CALL)) % 3]
         call = rng.randint(1, LAST_CALL[moment])
         out = tmp_path / f"trial-{trial}"
         done = run_ranks(train_with_signal_at, 2, busy_run(out), moment, call, victims)
