@@ -4,6 +4,7 @@ RUN/run.yaml                     the resolved configuration
 RUN/metrics.jsonl                one line per log event
 RUN/tokenizer.json               if the data has one
 RUN/rewinds.json                 if the loss spiked
+RUN/.lock                        locked by the process that writes to the folder
 RUN/checkpoints/step-00000100/   one checkpoint:
     model/*.safetensors          weights, by parameter name
     optimizer/*.safetensors      moments, as NAME.MOMENT; read and verified only by a resume
@@ -32,6 +33,7 @@ from recurrent_depth.model.transformer import RecurrentDepthModel
 CHECKPOINT_FILE = "checkpoint.json"
 MODEL, OPTIMIZER = "model", "optimizer"
 """Parts of a checkpoint, each a folder of safetensors files."""
+USE_OLDER = "move this checkpoint out of the run to use an older one"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -82,7 +84,7 @@ def read_details(checkpoint: Path) -> dict[str, Any]:
     try:
         details = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); use an older checkpoint") from error
+        raise CheckpointError(f"{path} cannot be read ({error}); {USE_OLDER}") from error
     check_fields(path, details, {"step": int, "model": dict, "files": dict})
     return details
 
@@ -92,23 +94,25 @@ def check_fields(path: Path, record: Any, kinds: dict[str, type]) -> None:
     fields = record if isinstance(record, dict) else {}
     wrong = [name for name, kind in kinds.items() if not isinstance(fields.get(name), kind)]
     if wrong:
-        raise CheckpointError(f"{path} has no valid {', '.join(wrong)}; restore the file, or use an older checkpoint")
+        raise CheckpointError(f"{path} has no valid {', '.join(wrong)}; restore the file, or {USE_OLDER}")
 
 
 def verify(checkpoint: Path, files: dict[str, str], part: str | None = None) -> None:
     """Compare the files of a checkpoint, or of one part of it, with their checksums.
 
     Raises:
-        CheckpointError: names the file that is missing or damaged.
+        CheckpointError: names the file that is missing, damaged, or not one of the checkpoint.
     """
-    for name, expected in files.items():
+    folder = checkpoint / part if part else checkpoint
+    found = {path.relative_to(checkpoint).as_posix() for path in folder.rglob("*.safetensors")}
+    for name in sorted(found | {name for name in files if part is None or name.startswith(f"{part}/")}):
         path = checkpoint / name
-        if part is not None and not name.startswith(f"{part}/"):
-            continue
+        if name not in files:
+            raise CheckpointError(f"{path} is not a file of this checkpoint; remove it")
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing; use an older checkpoint")
-        if file_hash(path) != expected:
-            raise CheckpointError(f"{path} is damaged (its checksum differs); use an older checkpoint")
+            raise CheckpointError(f"{path} is missing; {USE_OLDER}")
+        if file_hash(path) != files[name]:
+            raise CheckpointError(f"{path} is damaged (its checksum differs); {USE_OLDER}")
 
 
 def read_part(checkpoint: Path, part: str, state: dict[str, Tensor], *, alone: bool) -> None:
@@ -130,7 +134,7 @@ def read_part(checkpoint: Path, part: str, state: dict[str, Tensor], *, alone: b
             raise cause from error
         raise CheckpointError(
             f"{checkpoint / part} is damaged or lacks tensors of this model ({type(cause).__name__}: {cause}); "
-            "use an older checkpoint"
+            f"{USE_OLDER}"
         ) from error
 
 
@@ -149,7 +153,7 @@ def model_config(details: dict[str, Any]) -> ModelConfig:
     try:
         return ModelConfig(**details["model"])
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint's model is not valid ({error}); use an older checkpoint") from error
+        raise CheckpointError(f"the checkpoint's model is not valid ({error}); {USE_OLDER}") from error
 
 
 @contextmanager

@@ -52,13 +52,16 @@ def test_a_trained_model_is_read_back(finished):
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "add"])
 def test_damage_is_found_and_named(finished, tmp_path, damage):
     run = copy_run(finished, tmp_path / "run")
     shard = next(find_checkpoint(run).glob("model/*.safetensors"))
     content = bytearray(shard.read_bytes())
     if damage == "remove":
         shard.unlink()
+    elif damage == "add":  # a file without a checksum, which would be read as well
+        shard = shard.with_name("zzz.safetensors")
+        shard.write_bytes(content)
     elif damage == "truncate":
         shard.write_bytes(content[: len(content) // 2])
     else:
