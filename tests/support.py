@@ -1,5 +1,7 @@
 """Start several ranks on this machine, and configurations small enough to train in a second."""
 
+import errno
+import io
 import json
 import multiprocessing
 import os
@@ -7,10 +9,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -26,6 +30,7 @@ from recurrent_depth.training.config import (
     ValidationConfig,
 )
 from recurrent_depth.training.parallel import Ranks
+from recurrent_depth.training.trainer import Trainer
 
 QUESTION, ANSWER = "how many apples are there?", "there are 7 apples."  # of the chat models in conftest.py
 ONE_RANK = Ranks(0, 1, torch.device("cpu"))
@@ -71,6 +76,53 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records if record["type"] == "train"]
 
 
+@contextmanager
+def changed_loss(change: Callable[[Trainer, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Pass the loss of every micro-step of training in this process through `change(trainer, loss)`."""
+    train_step, forward = Trainer.train_step, RecurrentDepthModel.forward
+    training: list[Trainer] = []
+
+    def watched_step(self: Trainer) -> dict[str, float]:
+        training.append(self)
+        try:
+            return train_step(self)
+        finally:
+            training.pop()
+
+    def changed_forward(self: RecurrentDepthModel, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        if training:
+            output.loss = change(training[-1], output.loss)
+        return output
+
+    Trainer.train_step, RecurrentDepthModel.forward = watched_step, changed_forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Trainer.train_step, RecurrentDepthModel.forward = train_step, forward  # type: ignore[method-assign]
+
+
+def assert_equal_runs(actual: Path, expected: Path) -> None:
+    """Losses, weights and moments of two runs are equal bit for bit."""
+    assert losses(actual) == losses(expected)
+    tensors, others = final_tensors(actual), final_tensors(expected)
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[name], others[name]) for name in others)
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The operating system has no room for files of this name: opening one to write fails."""
+    original = io.open
+
+    def full(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if name in str(file) and mode[0] in "wa":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        return original(file, mode, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", full)
+    monkeypatch.setattr("builtins.open", full)
+
+
 def outcome(folder: str | Path, action: Callable[..., Any], *args: Any) -> None:
     """Call `action`; what it raises is written to FOLDER/outcome-RANK.txt, and the process fails."""
     try:
@@ -83,8 +135,9 @@ def outcome(folder: str | Path, action: Callable[..., Any], *args: Any) -> None:
 def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     """Weights and moments of the newest checkpoint, by shard file and name."""
     tensors = {}
-    for path in sorted(checkpoints(run)[-1].glob("*.safetensors")):
-        tensors |= {f"{path.name}:{name}": value for name, value in load_file(path).items()}
+    newest = checkpoints(run)[-1]
+    for path in sorted(newest.rglob("*.safetensors")):
+        tensors |= {f"{path.relative_to(newest)}:{name}": value for name, value in load_file(path).items()}
     return tensors
 
 

@@ -1,7 +1,7 @@
 """What the trainer reads: batches as pure functions of counters.
 
-A source has no state. Row numbers run through an endless, seeded order; whoever asks for row n gets the same row, so
-ranks only divide row numbers among themselves and a resumed run needs nothing but its step.
+A source has no state. Row numbers run through an endless, seeded order; row n is the same for every caller, so ranks
+only divide row numbers among themselves and a resumed run needs nothing but its step.
 """
 
 from __future__ import annotations
@@ -47,19 +47,30 @@ class Batch:
 
 
 class Source(Protocol):
-    """Everything the trainer needs of data."""
+    """Everything the trainer needs of data.
 
+    Attributes:
+        name: what a user calls the data.
+        vocab_size: token ids are below it.
+        sequence_length: T of the longest row.
+        rows_per_epoch: after these, rows come again in another order; None for generated rows, which never end.
+    """
+
+    name: str
     vocab_size: int
     sequence_length: int
 
+    @property
+    def rows_per_epoch(self) -> int | None: ...
+
     def fingerprint(self) -> str:
-        """Changes when the data change."""
+        """Return a string that changes when the data change."""
 
     def tokenizer_json(self) -> str | None:
-        """The content of a tokenizer.json that belongs to the token ids, if there is one."""
+        """Return the content of a tokenizer.json that belongs to the token ids, if there is one."""
 
     def batch(self, first_row: int, count: int, step: int) -> Batch:
-        """Rows [first_row, first_row + count) of the seeded order; `step` moves a curriculum."""
+        """Return rows [first_row, first_row + count) of the seeded order; `step` moves a curriculum."""
 
 
 def curriculum(config: TaskDataConfig | PuzzleDataConfig, step: int, total_steps: int, split: Split) -> int:
@@ -85,9 +96,11 @@ def _check_task(config: TaskDataConfig) -> None:
 class TaskSource:
     """Rows of a generated task, longer as training proceeds."""
 
+    rows_per_epoch = None
+
     def __init__(self, config: TaskDataConfig, split: Split, seed: int, total_steps: int) -> None:
         _check_task(config)
-        self.config, self.task = config, GENERATED[config.name]
+        self.config, self.task, self.name = config, GENERATED[config.name], config.name
         self.split, self.seed, self.total_steps = split, seed, total_steps
         self.noted = TASKS[config.name] if config.note_densities else None
         self.vocab_size = len(self.task.vocabulary)

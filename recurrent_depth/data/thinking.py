@@ -129,6 +129,8 @@ class ThinkingSource:
     random); inside the question, the cup after every move, which teaches the hidden axis.
     """
 
+    name, rows_per_epoch = "puzzles", None
+
     def __init__(self, config: PuzzleDataConfig, split: Split, seed: int, total_steps: int) -> None:
         unknown = [domain for domain in config.domains if domain not in DOMAINS]
         if unknown:

@@ -1,5 +1,7 @@
 """The control of a fine-tuning: a dense transformers model through the same rows, schedule and number of steps."""
 
+import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from recurrent_depth.data.config import DataConfig
 from recurrent_depth.data.loader import Batch, Source, open_source
+from recurrent_depth.files import LOCK_FILE, output_folder
 from recurrent_depth.hub import check_folder_or_hub_name
 from recurrent_depth.training.config import DenseConfig, OptimizerConfig, RunConfig
+from recurrent_depth.training.parallel import Ranks, start_processes
 from recurrent_depth.training.schedule import learning_rate
 
 
 class Rows(Dataset):
-    """A source's rows in the order in which the trainer of recurrent models reads them."""
+    """A source's rows in the order in which the trainer of recurrent models reads them.
+
+    accelerate gives batch m * ranks + r to rank r, which makes the rows of a micro-step those of the recurrent trainer.
+    """
 
     def __init__(self, source: Source, count: int) -> None:
         self.source, self.count = source, count
@@ -52,10 +59,27 @@ class InOrder(Trainer):
 
 def train_dense(config: DenseConfig) -> Path:
     """Fine-tune a dense model; return its folder."""
-    run, out = config.run, Path(config.out)
-    if out.exists() and any(out.iterdir()) and not config.resume:
-        raise FileExistsError(f"{out} is not empty; continue with --resume true or choose another out")
     check_folder_or_hub_name(config.model)
+    rows = config.run.rows_per_rank(int(os.environ.get("WORLD_SIZE", 1)))
+    out = Path(config.out)
+    ranks = start_processes(config.run.runtime)
+    try:
+        with ExitStack() as stack:
+            ranks.on_main(lambda: _claim(stack.enter_context(output_folder(out)), config.resume))
+            _train(config, ranks, rows)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return out / "model"
+
+
+def _claim(out: Path, resume: bool) -> None:
+    if any(path.name != LOCK_FILE for path in out.iterdir()) and not resume:
+        raise FileExistsError(f"{out} is not empty; continue with --resume true or choose another out")
+
+
+def _train(config: DenseConfig, ranks: Ranks, rows: int) -> None:
+    run = config.run
     source = open_source(DataConfig(packed=config.rows), "train", run.seed, run.steps)
     model = load_dense(config.model)
     if source.vocab_size > model.config.vocab_size:
@@ -66,14 +90,14 @@ def train_dense(config: DenseConfig) -> Path:
     optimizer, schedule = optimizer_of(model, run.optimizer, run.steps)
     trainer = InOrder(
         model=model,
-        args=arguments(run, config.out),
+        args=arguments(run, rows, config.out),
         train_dataset=Rows(source, run.steps * run.batch_size),
         optimizers=(optimizer, schedule),
     )
     trainer.train(resume_from_checkpoint=config.resume or None)
-    trainer.save_model(str(out / "model"))
-    AutoTokenizer.from_pretrained(config.model).save_pretrained(out / "model")
-    return out / "model"
+    folder = Path(config.out) / "model"
+    trainer.save_model(str(folder))
+    ranks.on_main(lambda: AutoTokenizer.from_pretrained(config.model).save_pretrained(folder))
 
 
 def load_dense(path: str) -> Any:
@@ -83,9 +107,8 @@ def load_dense(path: str) -> Any:
     return model
 
 
-def arguments(config: RunConfig, out: str) -> TrainingArguments:
-    """The recipe in transformers' words."""
-    rows = config.rows_per_rank(int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1)
+def arguments(config: RunConfig, rows: int, out: str) -> TrainingArguments:
+    """Return transformers' options for the recipe; every rank takes `rows` rows of a micro-step."""
     gpu = config.runtime.device != "cpu" and torch.cuda.is_available()
     half = config.runtime.dtype == "bfloat16" or (config.runtime.dtype == "auto" and gpu)
     return TrainingArguments(
@@ -102,6 +125,7 @@ def arguments(config: RunConfig, out: str) -> TrainingArguments:
         seed=config.seed,
         report_to=[],
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
     )
 
 

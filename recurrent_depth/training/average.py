@@ -9,38 +9,46 @@ import torch
 import yaml
 from torch import Tensor
 
-from recurrent_depth.runs import CheckpointError, checkpoints, is_run, load_run_model, read_details, run_tokenizer
+from recurrent_depth.files import atomic_folder, check_new_folder, write_text
+from recurrent_depth.runs import (
+    MODEL,
+    CheckpointError,
+    checkpoints,
+    is_run,
+    load_run_model,
+    read_details,
+    run_tokenizer,
+)
 from recurrent_depth.training.config import AverageConfig, AverageMethod, CheckpointConfig
 from recurrent_depth.training.parallel import Ranks
 from recurrent_depth.training.saving import CheckpointWriter
 
 
 def average(config: AverageConfig) -> Path:
-    """Write the merged run; returns its folder."""
+    """Write the merged run; return its folder."""
     run, out = Path(config.model), Path(config.out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists; choose another --out")
     if not is_run(run):
         raise CheckpointError(f"model: {str(run)!r} is not a run folder; give the `out` of recurrent-depth train")
+    check_new_folder(out)
     chosen = checkpoints(run)[::-1][:: config.every][: config.last][::-1]
     if len(chosen) < 2:
         raise CheckpointError(
             f"{run} has {len(checkpoints(run))} checkpoint(s), of which {len(chosen)} would be merged; keep more of "
             "them with checkpoint.keep_last or checkpoint.keep_every, or lower --every"
         )
-    weights = merged(chosen, config.method, config.decay)
-    details = read_details(chosen[-1])
-    step = details.pop("step")
-    details |= {"average": {**asdict(config), "steps": [read_details(path)["step"] for path in chosen]}}
-    writer = CheckpointWriter(out, CheckpointConfig(background=False), Ranks(0, 1, torch.device("cpu")))
-    writer.save(step, {f"model.{name}": value for name, value in weights.items()}, details)
-    _copy_run_files(run, out)
-    print(f"merged {len(chosen)} checkpoints, steps {details['average']['steps']}, into {out}")
+    steps = [read_details(path)["step"] for path in chosen]
+    details = read_details(chosen[-1]) | {"average": {**asdict(config), "steps": steps}}
+    with atomic_folder(out) as folder:
+        weights = merged(chosen, config.method, config.decay)
+        writer = CheckpointWriter(folder, CheckpointConfig(background=False), Ranks(0, 1, torch.device("cpu")))
+        writer.save(details.pop("step"), {MODEL: weights}, details)
+        _copy_run_files(run, folder, out)
+    print(f"merged {len(chosen)} checkpoints, steps {steps}, into {out}")
     return out
 
 
 def merged(paths: Sequence[Path], method: AverageMethod, decay: float) -> dict[str, Tensor]:
-    """The average over checkpoints, oldest first, in fp32; one checkpoint is in memory beside it."""
+    """Return the average over checkpoints, oldest first, in fp32. One checkpoint is in memory beside it."""
     result: dict[str, Tensor] = {}
     for number, path in enumerate(paths):
         share = 1 - decay if method == "ema" else 1 / (number + 1)
@@ -55,9 +63,12 @@ def merged(paths: Sequence[Path], method: AverageMethod, decay: float) -> dict[s
     return result
 
 
-def _copy_run_files(run: Path, out: Path) -> None:
-    settings = yaml.safe_load((run / "run.yaml").read_text()) | {"out": str(out)}
-    (out / "run.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+def _copy_run_files(run: Path, folder: Path, out: Path) -> None:
+    try:
+        settings = yaml.safe_load((run / "run.yaml").read_text()) | {"out": str(out)}
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{run / 'run.yaml'} cannot be read ({error}); restore it") from error
+    write_text(folder / "run.yaml", yaml.safe_dump(settings, sort_keys=False))
     tokenizer = run_tokenizer(run)
     if tokenizer is not None:
-        shutil.copy(tokenizer, out / "tokenizer.json")
+        shutil.copy(tokenizer, folder / "tokenizer.json")

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
@@ -296,14 +296,6 @@ class RunConfig:
                 f"{world_size} ranks; change batch_size or micro_steps"
             )
         return rows // world_size
-
-    def trajectory(self) -> dict[str, Any]:
-        """Return the fields that decide the numbers of a run; a resume must not change them."""
-        free = {
-            "out", "log_every", "max_hours", "slurm_margin_minutes", "runtime", "checkpoint", "validation", "health",
-            "init_from",
-        }  # fmt: skip
-        return {name: value for name, value in asdict(self).items() if name not in free}
 
 
 def as_yaml(config: RunConfig) -> str:

@@ -1,8 +1,10 @@
 """Processes, devices and sharding."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,8 @@ from recurrent_depth.model.layers import rotary_table
 from recurrent_depth.model.ops import choose_ops, use_ops
 from recurrent_depth.model.transformer import RecurrentDepthModel, initial_value
 from recurrent_depth.training.config import RuntimeConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,36 @@ class Ranks:
         return tensor
 
     def barrier(self) -> None:
+        """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()
+
+    def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """Return the values of all ranks, in their order. Values are pickled: for small ones."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=group)
+        return values
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Return the result of `action`, which only the main rank runs; an error there is raised on every rank.
+
+        For what must be read once or may fail: ranks that read a file at different times may see different files, and
+        one that fails alone leaves the others waiting.
+        """
+        result: tuple[T | None, Exception | None] = (None, None)
+        if self.is_main:
+            try:
+                result = (action(), None)
+            except Exception as error:
+                if self.world_size == 1:
+                    raise
+                result = (None, error)
+        value, failure = self.gather(result)[0]
+        if failure is not None:
+            raise failure
+        return value
 
 
 def start_processes(config: RuntimeConfig) -> Ranks:

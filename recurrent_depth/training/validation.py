@@ -3,7 +3,7 @@
 import torch
 
 from recurrent_depth.data.loader import Source
-from recurrent_depth.model.loss import valid_targets
+from recurrent_depth.model.loss import IGNORE_INDEX, valid_targets
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.training.config import ValidationConfig
 from recurrent_depth.training.health import perplexity, state_metrics
@@ -14,7 +14,11 @@ from recurrent_depth.training.parallel import Ranks
 def validate(
     model: RecurrentDepthModel, source: Source, config: ValidationConfig, rows_per_rank: int, ranks: Ranks
 ) -> dict[str, float]:
-    """Mean loss per target at each depth from a zero initial state, and state metrics at the mean depth."""
+    """Return the mean loss per target at each depth from a zero initial state, and state metrics at the mean depth.
+
+    The last batch is filled up with rows that do not count, so that the loss is that of config.rows rows on any number
+    of ranks.
+    """
     mean_depth = model.config.mean_recurrence
     depths = sorted({1, mean_depth, *config.num_steps})
     batches = -(-config.rows // (rows_per_rank * ranks.world_size))
@@ -23,11 +27,13 @@ def validate(
     for number in range(batches):
         first_row = (number * ranks.world_size + ranks.rank) * rows_per_rank
         batch = source.batch(first_row, rows_per_rank, 0).to(ranks.device)
+        spare = torch.arange(first_row, first_row + rows_per_rank, device=ranks.device) >= config.rows
+        targets = batch.targets.masked_fill(spare[:, None], IGNORE_INDEX)
         for index, depth in enumerate(depths):
             keep_states = number == 0 and depth == mean_depth
             output = model(
                 batch.input_ids,
-                targets=batch.targets,
+                targets=targets,
                 num_steps=depth,
                 document_ids=batch.document_ids,
                 position_ids=batch.position_ids,
@@ -36,8 +42,10 @@ def validate(
             sums[index] += output.loss.double()
             if keep_states:
                 health = state_metrics(output.states)
-        sums[-1] += valid_targets(batch.targets)
+        sums[-1] += valid_targets(targets)
     *losses, count = ranks.all_reduce(sums).tolist()
+    if not count:
+        raise ValueError(f"no position of the {config.rows} validation rows has a target; raise validation.rows")
     metrics = {f"loss_{depth}": loss / count for depth, loss in zip(depths, losses, strict=True)}
     metrics["loss_one_step"] = metrics["loss_1"]
     metrics["loss_mean_depth"] = metrics[f"loss_{mean_depth}"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,11 @@ def test_another_shape_is_refused(tmp_path):
     config = small_run(tmp_path / "second", init_from=str(tmp_path / "first"))
     with pytest.raises(CheckpointError, match=r"transformer.*wants"):
         train(dataclasses.replace(config, model=dataclasses.replace(config.model, n_embd=48)))
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for name in [name for name in sys.modules if name.startswith("recurrent_depth.hf")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ValueError, match=r"needs the package transformers: pip install 'recurrent-depth\[hf\]'"):
+        train(small_run(tmp_path / "run", init_from=str(FIXTURE)))
