@@ -22,7 +22,7 @@ from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.generation.exits import ExitRule, exit_rule
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.runs import load_run_model
-from recurrent_depth.training.command import TrainCommand
+from recurrent_depth.training.config import TrainCommand
 from recurrent_depth.training.launch import train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "quickstart" / "shell-game.yaml"

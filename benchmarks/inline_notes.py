@@ -30,7 +30,7 @@ from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.model.flops import forward_flops
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.runs import load_run_model
-from recurrent_depth.training.command import TrainCommand
+from recurrent_depth.training.config import TrainCommand
 from recurrent_depth.training.launch import train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "reasoning" / "inline-notes.yaml"

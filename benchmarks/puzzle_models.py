@@ -11,15 +11,15 @@ import numpy as np
 import torch
 
 from recurrent_depth.cli import parse_options
-from recurrent_depth.data.loader import PackedDataConfig
+from recurrent_depth.data.config import PackedDataConfig
 from recurrent_depth.data.thinking import Puzzle, draw_puzzle, thinking_tokenizer
 from recurrent_depth.evaluation.budgets import Examiner, Question
 from recurrent_depth.model.transformer import RecurrentDepthModel
-from recurrent_depth.reasoning.dataset import ReasoningDataConfig, prepare_reasoning
-from recurrent_depth.reasoning.format import Formatter, ThinkingFormat
-from recurrent_depth.reasoning.pool import SourceConfig
+from recurrent_depth.reasoning.config import ReasoningDataConfig, SourceConfig, ThinkingFormat
+from recurrent_depth.reasoning.dataset import prepare_reasoning
+from recurrent_depth.reasoning.format import Formatter
 from recurrent_depth.runs import load_run_model
-from recurrent_depth.training.command import TrainCommand
+from recurrent_depth.training.config import TrainCommand
 from recurrent_depth.training.launch import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"

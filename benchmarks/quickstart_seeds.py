@@ -28,10 +28,9 @@ from recurrent_depth.evaluation.dense import evaluate_dense
 from recurrent_depth.model.flops import training_flops
 from recurrent_depth.model.recurrence import sample_depth
 from recurrent_depth.runs import load_run_model
-from recurrent_depth.training.command import TrainCommand
+from recurrent_depth.training.config import RunConfig, TrainCommand
 from recurrent_depth.training.launch import train
 from recurrent_depth.training.parallel import start_processes
-from recurrent_depth.training.run import RunConfig
 from recurrent_depth.training.trainer import Trainer
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "pretrain" / "quickstart"

@@ -22,8 +22,9 @@ from puzzle_models import Row, draw, each_base, examiner, fine_tune, options_of,
 from common import interval, kept, write_result
 from recurrent_depth.data.thinking import DOMAINS, Puzzle, draw_puzzle, thinking_tokenizer
 from recurrent_depth.evaluation.budgets import Examiner
-from recurrent_depth.reasoning.curate import CurateConfig, curate
-from recurrent_depth.reasoning.pool import SourceConfig, read_examples
+from recurrent_depth.reasoning.config import CurateConfig, SourceConfig
+from recurrent_depth.reasoning.curate import curate
+from recurrent_depth.reasoning.pool import read_examples
 from recurrent_depth.runs import load_run_model
 
 SHARES = {"swap": 0.70, "cycle": 0.14, "flip": 0.08, "turn": 0.05, "pair": 0.03}

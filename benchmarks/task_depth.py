@@ -22,7 +22,7 @@ from recurrent_depth.cli import parse_options
 from recurrent_depth.data.tasks import TASKS
 from recurrent_depth.evaluation.dense import evaluate_dense
 from recurrent_depth.runs import load_run_model
-from recurrent_depth.training.command import TrainCommand
+from recurrent_depth.training.config import TrainCommand
 from recurrent_depth.training.launch import train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "quickstart" / "shell-game.yaml"

@@ -21,7 +21,7 @@ def recurrent_depth(*arguments: str) -> None:
 def seconds_per_step(config: Path, probes: int = 24) -> float:
     """Mean time of a training step, sampled evenly over the run, so that short and long rows have their share."""
     from recurrent_depth.cli import parse_options
-    from recurrent_depth.training.command import TrainCommand
+    from recurrent_depth.training.config import TrainCommand
     from recurrent_depth.training.parallel import start_processes
     from recurrent_depth.training.trainer import Trainer
 

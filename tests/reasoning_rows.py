@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from recurrent_depth.data.thinking import draw_puzzle, thinking_tokenizer
-from recurrent_depth.reasoning.pool import SourceConfig
+from recurrent_depth.reasoning.config import SourceConfig
 
 
 def write_rows(folder, rows):

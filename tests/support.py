@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from recurrent_depth.data.loader import TaskDataConfig
+from recurrent_depth.data.config import TaskDataConfig
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.runs import checkpoints
-from recurrent_depth.training.optimizer import OptimizerConfig
-from recurrent_depth.training.parallel import Ranks, RuntimeConfig
-from recurrent_depth.training.run import RunConfig
-from recurrent_depth.training.saving import CheckpointConfig
-from recurrent_depth.training.validation import ValidationConfig
+from recurrent_depth.training.config import (
+    CheckpointConfig,
+    OptimizerConfig,
+    RunConfig,
+    RuntimeConfig,
+    ValidationConfig,
+)
+from recurrent_depth.training.parallel import Ranks
 
 ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from recurrent_depth.cli import main, parse_options
-from recurrent_depth.data.prepare import PrepareConfig
+from recurrent_depth.data.config import PrepareConfig
 from recurrent_depth.model.config import SHAPES
-from recurrent_depth.training.command import TrainCommand
+from recurrent_depth.training.config import TrainCommand
 
 FOLDERS = [Path(__file__).parents[1] / "configs" / kind for kind in ("pretrain", "finetune")]
 CONFIGS = sorted(path for folder in FOLDERS for path in folder.rglob("*.yaml"))

@@ -8,7 +8,7 @@ import torch
 from recurrent_depth.model.config import SHAPES, ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.planning.activations import activation_bytes
-from recurrent_depth.planning.command import PlanConfig
+from recurrent_depth.planning.config import PlanConfig
 from recurrent_depth.planning.finetuning import finetuning_bytes, finetuning_table, lora_parameters
 
 CONFIG = ModelConfig(n_embd=128, n_heads=4, intermediate_size=352, vocab_size=1024, n_layers_in_recurrent_block=2)

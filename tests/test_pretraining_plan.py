@@ -8,14 +8,14 @@ import pytest
 
 from live_memory import LiveMemory
 from recurrent_depth.cli import main
-from recurrent_depth.data.loader import TaskDataConfig
+from recurrent_depth.data.config import TaskDataConfig
 from recurrent_depth.model.config import SHAPES, ModelConfig
 from recurrent_depth.model.flops import training_flops
 from recurrent_depth.planning.devices import DEVICES
 from recurrent_depth.planning.pretraining import Job, communication, fits, memory, remedies, throughput
-from recurrent_depth.training.optimizer import OptimizerConfig, local
-from recurrent_depth.training.parallel import RuntimeConfig, start_processes
-from recurrent_depth.training.schedule import DepthRampConfig
+from recurrent_depth.training.config import DepthRampConfig, OptimizerConfig, RuntimeConfig
+from recurrent_depth.training.optimizer import local
+from recurrent_depth.training.parallel import start_processes
 from recurrent_depth.training.trainer import Trainer
 from support import run_ranks, small_run
 

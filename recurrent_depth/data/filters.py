@@ -7,14 +7,14 @@ and for billions of documents; its steps run here as tasks, one for each part or
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recurrent_depth.data.config import FilterConfig
 from recurrent_depth.data.decontamination import NgramIndex
 from recurrent_depth.data.documents import Document
 from recurrent_depth.data.layout import DataError
-from recurrent_depth.data.sources import SourceConfig, cut, read
+from recurrent_depth.data.sources import cut, read
 
 if TYPE_CHECKING:
     from datatrove.data import Document as DatatroveDocument
@@ -24,39 +24,6 @@ HASH_RANGES = 16
 
 REASONS = ("empty", "contaminated", "exact_duplicate", "near_duplicate")
 """Why a document may be dropped, in the order in which it is looked at."""
-
-
-@dataclass(frozen=True)
-class FilterConfig:
-    """What to leave out besides empty documents.
-
-    Args:
-        exact_duplicates: keep one of all documents with the same text.
-        near_duplicates: keep one of all documents whose sets of 5-word shingles resemble each other (MinHash with
-            `buckets` bands of `hashes_per_bucket` hashes).
-        buckets, hashes_per_bucket: 14 and 8 find a pair of similarity 0.8 with a probability of 92%, and one of 0.6
-            with 21%.
-        evaluation_sets: sources whose text must not be trained on.
-        ngram_words: a document that shares this many words in a row with an evaluation set is dropped.
-    """
-
-    exact_duplicates: bool = False
-    near_duplicates: bool = False
-    buckets: int = 14
-    hashes_per_bucket: int = 8
-    evaluation_sets: list[SourceConfig] = field(default_factory=list)
-    ngram_words: int = 13
-
-    def __post_init__(self) -> None:
-        if self.buckets < 1 or self.hashes_per_bucket < 1:
-            raise ValueError("filters.buckets and filters.hashes_per_bucket must be at least 1")
-        if self.ngram_words < 1:
-            raise ValueError("filters.ngram_words must be at least 1; 8 and 13 are usual")
-
-    @property
-    def any(self) -> bool:
-        """Whether there is anything to do."""
-        return self.exact_duplicates or self.near_duplicates or bool(self.evaluation_sets)
 
 
 def evaluation_ngrams(config: FilterConfig) -> NgramIndex:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from recurrent_depth.data.config import DataConfig, TaskDataConfig, ThinkingDataConfig
 from recurrent_depth.data.layout import Split
 from recurrent_depth.data.notes import noted_tokenizer, random_places, with_notes
 from recurrent_depth.data.report_task import LESSONS, REPORTS, ReportTask
@@ -61,89 +62,6 @@ class Source(Protocol):
         """Rows [first_row, first_row + count) of the seeded order; `step` moves a curriculum."""
 
 
-@dataclass(frozen=True)
-class TaskDataConfig:
-    """A generated task.
-
-    Args:
-        name: shell_game, permutation_automaton, modular_arithmetic or rotation_report.
-        min_length, max_length: instructions of a row at the start and at the end of the length curriculum.
-        curriculum_fraction: share of the run's steps over which the length grows; 0 starts at max_length.
-        mixed_lengths: every step draws a length between min_length and that of the curriculum. Rows of one length
-            teach one length.
-        note_densities: chances of a visible note (NOTE and the state) behind an instruction; every row draws one of
-            them. Empty: no notes, and no token for them.
-    """
-
-    name: str
-    min_length: int = 4
-    max_length: int = 16
-    curriculum_fraction: float = 0.6
-    mixed_lengths: bool = False
-    note_densities: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.name not in GENERATED:
-            raise ValueError(f"data.name is {self.name!r}; known tasks are {', '.join(sorted(GENERATED))}")
-        _check_curriculum(self)
-        if self.name in REPORTS and self.max_length > len(REPORTS[self.name].game.instructions):
-            most = len(REPORTS[self.name].game.instructions)
-            raise ValueError(f"data.max_length is {self.max_length}; {self.name} has {most} different instructions")
-        if not all(0 <= density <= 1 for density in self.note_densities):
-            raise ValueError(f"data.note_densities is {self.note_densities}; each must lie between 0 and 1")
-        if self.note_densities and self.name not in TASKS:
-            raise ValueError(f"data.note_densities: {self.name} has no state to note; leave it empty")
-
-
-@dataclass(frozen=True)
-class ThinkingDataConfig:
-    """Generated puzzles with traces of thinking (recurrent_depth.data.thinking).
-
-    Args:
-        domains: kinds of moves, equally often: swap, cycle, flip, turn, pair.
-        min_length: fewest moves of a question.
-        max_length: most moves, at the end of the length curriculum; it starts at min_length.
-        curriculum_fraction: share of the run's steps over which the length grows; 0 starts at max_length.
-    """
-
-    domains: tuple[str, ...]
-    min_length: int = 2
-    max_length: int = 10
-    curriculum_fraction: float = 0.6
-
-    def __post_init__(self) -> None:
-        if not self.domains:
-            raise ValueError("data.domains is empty; name at least one")
-        _check_curriculum(self)
-
-
-@dataclass(frozen=True)
-class PackedDataConfig:
-    """Packed rows, as `recurrent-depth prepare` writes them; Huginn's released parquet rows work as well.
-
-    Args:
-        path: folder of parquet files, or one with the subfolders train/ and validation/; or the name of such a data set
-            on the Hugging Face hub (tomg-group-umd/huginn-dataset), which is downloaded to its cache.
-        validation_path: folder or name of held-out rows; null takes the subfolder validation/ of `path`.
-        revision: commit or tag of a data set on the hub; pin it for a run that is to be resumed.
-        document_masking: tokens see only their own document (needs the column doc_starts).
-        restart_positions: count positions anew in every document; only with document_masking.
-    """
-
-    path: str
-    validation_path: str | None = None
-    revision: str | None = None
-    document_masking: bool = False
-    restart_positions: bool = False
-
-    def __post_init__(self) -> None:
-        if self.restart_positions and not self.document_masking:
-            raise ValueError("data.restart_positions needs data.document_masking: true")
-
-
-DataConfig = TaskDataConfig | ThinkingDataConfig | PackedDataConfig
-
-
 def curriculum(config: TaskDataConfig | ThinkingDataConfig, step: int, total_steps: int, split: Split) -> int:
     """Length at a step: from min_length to max_length over the first part of the run; held-out rows are long."""
     growing = config.curriculum_fraction * total_steps
@@ -152,17 +70,22 @@ def curriculum(config: TaskDataConfig | ThinkingDataConfig, step: int, total_ste
     return config.min_length + int((config.max_length - config.min_length) * step / growing)
 
 
-def _check_curriculum(config: TaskDataConfig | ThinkingDataConfig) -> None:
-    if not 1 <= config.min_length <= config.max_length:
-        raise ValueError("data.min_length must be at least 1 and at most data.max_length")
-    if not 0 <= config.curriculum_fraction <= 1:
-        raise ValueError("data.curriculum_fraction must lie between 0 and 1")
+def _check_task(config: TaskDataConfig) -> None:
+    """Raise for a task that does not exist, or options that it does not have."""
+    if config.name not in GENERATED:
+        raise ValueError(f"data.name is {config.name!r}; known tasks are {', '.join(sorted(GENERATED))}")
+    if config.name in REPORTS and config.max_length > len(REPORTS[config.name].game.instructions):
+        most = len(REPORTS[config.name].game.instructions)
+        raise ValueError(f"data.max_length is {config.max_length}; {config.name} has {most} different instructions")
+    if config.note_densities and config.name not in TASKS:
+        raise ValueError(f"data.note_densities: {config.name} has no state to note; leave it empty")
 
 
 class TaskSource:
     """Rows of a generated task, longer as training proceeds."""
 
     def __init__(self, config: TaskDataConfig, split: Split, seed: int, total_steps: int) -> None:
+        _check_task(config)
         self.config, self.task = config, GENERATED[config.name]
         self.split, self.seed, self.total_steps = split, seed, total_steps
         self.noted = TASKS[config.name] if config.note_densities else None

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from recurrent_depth.data.config import SourceConfig
 from recurrent_depth.data.layout import DataError
-from recurrent_depth.data.sources import SourceConfig
 
 
 def passes(

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-Policy = Literal["concat", "best-fit", "huginn"]
+from recurrent_depth.data.config import Policy
 
 
 @dataclass(frozen=True)

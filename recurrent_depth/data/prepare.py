@@ -16,8 +16,9 @@ from typing import IO, Any
 
 from rich.console import Console
 
+from recurrent_depth.data.config import PrepareConfig, SlurmConfig
 from recurrent_depth.data.executors import datatrove_executors, run_here
-from recurrent_depth.data.job import Job, PrepareConfig, SlurmConfig
+from recurrent_depth.data.job import Job
 from recurrent_depth.data.layout import MANIFEST, DataError
 from recurrent_depth.data.report import summary
 

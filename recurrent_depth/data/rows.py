@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recurrent_depth.data.config import Policy
 from recurrent_depth.data.layout import DataError
-from recurrent_depth.data.packing import Packer, PackingCounts, Policy, Row
+from recurrent_depth.data.packing import Packer, PackingCounts, Row
 
 ROWS_PER_GROUP = 1000
 

@@ -7,62 +7,19 @@ row groups of parquet, shards of a data set) and is read by one task, whatever t
 import json
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recurrent_depth.data.config import SourceConfig
 from recurrent_depth.data.documents import Document, FieldError, document_from
 from recurrent_depth.data.layout import DataError
 
 STDLIB = "python-stdlib"
 _SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    """One source of a mix.
-
-    Args:
-        name: what reports call it.
-        address: python-stdlib, a file (.txt, .md, .jsonl, .parquet) or a folder of them, or the name of a Hugging Face
-            data set, which is streamed.
-        subset: configuration of a Hugging Face data set.
-        split: its split.
-        revision: its commit or tag; pin it where a preparation runs for days.
-        fields: where rows keep their text (see recurrent_depth.data.documents).
-        chat_formatted: rows are conversations, written in Huginn's chat format.
-        weight: passes over the source relative to the others of its category (see recurrent_depth.data.mix).
-        category: what it counts as.
-        licence: for the report.
-        machine_generated: for the report.
-        keep_document_rests: with the policy `huginn`, go on with a cut document in the next row.
-        note: for the report.
-    """
-
-    name: str
-    address: str
-    subset: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    fields: list[str] = field(default_factory=lambda: ["text"])
-    chat_formatted: bool = False
-    weight: float = 1.0
-    category: str = "text"
-    licence: str = "unknown"
-    machine_generated: bool = False
-    keep_document_rests: bool = False
-    note: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.fields:
-            raise ValueError(f"source {self.name}: fields is empty; name at least one, for example [text]")
-        if not self.weight > 0:
-            raise ValueError(
-                f"source {self.name}: weight is {self.weight}; it must be positive, or leave the source out"
-            )
 
 
 @dataclass(frozen=True)

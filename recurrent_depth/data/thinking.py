@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from recurrent_depth.data.loader import Batch, Split, ThinkingDataConfig, curriculum
+from recurrent_depth.data.config import ThinkingDataConfig
+from recurrent_depth.data.loader import Batch, Split, curriculum
 from recurrent_depth.data.tokenizer import BEGIN_TEXT, SPECIAL_TOKENS, THINK_TOKENS
 from recurrent_depth.model.loss import IGNORE_INDEX
 from recurrent_depth.model.random import THINKING_STREAM, generator

@@ -17,9 +17,8 @@ from recurrent_depth.evaluation.controls import ControlsConfig
 from recurrent_depth.evaluation.dense import evaluate_dense
 from recurrent_depth.evaluation.export_tasks import export_task
 from recurrent_depth.evaluation.table import Published, Result, beside_published, markdown, plot, write_csv
-from recurrent_depth.model.ops import Kernels
-from recurrent_depth.reasoning.format import ThinkingFormat
-from recurrent_depth.reasoning.pool import SourceConfig
+from recurrent_depth.model.config import Kernels
+from recurrent_depth.reasoning.config import SourceConfig, ThinkingFormat
 from recurrent_depth.runs import is_run, load_run_model
 
 

@@ -10,9 +10,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from recurrent_depth.data.loader import Batch, PackedDataConfig, Source, open_source
-from recurrent_depth.training.optimizer import OptimizerConfig
-from recurrent_depth.training.run import RunConfig
+from recurrent_depth.data.config import PackedDataConfig
+from recurrent_depth.data.loader import Batch, Source, open_source
+from recurrent_depth.training.config import OptimizerConfig, RunConfig
 from recurrent_depth.training.schedule import learning_rate
 
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from recurrent_depth.hf import RecurrentDepthConfig, RecurrentDepthForCausalLM
 from recurrent_depth.hf.chat import CHAT_TEMPLATE, CHAT_TOKENS
-from recurrent_depth.model.ops import Kernels
+from recurrent_depth.model.config import Kernels
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.runs import is_run, load_run_model, run_tokenizer
 

@@ -21,9 +21,10 @@ from recurrent_depth.hf.clock import DepthClock
 from recurrent_depth.hf.configuration import RecurrentDepthConfig
 from recurrent_depth.hf.slots import Slots, make_cache
 from recurrent_depth.model.attention import Attend
+from recurrent_depth.model.config import Kernels
 from recurrent_depth.model.layers import RMSNorm, rotary_at, rotary_table
 from recurrent_depth.model.loss import wide
-from recurrent_depth.model.ops import Kernels, choose_ops, use_ops
+from recurrent_depth.model.ops import choose_ops, use_ops
 from recurrent_depth.model.recurrence import NumSteps, random_state, sample_depth, split_steps
 from recurrent_depth.model.transformer import Transformer, initial_value
 

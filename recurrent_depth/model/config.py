@@ -6,6 +6,11 @@ from typing import Literal
 
 SamplingScheme = Literal["poisson-lognormal-filling", "fixed"]
 
+Checkpointing = Literal["none", "step", "block"]
+
+Kernels = Literal["auto", "triton", "torch"]
+"""Who computes the element-wise operations: `auto` is triton on a GPU (CUDA or ROCm) and torch elsewhere."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:

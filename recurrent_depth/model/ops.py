@@ -9,16 +9,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recurrent_depth.model.config import Kernels
 from recurrent_depth.model.random import truncated_normal
-
-Kernels = Literal["auto", "triton", "torch"]
-"""Who computes the element-wise operations: `auto` is triton on a GPU (CUDA or ROCm) and torch elsewhere."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, released_rounding: bool = False) -> Tensor:

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.config import Checkpointing, ModelConfig
 from recurrent_depth.model.layers import rotary_at
-from recurrent_depth.model.recurrence import Checkpointing
 from recurrent_depth.model.transformer import RecurrentDepthModel
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from recurrent_depth.model.flops import PEAK_FLOPS
+from recurrent_depth.planning.config import DeviceName
 
 GB = 10**9
 
@@ -32,7 +33,7 @@ class Device:
     per_node: int = 8
 
 
-DEVICES = {
+DEVICES: dict[DeviceName, Device] = {
     "a100": Device(80 * GB, PEAK_FLOPS["A100"], 300 * GB, 25 * GB),  # NVLink 3, 200 Gb/s a GPU
     "h100": Device(80 * GB, PEAK_FLOPS["H100"], 450 * GB, 50 * GB),  # NVLink 4, 400 Gb/s a GPU
     "h200": Device(141 * GB, PEAK_FLOPS["H200"], 450 * GB, 50 * GB),

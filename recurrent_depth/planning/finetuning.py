@@ -4,8 +4,7 @@ from typing import Literal
 
 import torch
 
-from recurrent_depth.model.config import SHAPES, ModelConfig
-from recurrent_depth.model.recurrence import Checkpointing
+from recurrent_depth.model.config import SHAPES, Checkpointing, ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.planning.activations import activation_bytes, head_bytes, recomputed_bytes
 from recurrent_depth.planning.devices import GB, RESERVE

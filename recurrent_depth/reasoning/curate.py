@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from recurrent_depth.data.packed import DataError
-from recurrent_depth.reasoning.pool import COLUMNS, SCHEMA, Drop, Example, SourceConfig, load_pool, to_table
+from recurrent_depth.reasoning.config import CurateConfig, stage_name
+from recurrent_depth.reasoning.pool import COLUMNS, SCHEMA, Drop, Example, load_pool, to_table
 from recurrent_depth.reasoning.report import write_report
 from recurrent_depth.reasoning.stages import (
     Context,
@@ -33,47 +34,6 @@ from recurrent_depth.reasoning.stages import (
 FORMAT = 1  # of stage outputs; raised when a stage's code changes what it makes of the same rows
 DROP_SCHEMA = pa.schema([*((name, pa.string()) for name in ("stage", "reason", "detail")), *SCHEMA])
 _PACKAGES = ("recurrent-depth", "math-verify", "numpy", "pyarrow", "scikit-learn")
-
-
-@dataclass(frozen=True)
-class CurateConfig:
-    """Make a small reasoning set from a pool.
-
-    A run that was stopped goes on where it was; a changed recipe repeats only the stages that the change touches.
-
-    Args:
-        out: folder; it gets examples.parquet, dropped.parquet, manifest.json, report.md and report.html.
-        pool: where rows come from.
-        stages: `{stage: KIND, option: value, ...}`, in order; `name` tells two stages of one kind apart.
-        seed: of every random choice.
-        root: folder of relative data paths.
-        cache: folder of stage outputs and answers of models; null takes OUT/cache. Recipes that share it share work.
-        imports: modules that register stages or filters of one's own.
-        title: of the report.
-        note: a sentence for its reader, for example the licence of the data.
-    """
-
-    out: str
-    pool: list[SourceConfig]
-    stages: list[dict[str, Any]] = field(default_factory=list)
-    seed: int = 0
-    root: str = "."
-    cache: str | None = None
-    imports: list[str] = field(default_factory=list)
-    title: str = "A reasoning set"
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.pool:
-            raise ValueError("pool is empty; name at least one source")
-        names = [stage_name(description) for description in self.stages]
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
-            raise ValueError(f"two stages are called {twice[0]!r}; give one of them a `name`")
-
-
-def stage_name(description: dict[str, Any]) -> str:
-    return str(description.get("name", description.get("stage")))
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,49 +16,12 @@ from tokenizers import Tokenizer
 
 from recurrent_depth.data.packed import MANIFEST, DataError
 from recurrent_depth.data.tokenizer import load_tokenizer
-from recurrent_depth.reasoning.format import IGNORE, Formatter, ThinkingFormat, encode
-from recurrent_depth.reasoning.pool import Example, SourceConfig, load_pool
+from recurrent_depth.reasoning.config import ReasoningDataConfig
+from recurrent_depth.reasoning.format import IGNORE, Formatter, encode
+from recurrent_depth.reasoning.pool import Example, load_pool
 from recurrent_depth.runs import file_hash
 
-WhenTooLong = Literal["refuse", "drop", "cut"]
 ROWS_PER_GROUP = 1000
-
-
-@dataclass(frozen=True)
-class ReasoningDataConfig:
-    """Turn questions with traces and answers into rows for `recurrent-depth train`.
-
-    Args:
-        out: folder to write; it gets train/, validation/, tokenizer.json and manifest.json.
-        rows: where the examples come from: what `recurrent-depth curate` wrote, or any JSONL, parquet or data set.
-        tokenizer: a tokenizer.json, or a folder that holds one (a run, an export).
-        format: the words around question, trace and answer.
-        block: most tokens of an example.
-        when_too_long: an example longer than the block is an error (`refuse`), left out (`drop`), or loses the end
-            of its trace (`cut`).
-        pack: several examples a row, which do not see each other; without it one example a row, padded.
-        unlearned: texts in a trace that carry no loss, because they are forced at test time and the model should not
-            write them by itself.
-        validation_share: share of the examples held out, chosen by a hash of the question; at least one.
-    """
-
-    out: str
-    rows: list[SourceConfig]
-    tokenizer: str
-    format: ThinkingFormat = field(default_factory=ThinkingFormat)
-    block: int = 4096
-    when_too_long: WhenTooLong = "refuse"
-    pack: bool = True
-    unlearned: list[str] = field(default_factory=list)
-    validation_share: float = 0.03
-
-    def __post_init__(self) -> None:
-        if not self.rows:
-            raise ValueError("rows is empty; name a source, for example --rows+ '{path: curated/examples.parquet}'")
-        if self.block < 8:
-            raise ValueError(f"block is {self.block}; it must be at least 8 tokens")
-        if not 0 < self.validation_share < 1:
-            raise ValueError("validation_share must lie between 0 and 1")
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from recurrent_depth.data.packed import DataError
+from recurrent_depth.reasoning.config import SourceConfig
 from recurrent_depth.reasoning.duplicates import evaluation_questions
 from recurrent_depth.reasoning.endpoint import EndpointConfig
 from recurrent_depth.reasoning.local import LocalConfig
-from recurrent_depth.reasoning.pool import Example, SourceConfig
+from recurrent_depth.reasoning.pool import Example
 from recurrent_depth.reasoning.stages import Context, Outcome, Stage, needed_version, source_inputs, stage
 from recurrent_depth.reasoning.teacher import ask, check_prompt, fill
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from recurrent_depth.data.decontamination import NgramIndex, words_of
 from recurrent_depth.data.packed import DataError
-from recurrent_depth.reasoning.pool import Example, SourceConfig, lookup, read_records
+from recurrent_depth.reasoning.config import SourceConfig
+from recurrent_depth.reasoning.pool import Example, lookup, read_records
 from recurrent_depth.reasoning.stages import Context, Outcome, Stage, source_inputs, stage
 
 

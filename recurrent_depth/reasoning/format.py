@@ -6,60 +6,15 @@ A delimiter must be one token of the tokenizer, since budget forcing (recurrent_
 it. The tokenizers trained here have tokens for the four; on Huginn's the spares `<|c_0|>` ... stand in (`SPARES`).
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from recurrent_depth.data.packed import DataError
 from recurrent_depth.generation.forcing import ThinkingBudget
+from recurrent_depth.reasoning.config import ThinkingFormat
 
-HUGINN_PROMPT = (
-    "<|begin_text|><|begin_header|>user<|end_header|>\n\n{question}<|end_turn|><|begin_header|>Huginn<|end_header|>\n\n"
-)
 IGNORE = -100
-
-
-@dataclass(frozen=True)
-class ThinkingFormat:
-    """The words around question, trace and answer.
-
-    Args:
-        prompt: text before the reply; {question} is the trimmed question.
-        begin_think, end_think: delimiters of the trace.
-        begin_answer, end_answer: delimiters of the answer.
-        answer_prefix: text before the answer, for example "Answer: ".
-        end_turn: text after the reply.
-        wait: text that is put in place of the end of thinking to make a model think on.
-    """
-
-    prompt: str = HUGINN_PROMPT
-    begin_think: str = "<|begin_think|>"
-    end_think: str = "<|end_think|>"
-    begin_answer: str = "<|begin_answer|>"
-    end_answer: str = "<|end_answer|>"
-    answer_prefix: str = ""
-    end_turn: str = "<|end_turn|>"
-    wait: str = "Wait"
-
-    def __post_init__(self) -> None:
-        if self.prompt.count("{question}") != 1:
-            raise ValueError(f"format.prompt is {self.prompt!r}; it must hold {{question}} once")
-        if len(set(self.delimiters)) < len(self.delimiters):
-            raise ValueError(f"the delimiters of the format, {self.delimiters}, must all be different")
-
-    @property
-    def delimiters(self) -> tuple[str, str, str, str]:
-        return self.begin_think, self.end_think, self.begin_answer, self.end_answer
-
-    def prompt_text(self, question: str) -> str:
-        """The prompt of a question."""
-        return self.prompt.replace("{question}", question.strip())
-
-    def reply_parts(self, trace: str, answer: str) -> tuple[str, str, str]:
-        """The reply up to the trace, the trace, and what follows it."""
-        closing = f"{self.end_think}{self.begin_answer}{self.answer_prefix}{answer.strip()}{self.end_answer}"
-        return self.begin_think, trace.strip(), closing + self.end_turn
 
 
 SPARES = ThinkingFormat(begin_think="<|c_0|>", end_think="<|c_1|>", begin_answer="<|c_2|>", end_answer="<|c_3|>")

@@ -3,18 +3,16 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recurrent_depth.data.packed import DataError
+from recurrent_depth.reasoning.config import OPTIONAL, REQUIRED, SourceConfig
 
-AnswerFormat = Literal["plain", "gsm8k"]
-_REQUIRED = ("question", "answer")
-_OPTIONAL = ("id", "source", "trace", "trace_answer", "trace_correct", "domain")
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 
@@ -70,44 +68,6 @@ class Drop:
     detail: str = ""
 
 
-@dataclass(frozen=True)
-class SourceConfig:
-    """Where rows come from.
-
-    Args:
-        path: a file (.jsonl, .parquet), a folder of them, or the name of a Hugging Face data set, NAME or NAME:SUBSET.
-        name: of the source; null takes the path's last part. A field `source` of a row goes before it.
-        split: of a data set.
-        fields: column of `Example` -> field of the source. A dot goes inside lists and objects: `traces.0.text`.
-            Columns not named keep their name. The questions of an evaluation set need `question` alone.
-        answer_format: `gsm8k` splits its field `answer` into the trace and the final answer behind `####`.
-        keep_calculator_marks: keep the marks `<<48/2=24>>` of gsm8k.
-        limit: rows to read; null reads all.
-    """
-
-    path: str
-    name: str | None = None
-    split: str = "train"
-    fields: dict[str, str] = field(default_factory=dict)
-    answer_format: AnswerFormat = "plain"
-    keep_calculator_marks: bool = False
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.fields) - {*_REQUIRED, *_OPTIONAL})
-        if unknown:
-            raise ValueError(f"fields of {self.path} names {unknown}; columns are {', '.join(_REQUIRED + _OPTIONAL)}")
-        if self.answer_format not in ("plain", "gsm8k"):
-            raise ValueError(f"answer_format is {self.answer_format!r}; it must be plain or gsm8k")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit is {self.limit}; it must be at least 1, or null")
-
-    @property
-    def label(self) -> str:
-        """The name in ids, and in the column `source` of rows that bring none."""
-        return self.name or Path(self.path.partition(":")[0]).stem
-
-
 def load_pool(sources: Sequence[SourceConfig], root: Path = Path()) -> tuple[list[Example], list[Drop]]:
     """All rows of all sources, in order, and those that lack a question or an answer.
 
@@ -149,9 +109,9 @@ def _load_source(source: SourceConfig, root: Path) -> tuple[list[Example], list[
 
 def _example(source: SourceConfig, number: int, record: Mapping[str, Any]) -> tuple[Example, str | None]:
     """The row, and what it lacks if it lacks something."""
-    values = {name: lookup(record, source.fields.get(name, name)) for name in (*_REQUIRED, *_OPTIONAL)}
+    values = {name: lookup(record, source.fields.get(name, name)) for name in (*REQUIRED, *OPTIONAL)}
     question, answer, trace = (_text(values[name]) for name in ("question", "answer", "trace"))
-    fault = next((f"no {name}" for name in _REQUIRED if not _text(values[name])), None)
+    fault = next((f"no {name}" for name in REQUIRED if not _text(values[name])), None)
     if fault is None and source.answer_format == "gsm8k":
         trace, answer = split_gsm8k(answer, source.keep_calculator_marks)
         fault = None if answer else "no final answer (####)"

@@ -13,8 +13,9 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from recurrent_depth.data.packed import DataError
+from recurrent_depth.reasoning.config import SourceConfig
 from recurrent_depth.reasoning.options import build
-from recurrent_depth.reasoning.pool import Drop, Example, SourceConfig, source_files
+from recurrent_depth.reasoning.pool import Drop, Example, source_files
 
 BUILT_IN = ("duplicates", "quality", "teacher", "grading", "difficulty", "lengths", "domains", "selection")
 

@@ -9,7 +9,7 @@ from recurrent_depth.generation.decoding import OnToken
 from recurrent_depth.generation.stopping import TextStream
 from recurrent_depth.hf.engine import EngineOptions, decode_texts, text_of
 from recurrent_depth.hf.loading import load_model
-from recurrent_depth.model.ops import Kernels
+from recurrent_depth.model.config import Kernels
 
 
 @dataclass(frozen=True, kw_only=True)

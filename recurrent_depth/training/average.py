@@ -2,47 +2,17 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import torch
 import yaml
 from torch import Tensor
 
 from recurrent_depth.runs import CheckpointError, checkpoints, load_run_model, read_details, run_tokenizer
+from recurrent_depth.training.config import AverageConfig, CheckpointConfig, Method
 from recurrent_depth.training.parallel import Ranks
-from recurrent_depth.training.saving import CheckpointConfig, CheckpointWriter
-
-Method = Literal["ema", "uniform"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AverageConfig:
-    """Merge checkpoints of a run into one.
-
-    Args:
-        model: run folder; checkpoint.keep_last and checkpoint.keep_every decide what it holds.
-        out: new run folder with the merged weights; it evaluates, exports and starts other runs (init_from).
-        method: `ema` gives every checkpoint `decay` of the weight of the next newer one (the oldest one the rest),
-            `uniform` the mean.
-        decay: of `ema`.
-        last: how many checkpoints are merged; null for all.
-        every: take every n-th checkpoint, counted back from the newest.
-    """
-
-    model: str
-    out: str
-    method: Method = "ema"
-    decay: float = 0.9
-    last: int | None = None
-    every: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay is {self.decay}; it must lie in [0, 1)")
-        if self.every < 1 or (self.last is not None and self.last < 2):
-            raise ValueError("every must be at least 1 and last at least 2 (or null)")
+from recurrent_depth.training.saving import CheckpointWriter
 
 
 def average(config: AverageConfig) -> Path:

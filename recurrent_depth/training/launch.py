@@ -8,10 +8,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from recurrent_depth.runs import CheckpointError, checkpoints, read_details
+from recurrent_depth.training.config import RunConfig, as_yaml
 from recurrent_depth.training.faults import check_ranks_agree, code_version, explained, flat, flight_recorder
 from recurrent_depth.training.parallel import Ranks, start_processes
 from recurrent_depth.training.rewind import REWINDS_FILE
-from recurrent_depth.training.run import RunConfig, as_yaml
 from recurrent_depth.training.trainer import Trainer
 
 

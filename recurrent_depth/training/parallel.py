@@ -3,7 +3,6 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -15,48 +14,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.layers import rotary_table
-from recurrent_depth.model.ops import Kernels, choose_ops, use_ops
-from recurrent_depth.model.recurrence import Checkpointing
+from recurrent_depth.model.ops import choose_ops, use_ops
 from recurrent_depth.model.transformer import RecurrentDepthModel, initial_value
-
-
-@dataclass(frozen=True)
-class RuntimeConfig:
-    """How a run uses its machine; never part of the architecture.
-
-    Args:
-        device: `auto` takes a GPU (CUDA or ROCm) if there is one.
-        dtype: of the forward and backward pass; `auto` is bfloat16 on a GPU and float32 on a CPU. Weights, optimizer
-            and gradient reductions stay float32.
-        shard_size: ranks that share one copy of the weights; null: all ranks (FSDP). 1 is plain replication, a
-            number between is hybrid sharding.
-        reshard_after_forward: free gathered weights after the forward pass (ZeRO-3) instead of keeping them (ZeRO-2).
-        activation_checkpointing: recompute single `block`s or whole `step`s of the core in the backward pass.
-        compile: torch.compile each block (never the loop).
-        kernels: who computes the element-wise operations; `auto` is `triton` on a GPU and `torch` on a CPU.
-        loss_chunk_size: tokens whose logits exist at one time; null: all.
-        threads: CPU threads of each process; null leaves torch's choice.
-        timeout_minutes: how long a rank waits in a collective for the others before the run is ended.
-    """
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    shard_size: int | None = None
-    reshard_after_forward: bool = False
-    activation_checkpointing: Checkpointing = "none"
-    compile: bool = False
-    kernels: Kernels = "auto"
-    loss_chunk_size: int | None = None
-    threads: int | None = None
-    timeout_minutes: float = 10.0
-
-    def __post_init__(self) -> None:
-        for name in ("shard_size", "loss_chunk_size", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"runtime.{name} is {value}; it must be at least 1, or null")
-        if self.timeout_minutes <= 0:
-            raise ValueError("runtime.timeout_minutes must be positive")
+from recurrent_depth.training.config import RuntimeConfig
 
 
 @dataclass(frozen=True)

@@ -11,32 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from recurrent_depth.runs import checkpoints
+from recurrent_depth.training.config import SpikeConfig
 from recurrent_depth.training.health import TrainingAborted
 
 REWINDS_FILE = "rewinds.json"
-
-
-@dataclass(frozen=True)
-class SpikeConfig:
-    """When a loss counts as a spike.
-
-    Args:
-        factor: a loss above this multiple of the median of the last losses is a spike; null turns the guard off.
-        window: how many losses the median is taken of; the guard waits until it has that many.
-        margin: steps that must lie between the checkpoint and the spike, since a spike often begins before it shows.
-        max_rewinds: of one run; another spike aborts it.
-    """
-
-    factor: float | None = None
-    window: int = 128
-    margin: int = 0
-    max_rewinds: int = 5
-
-    def __post_init__(self) -> None:
-        if self.factor is not None and self.factor <= 1:
-            raise ValueError("spikes.factor must be above 1, or null for no guard")
-        if self.window < 1 or self.margin < 0 or self.max_rewinds < 0:
-            raise ValueError("spikes.window must be at least 1, spikes.margin and spikes.max_rewinds at least 0")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from recurrent_depth.runs import CHECKPOINT_FILE, CheckpointError, checkpoint_name, checkpoints, file_hash, one_process
+from recurrent_depth.training.config import CheckpointConfig
 from recurrent_depth.training.parallel import Ranks
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When to save and what to keep.
-
-    Args:
-        every: steps between checkpoints; the last step is always saved.
-        keep_last: newest checkpoints kept.
-        keep_every: checkpoints whose step is a multiple of this are kept for good; null keeps none.
-        background: go on training while files are written; needs the state a second time in CPU memory.
-    """
-
-    every: int = 1000
-    keep_last: int = 2
-    keep_every: int | None = None
-    background: bool = True
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.keep_last < 1 or (self.keep_every is not None and self.keep_every < 1):
-            raise ValueError("checkpoint.every, checkpoint.keep_last and checkpoint.keep_every must be at least 1")
 
 
 class CheckpointWriter:

@@ -17,13 +17,13 @@ from recurrent_depth.model.flops import training_flops
 from recurrent_depth.model.loss import valid_targets
 from recurrent_depth.model.recurrence import random_state, sample_depth
 from recurrent_depth.training.checkpoint import load_checkpoint, training_state
+from recurrent_depth.training.config import RunConfig
 from recurrent_depth.training.deadline import Deadline
 from recurrent_depth.training.health import HealthMonitor
 from recurrent_depth.training.logging import RunLog
 from recurrent_depth.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from recurrent_depth.training.parallel import Ranks, build_model, set_last_micro_step
 from recurrent_depth.training.rewind import SpikeGuard
-from recurrent_depth.training.run import RunConfig
 from recurrent_depth.training.saving import CheckpointWriter
 from recurrent_depth.training.schedule import learning_rate, ramped
 from recurrent_depth.training.validation import validate

@@ -1,33 +1,13 @@
 """Loss at several depths, and the health of the states, on held-out rows."""
 
-from dataclasses import dataclass
-
 import torch
 
 from recurrent_depth.data.loader import Source
 from recurrent_depth.model.loss import valid_targets
 from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.training.config import ValidationConfig
 from recurrent_depth.training.health import perplexity, state_metrics
 from recurrent_depth.training.parallel import Ranks
-
-
-@dataclass(frozen=True)
-class ValidationConfig:
-    """Args:
-    every: steps between validations; the last step always has one.
-    rows: held-out rows, over all ranks.
-    num_steps: depths at which the loss is measured; one step and the mean depth are always among them.
-    """
-
-    every: int = 500
-    rows: int = 256
-    num_steps: tuple[int, ...] = (1, 4, 8, 16, 32, 64)
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.rows < 1 or any(r < 1 for r in self.num_steps):
-            raise ValueError(
-                "validation.every, validation.rows and every entry of validation.num_steps must be at least 1"
-            )
 
 
 @torch.no_grad()

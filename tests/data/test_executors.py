@@ -12,10 +12,11 @@ import time
 import pytest
 from test_restart import WORDS, folder_hash
 
+from recurrent_depth.data.config import PrepareConfig, SlurmConfig
 from recurrent_depth.data.executors import datatrove_executors
 from recurrent_depth.data.job import Job
 from recurrent_depth.data.phases import phases
-from recurrent_depth.data.prepare import PrepareConfig, SlurmConfig, prepare
+from recurrent_depth.data.prepare import prepare
 
 pytest.importorskip("datatrove")
 

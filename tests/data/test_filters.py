@@ -7,9 +7,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from recurrent_depth.data.filters import FilterConfig
-from recurrent_depth.data.prepare import PrepareConfig, prepare
-from recurrent_depth.data.sources import SourceConfig
+from recurrent_depth.data.config import FilterConfig, PrepareConfig, SourceConfig
+from recurrent_depth.data.prepare import prepare
 from recurrent_depth.data.tokenizer import load_tokenizer
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "test.jsonl"

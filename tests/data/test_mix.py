@@ -14,11 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recurrent_depth.cli import parse_options
-from recurrent_depth.data.filters import FilterConfig
+from recurrent_depth.data.config import FilterConfig, PrepareConfig, SourceConfig
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.mix import chosen_rows, passes, row_copies, rows_of_file
-from recurrent_depth.data.prepare import PrepareConfig, prepare
-from recurrent_depth.data.sources import SourceConfig
+from recurrent_depth.data.prepare import prepare
 from recurrent_depth.data.tokenizer import load_tokenizer
 
 CONFIGS = sorted(Path(__file__).parents[2].glob("configs/data/*_mix.yaml"))

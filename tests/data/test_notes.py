@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from recurrent_depth.data.loader import TaskDataConfig, open_source
+from recurrent_depth.data.config import TaskDataConfig
+from recurrent_depth.data.loader import open_source
 from recurrent_depth.data.notes import NOTE, note_id, noted_tokenizer, random_places, with_notes
 from recurrent_depth.data.tasks import TASKS
 

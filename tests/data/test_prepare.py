@@ -15,11 +15,11 @@ import torch
 
 from recurrent_depth.cli import parse_options
 from recurrent_depth.data import rows as rows_module
+from recurrent_depth.data.config import FilterConfig, PackedDataConfig, PrepareConfig
 from recurrent_depth.data.encoding import DocumentEncoder
-from recurrent_depth.data.filters import FilterConfig
 from recurrent_depth.data.layout import DataError
-from recurrent_depth.data.loader import PackedDataConfig, open_source
-from recurrent_depth.data.prepare import PrepareConfig, prepare
+from recurrent_depth.data.loader import open_source
+from recurrent_depth.data.prepare import prepare
 from recurrent_depth.data.sources import read_documents
 from recurrent_depth.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
 

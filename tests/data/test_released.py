@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from recurrent_depth.data.config import PackedDataConfig
 from recurrent_depth.data.layout import DataError
-from recurrent_depth.data.loader import PackedDataConfig, open_source
+from recurrent_depth.data.loader import open_source
 from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.training.config import ValidationConfig
 from recurrent_depth.training.launch import train
-from recurrent_depth.training.validation import ValidationConfig
 from support import losses, small_run
 
 NAME = "somebody/huginn-rows"

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from recurrent_depth.data.loader import TaskDataConfig, open_source
+from recurrent_depth.data.config import TaskDataConfig
+from recurrent_depth.data.loader import open_source
 from recurrent_depth.data.report_task import REPORTS
 from recurrent_depth.data.tasks import TASKS
 
@@ -125,7 +126,7 @@ def test_too_many_instructions_name_the_limit():
     with pytest.raises(ValueError, match="20 different instructions"):
         TASK.rows(0, 1, 21, seed=0, split=0)
     with pytest.raises(ValueError, match=r"max_length.*20"):
-        TaskDataConfig(name="rotation_report", max_length=21)
+        open_source(TaskDataConfig(name="rotation_report", max_length=21), "train", 0, 10)
 
 
 def test_other_tasks_keep_their_rows():

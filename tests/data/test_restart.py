@@ -14,10 +14,11 @@ import pytest
 import yaml
 
 from recurrent_depth.cli import main, parse_options
+from recurrent_depth.data.config import PrepareConfig
 from recurrent_depth.data.job import Job
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.phases import phases
-from recurrent_depth.data.prepare import PrepareConfig, prepare
+from recurrent_depth.data.prepare import prepare
 from recurrent_depth.data.sources import read
 
 WORDS = [a + b + c for a in "bdgklmnprst" for b in "aeiou" for c in ("", "n", "r", "s", "lo", "mi")]

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recurrent_depth.data.config import PrepareConfig, SourceConfig
 from recurrent_depth.data.layout import DataError
-from recurrent_depth.data.prepare import PrepareConfig, prepare
-from recurrent_depth.data.sources import SourceConfig, cut, read
+from recurrent_depth.data.prepare import prepare
+from recurrent_depth.data.sources import cut, read
 
 TEXTS = [f"text {n} " + "ä漢🙂"[n % 3] * (n % 23) for n in range(60)]
 

@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 
-from recurrent_depth.data.loader import TaskDataConfig, open_source
+from recurrent_depth.data.config import TaskDataConfig
+from recurrent_depth.data.loader import open_source
 from recurrent_depth.data.tasks import TASKS, bucket_name
 
 
@@ -102,4 +103,4 @@ def test_buckets():
 )
 def test_impossible_tasks_name_the_field(wrong, message):
     with pytest.raises(ValueError, match=message):
-        TaskDataConfig(**wrong)
+        open_source(TaskDataConfig(**wrong), "train", 0, 10)

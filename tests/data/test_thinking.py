@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from recurrent_depth.data.loader import ThinkingDataConfig, open_source
+from recurrent_depth.data.config import ThinkingDataConfig
+from recurrent_depth.data.loader import open_source
 from recurrent_depth.data.thinking import (
     BEGIN_THINK,
     CUPS,

@@ -11,7 +11,7 @@ from lm_eval.utils import simple_parse_args_string
 
 from reasoning_rows import puzzles
 from recurrent_depth.cli import main
-from recurrent_depth.data.loader import ThinkingDataConfig
+from recurrent_depth.data.config import ThinkingDataConfig
 from recurrent_depth.data.packed import DataError
 from recurrent_depth.data.thinking import WORDS, thinking_tokenizer
 from recurrent_depth.evaluation import EvalConfig, evaluate
@@ -21,7 +21,8 @@ from recurrent_depth.evaluation.sweep import TaskGroup, _budgeted
 from recurrent_depth.generation import decoding
 from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.model.config import ModelConfig
-from recurrent_depth.reasoning.format import SPARES, Formatter, ThinkingFormat
+from recurrent_depth.reasoning.config import ThinkingFormat
+from recurrent_depth.reasoning.format import SPARES, Formatter
 from recurrent_depth.training.launch import train
 from support import lively_model, small_run
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from recurrent_depth.data.loader import TaskDataConfig
+from recurrent_depth.data.config import TaskDataConfig
 from recurrent_depth.data.tasks import TASKS
 from recurrent_depth.evaluation import EvalConfig, evaluate
 from recurrent_depth.evaluation.dense import evaluate_dense, predict

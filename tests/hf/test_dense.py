@@ -7,12 +7,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reasoning_rows import puzzles, write_rows
-from recurrent_depth.data.loader import PackedDataConfig, open_source
+from recurrent_depth.data.config import PackedDataConfig
+from recurrent_depth.data.loader import open_source
 from recurrent_depth.hf.dense import DenseCommand, as_features, load_dense, optimizer_of, train_dense
 from recurrent_depth.hf.loading import _fast_tokenizer
-from recurrent_depth.reasoning.dataset import ReasoningDataConfig, prepare_reasoning
-from recurrent_depth.training.optimizer import OptimizerConfig
-from recurrent_depth.training.parallel import RuntimeConfig
+from recurrent_depth.reasoning.config import ReasoningDataConfig
+from recurrent_depth.reasoning.dataset import prepare_reasoning
+from recurrent_depth.training.config import OptimizerConfig, RuntimeConfig
 from recurrent_depth.training.schedule import learning_rate
 
 

@@ -14,8 +14,9 @@ import yaml
 
 from recurrent_depth.cli import main, parse_options
 from recurrent_depth.reasoning import curate as curate_module
-from recurrent_depth.reasoning.curate import CurateConfig, curate
-from recurrent_depth.reasoning.pool import COLUMNS, SourceConfig, read_examples
+from recurrent_depth.reasoning.config import CurateConfig, SourceConfig
+from recurrent_depth.reasoning.curate import curate
+from recurrent_depth.reasoning.pool import COLUMNS, read_examples
 from recurrent_depth.reasoning.stages import STAGES as STAGES_KNOWN
 from recurrent_depth.reasoning.stages import Outcome, Stage, build_stage, stage
 

@@ -6,11 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reasoning_rows import puzzles, write_rows
-from recurrent_depth.data.loader import PackedDataConfig, open_source
+from recurrent_depth.data.config import PackedDataConfig
+from recurrent_depth.data.loader import open_source
 from recurrent_depth.data.packed import DataError
 from recurrent_depth.data.thinking import WORDS, thinking_tokenizer
-from recurrent_depth.reasoning.dataset import ReasoningDataConfig, Tokens, lay_out, prepare_reasoning, tokenize
-from recurrent_depth.reasoning.format import Formatter, ThinkingFormat
+from recurrent_depth.reasoning.config import ReasoningDataConfig, ThinkingFormat
+from recurrent_depth.reasoning.dataset import Tokens, lay_out, prepare_reasoning, tokenize
+from recurrent_depth.reasoning.format import Formatter
 from recurrent_depth.reasoning.pool import Example
 from recurrent_depth.training.launch import train
 from support import losses, small_run

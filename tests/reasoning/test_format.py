@@ -6,7 +6,8 @@ from recurrent_depth.data.packed import DataError
 from recurrent_depth.data.thinking import conversation, thinking_tokenizer
 from recurrent_depth.data.tokenizer import train_tokenizer
 from recurrent_depth.hf.loading import _fast_tokenizer
-from recurrent_depth.reasoning.format import SPARES, Formatter, ThinkingFormat
+from recurrent_depth.reasoning.config import ThinkingFormat
+from recurrent_depth.reasoning.format import SPARES, Formatter
 
 TEXT = "how many apples are there? there are 7 apples. Answer: wait and count. "
 

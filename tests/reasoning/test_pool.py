@@ -8,15 +8,8 @@ import pytest
 
 from reasoning.rows import example
 from recurrent_depth.data.packed import DataError
-from recurrent_depth.reasoning.pool import (
-    COLUMNS,
-    SCHEMA,
-    SourceConfig,
-    load_pool,
-    read_examples,
-    split_gsm8k,
-    to_table,
-)
+from recurrent_depth.reasoning.config import SourceConfig
+from recurrent_depth.reasoning.pool import COLUMNS, SCHEMA, load_pool, read_examples, split_gsm8k, to_table
 
 GSM8K = "She pays 3*4=<<3*4=12>>12 dollars.\nSo 12+1=<<12+1=13>>13.\n#### 13"
 

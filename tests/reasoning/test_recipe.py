@@ -8,9 +8,9 @@ import pytest
 from recurrent_depth.cli import parse_options
 from recurrent_depth.hf.dense import DenseCommand, optimizer_of
 from recurrent_depth.model.config import SHAPES
-from recurrent_depth.reasoning.dataset import ReasoningDataConfig
+from recurrent_depth.reasoning.config import ReasoningDataConfig
 from recurrent_depth.reasoning.format import SPARES
-from recurrent_depth.training.command import TrainCommand
+from recurrent_depth.training.config import TrainCommand
 from recurrent_depth.training.schedule import learning_rate
 
 CONFIGS = Path(__file__).parents[2] / "configs"

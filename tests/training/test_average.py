@@ -6,9 +6,9 @@ from safetensors.numpy import load_file
 
 from recurrent_depth.cli import main
 from recurrent_depth.runs import CheckpointError, checkpoints, load_run_model, read_details, run_tokenizer
-from recurrent_depth.training.average import AverageConfig, average
+from recurrent_depth.training.average import average
+from recurrent_depth.training.config import AverageConfig, CheckpointConfig
 from recurrent_depth.training.launch import train
-from recurrent_depth.training.saving import CheckpointConfig
 from support import small_run
 
 

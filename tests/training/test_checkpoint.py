@@ -8,12 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from recurrent_depth.data.loader import PackedDataConfig
+from recurrent_depth.data.config import PackedDataConfig
 from recurrent_depth.runs import CheckpointError, checkpoints, find_checkpoint, load_run_model
+from recurrent_depth.training.config import CheckpointConfig, OptimizerConfig
 from recurrent_depth.training.launch import train
-from recurrent_depth.training.optimizer import OptimizerConfig
 from recurrent_depth.training.parallel import build_model
-from recurrent_depth.training.saving import CheckpointConfig
 from recurrent_depth.training.trainer import Trainer
 from support import ONE_RANK, losses, small_run
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recurrent_depth.data.loader import TaskDataConfig
+from recurrent_depth.data.config import TaskDataConfig
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.runs import CheckpointError, load_run_model
 from recurrent_depth.training.initialise import load_weights

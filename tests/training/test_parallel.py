@@ -6,10 +6,8 @@ import os
 import pytest
 import torch
 
+from recurrent_depth.training.config import OptimizerConfig, RunConfig, RuntimeConfig
 from recurrent_depth.training.launch import train
-from recurrent_depth.training.optimizer import OptimizerConfig
-from recurrent_depth.training.parallel import RuntimeConfig
-from recurrent_depth.training.run import RunConfig
 from recurrent_depth.training.trainer import Trainer
 from support import final_tensors, losses, run_ranks, small_run
 

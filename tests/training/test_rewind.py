@@ -8,10 +8,10 @@ import signal
 import pytest
 
 from recurrent_depth.runs import checkpoints
+from recurrent_depth.training.config import CheckpointConfig, SpikeConfig
 from recurrent_depth.training.health import TrainingAborted
 from recurrent_depth.training.launch import train
-from recurrent_depth.training.rewind import REWINDS_FILE, SpikeConfig, SpikeGuard
-from recurrent_depth.training.saving import CheckpointConfig
+from recurrent_depth.training.rewind import REWINDS_FILE, SpikeGuard
 from recurrent_depth.training.trainer import Trainer
 from support import final_tensors, losses, run_ranks, small_run
 

@@ -9,8 +9,8 @@ import torch
 
 import recurrent_depth.training.saving as saving
 from recurrent_depth.runs import CheckpointError, checkpoints, load_run_model
+from recurrent_depth.training.config import CheckpointConfig
 from recurrent_depth.training.launch import train
-from recurrent_depth.training.saving import CheckpointConfig
 from recurrent_depth.training.trainer import Trainer
 from support import losses, outcome, run_ranks, small_run
 

@@ -1,0 +1,179 @@
+"""Options of `recurrent-depth curate` and `recurrent-depth prepare-reasoning`. Imports no torch.
+
+The options of a curation stage are beside the stage.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+AnswerFormat = Literal["plain", "gsm8k"]
+REQUIRED = ("question", "answer")
+OPTIONAL = ("id", "source", "trace", "trace_answer", "trace_correct", "domain")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where rows come from.
+
+    Args:
+        path: a file (.jsonl, .parquet), a folder of them, or the name of a Hugging Face data set, NAME or NAME:SUBSET.
+        name: of the source; null takes the path's last part. A field `source` of a row goes before it.
+        split: of a data set.
+        fields: column of `Example` -> field of the source. A dot goes inside lists and objects: `traces.0.text`.
+            Columns not named keep their name. The questions of an evaluation set need `question` alone.
+        answer_format: `gsm8k` splits its field `answer` into the trace and the final answer behind `####`.
+        keep_calculator_marks: keep the marks `<<48/2=24>>` of gsm8k.
+        limit: rows to read; null reads all.
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    fields: dict[str, str] = field(default_factory=dict)
+    answer_format: AnswerFormat = "plain"
+    keep_calculator_marks: bool = False
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.fields) - {*REQUIRED, *OPTIONAL})
+        if unknown:
+            raise ValueError(f"fields of {self.path} names {unknown}; columns are {', '.join(REQUIRED + OPTIONAL)}")
+        if self.answer_format not in ("plain", "gsm8k"):
+            raise ValueError(f"answer_format is {self.answer_format!r}; it must be plain or gsm8k")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is {self.limit}; it must be at least 1, or null")
+
+    @property
+    def label(self) -> str:
+        """The name in ids, and in the column `source` of rows that bring none."""
+        return self.name or Path(self.path.partition(":")[0]).stem
+
+
+HUGINN_PROMPT = (
+    "<|begin_text|><|begin_header|>user<|end_header|>\n\n{question}<|end_turn|><|begin_header|>Huginn<|end_header|>\n\n"
+)
+
+
+@dataclass(frozen=True)
+class ThinkingFormat:
+    """The words around question, trace and answer.
+
+    Args:
+        prompt: text before the reply; {question} is the trimmed question.
+        begin_think, end_think: delimiters of the trace.
+        begin_answer, end_answer: delimiters of the answer.
+        answer_prefix: text before the answer, for example "Answer: ".
+        end_turn: text after the reply.
+        wait: text that is put in place of the end of thinking to make a model think on.
+    """
+
+    prompt: str = HUGINN_PROMPT
+    begin_think: str = "<|begin_think|>"
+    end_think: str = "<|end_think|>"
+    begin_answer: str = "<|begin_answer|>"
+    end_answer: str = "<|end_answer|>"
+    answer_prefix: str = ""
+    end_turn: str = "<|end_turn|>"
+    wait: str = "Wait"
+
+    def __post_init__(self) -> None:
+        if self.prompt.count("{question}") != 1:
+            raise ValueError(f"format.prompt is {self.prompt!r}; it must hold {{question}} once")
+        if len(set(self.delimiters)) < len(self.delimiters):
+            raise ValueError(f"the delimiters of the format, {self.delimiters}, must all be different")
+
+    @property
+    def delimiters(self) -> tuple[str, str, str, str]:
+        return self.begin_think, self.end_think, self.begin_answer, self.end_answer
+
+    def prompt_text(self, question: str) -> str:
+        """The prompt of a question."""
+        return self.prompt.replace("{question}", question.strip())
+
+    def reply_parts(self, trace: str, answer: str) -> tuple[str, str, str]:
+        """The reply up to the trace, the trace, and what follows it."""
+        closing = f"{self.end_think}{self.begin_answer}{self.answer_prefix}{answer.strip()}{self.end_answer}"
+        return self.begin_think, trace.strip(), closing + self.end_turn
+
+
+WhenTooLong = Literal["refuse", "drop", "cut"]
+
+
+@dataclass(frozen=True)
+class ReasoningDataConfig:
+    """Turn questions with traces and answers into rows for `recurrent-depth train`.
+
+    Args:
+        out: folder to write; it gets train/, validation/, tokenizer.json and manifest.json.
+        rows: where the examples come from: what `recurrent-depth curate` wrote, or any JSONL, parquet or data set.
+        tokenizer: a tokenizer.json, or a folder that holds one (a run, an export).
+        format: the words around question, trace and answer.
+        block: most tokens of an example.
+        when_too_long: an example longer than the block is an error (`refuse`), left out (`drop`), or loses the end
+            of its trace (`cut`).
+        pack: several examples a row, which do not see each other; without it one example a row, padded.
+        unlearned: texts in a trace that carry no loss, because they are forced at test time and the model should not
+            write them by itself.
+        validation_share: share of the examples held out, chosen by a hash of the question; at least one.
+    """
+
+    out: str
+    rows: list[SourceConfig]
+    tokenizer: str
+    format: ThinkingFormat = field(default_factory=ThinkingFormat)
+    block: int = 4096
+    when_too_long: WhenTooLong = "refuse"
+    pack: bool = True
+    unlearned: list[str] = field(default_factory=list)
+    validation_share: float = 0.03
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise ValueError("rows is empty; name a source, for example --rows+ '{path: curated/examples.parquet}'")
+        if self.block < 8:
+            raise ValueError(f"block is {self.block}; it must be at least 8 tokens")
+        if not 0 < self.validation_share < 1:
+            raise ValueError("validation_share must lie between 0 and 1")
+
+
+def stage_name(description: dict[str, Any]) -> str:
+    return str(description.get("name", description.get("stage")))
+
+
+@dataclass(frozen=True)
+class CurateConfig:
+    """Make a small reasoning set from a pool.
+
+    A run that was stopped goes on where it was; a changed recipe repeats only the stages that the change touches.
+
+    Args:
+        out: folder; it gets examples.parquet, dropped.parquet, manifest.json, report.md and report.html.
+        pool: where rows come from.
+        stages: `{stage: KIND, option: value, ...}`, in order; `name` tells two stages of one kind apart.
+        seed: of every random choice.
+        root: folder of relative data paths.
+        cache: folder of stage outputs and answers of models; null takes OUT/cache. Recipes that share it share work.
+        imports: modules that register stages or filters of one's own.
+        title: of the report.
+        note: a sentence for its reader, for example the licence of the data.
+    """
+
+    out: str
+    pool: list[SourceConfig]
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    seed: int = 0
+    root: str = "."
+    cache: str | None = None
+    imports: list[str] = field(default_factory=list)
+    title: str = "A reasoning set"
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.pool:
+            raise ValueError("pool is empty; name at least one source")
+        names = [stage_name(description) for description in self.stages]
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise ValueError(f"two stages are called {twice[0]!r}; give one of them a `name`")
