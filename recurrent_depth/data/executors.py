@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import shutil
+import signal
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -12,12 +14,24 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from recurrent_depth.data.config import Executor
 from recurrent_depth.data.job import Job
-from recurrent_depth.data.layout import DataError
+from recurrent_depth.data.layout import DataError, ResumableError
 from recurrent_depth.data.phases import Phase, phases, run_task
+from recurrent_depth.extras import require
 
 if TYPE_CHECKING:
     from datatrove.executor.base import PipelineExecutor
+
+
+def check_executor(executor: Executor) -> None:
+    """Raise if what runs the tasks is not installed."""
+    if executor != "local":
+        require("datatrove", "recurrent-depth[data]", f"executor {executor}")
+    if executor == "ray":
+        require("ray", "datatrove[ray]", "executor ray")
+    if executor == "slurm" and shutil.which("sbatch") is None:
+        raise DataError("executor slurm submits with sbatch, which is not on the PATH; run prepare on a login node")
 
 
 def run_here(job: Job) -> None:
@@ -28,12 +42,15 @@ def run_here(job: Job) -> None:
             waiting = [task for task in range(phase.tasks) if not job.work.done(phase.name, task)]
             bar = progress.add_task(phase.name, total=phase.tasks, completed=phase.tasks - len(waiting))
             advance = partial(progress.advance, bar)
+            start = time.monotonic()
             if job.config.workers == 1 or len(waiting) == 1:
                 for task in waiting:
                     run_task(job, phase.name, task)
                     advance()
             elif waiting:
                 _run_in_processes(job, phase, waiting, advance)
+            if waiting:
+                progress.console.print(f"{phase.name}: {len(waiting)} tasks in {time.monotonic() - start:.1f} s")
 
 
 def _run_in_processes(job: Job, phase: Phase, waiting: list[int], advance: Any) -> None:
@@ -46,10 +63,14 @@ def _run_in_processes(job: Job, phase: Phase, waiting: list[int], advance: Any) 
                 done.result()
                 advance()
         except BrokenProcessPool as error:
-            raise DataError(
-                f"a process of the phase {phase.name} was killed, perhaps for want of memory; run the same command "
-                "again to go on, with fewer --workers or more --files"
+            raise ResumableError(
+                f"a process of the phase {phase.name} was killed, perhaps because memory ran out; run the same command "
+                "again to continue, with fewer --workers or more --files"
             ) from error
+        except KeyboardInterrupt:  # the rest of a task may take minutes; it is repeated
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -61,6 +82,7 @@ def _enter(job: Job, parent: int) -> None:
     """In a new process: remember the job, use one core, and end when the process that began it is gone."""
     global _job
     _job = job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
@@ -84,10 +106,8 @@ def datatrove_executors(job: Job) -> "list[PipelineExecutor]":
 
     They keep their logs and completions beside the results of the tasks.
     """
-    try:
-        from recurrent_depth.data.datatrove_steps import TaskStep
-    except ImportError as error:
-        raise DataError(f"this executor is datatrove's: pip install 'recurrent-depth[data]' ({error})") from error
+    from recurrent_depth.data.datatrove_steps import TaskStep
+
     executors: list[PipelineExecutor] = []
     for phase in phases(job):
         options: dict[str, Any] = {

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from recurrent_depth.data.config import FilterConfig
 from recurrent_depth.data.decontamination import NgramIndex
 from recurrent_depth.data.documents import Document
-from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.sources import cut, read
+from recurrent_depth.extras import require
 
 if TYPE_CHECKING:
     from datatrove.data import Document as DatatroveDocument
@@ -24,6 +24,15 @@ HASH_RANGES = 16
 
 REASONS = ("empty", "contaminated", "exact_duplicate", "near_duplicate")
 """Why a document may be dropped, in the order in which it is looked at."""
+
+
+def check_filters(config: FilterConfig) -> None:
+    """Raise if a package or an evaluation set is missing."""
+    if config.exact_duplicates or config.near_duplicates:
+        for package in ("datatrove", "loguru"):
+            require(package, "recurrent-depth[data]", "filters: looking for duplicates")
+    for source in config.evaluation_sets:
+        cut(source, 2**30)
 
 
 def evaluation_ngrams(config: FilterConfig) -> NgramIndex:
@@ -37,15 +46,11 @@ class Duplicates:
 
     def __init__(self, config: FilterConfig, folder: Path) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # one progress display is enough
-        try:
-            from datatrove.pipeline.dedup import exact_dedup, minhash
-            from datatrove.utils.hashing import HashConfig
-            from datatrove.utils.text import TextNormConfig
-            from loguru import logger
-        except ImportError as error:
-            raise DataError(
-                f"duplicates are found by datatrove: pip install 'recurrent-depth[data]' ({error})"
-            ) from error
+        from datatrove.pipeline.dedup import exact_dedup, minhash
+        from datatrove.utils.hashing import HashConfig
+        from datatrove.utils.text import TextNormConfig
+        from loguru import logger
+
         logger.disable("datatrove")
         self.exact, self.minhash = exact_dedup, minhash
         self.folder = folder

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from recurrent_depth.data.config import PrepareConfig, SourceConfig
-from recurrent_depth.data.sources import Slice, cut
+from recurrent_depth.data.layout import MANIFEST
+from recurrent_depth.data.sources import Slice, cut, skipped_files
 from recurrent_depth.data.work import Work
 
 
@@ -22,23 +23,33 @@ class Part:
 
 @dataclass(frozen=True)
 class Job:
-    """A preparation: its options and parts, the same on every machine."""
+    """A preparation: its options and parts, the same on every machine.
+
+    Attributes:
+        skipped: for each source, how many files of its folder are not read, by ending.
+    """
 
     config: PrepareConfig
     sources: list[SourceConfig]
     parts: list[Part]
+    skipped: list[dict[str, int]]
 
     @classmethod
     def plan(cls, config: PrepareConfig) -> Job:
         """Look at all sources and cut them into parts; reads no text."""
         sources = config.all_sources
         parts = [Part(n, slices) for n, source in enumerate(sources) for slices in cut(source, config.part_bytes)]
-        return cls(config, sources, parts)
+        return cls(config, sources, parts, [dict(skipped_files(source)) for source in sources])
 
     @property
     def out(self) -> Path:
         """The finished folder."""
         return Path(self.config.out)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the finished folder is there."""
+        return (self.out / MANIFEST).exists()
 
     @property
     def work(self) -> Work:

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from recurrent_depth.data.tasks import StateTask
+from recurrent_depth.model.loss import IGNORE_INDEX
 from recurrent_depth.model.random import NOTE_STREAM, uniform
 
 NOTE = "NOTE"
@@ -54,7 +55,7 @@ def with_notes(task: StateTask, ids: Tensor, states: Tensor, places: Tensor) -> 
     width = T + 2 * int(places.sum(1).max())
     where = torch.arange(T)[None] + 2 * before
     input_ids = torch.full((len(ids), width), len(task.vocabulary) - 1)
-    labels = torch.full_like(input_ids, -100)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
     input_ids.scatter_(1, where, ids)
     labels.scatter_(1, where, states)
     rows, columns = places.nonzero(as_tuple=True)

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,15 +24,19 @@ from recurrent_depth.data.documents import Document
 from recurrent_depth.data.encoding import DocumentEncoder
 from recurrent_depth.data.filters import HASH_RANGES, Duplicates, counted, evaluation_ngrams
 from recurrent_depth.data.job import Job
-from recurrent_depth.data.layout import DataError, Split
+from recurrent_depth.data.layout import TOKENIZER, DataError, Split
 from recurrent_depth.data.mix import passes, row_copies, rows_of_file
 from recurrent_depth.data.report import write_report
 from recurrent_depth.data.rows import RowFile, row_schema, take_rows, write_parquet
 from recurrent_depth.data.sources import read
 from recurrent_depth.data.tokenizer import load_tokenizer, train_tokenizer
 from recurrent_depth.data.work import Result
+from recurrent_depth.files import atomic_file, file_hash, write_json, write_text
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
+MOST_NOT_UTF8 = 0.1
+"""Share of the documents of a source that may hold other bytes than UTF-8; each such byte becomes U+FFFD."""
+
 _BATCH_CHARACTERS = 50_000
 
 
@@ -68,7 +72,7 @@ def phases(job: Job) -> list[Phase]:
 
 def run_task(job: Job, phase: str, task: int) -> None:
     """Run one task unless its result is there."""
-    if not job.work.done(phase, task) and not job.out.exists():
+    if not job.work.done(phase, task) and not job.finished:
         step = next(step for step in phases(job) if step.name == phase)
         job.work.store(phase, task, step.run(job, task))
 
@@ -81,10 +85,20 @@ def _documents(job: Job, part: int, counts: Counter[str]) -> Iterator[Document]:
     source = job.sources[job.parts[part].source]
     for document in read(source, job.parts[part].slices):
         counts["read"] += 1
+        counts["not_utf8"] += document.not_utf8
         if document.text.strip():
             yield document
         else:
             counts["empty"] += 1
+
+
+def _check_encoding(source: str, counts: Mapping[str, int]) -> None:
+    """Raise if many files of a source are not UTF-8: their text would be damaged."""
+    if counts["not_utf8"] > MOST_NOT_UTF8 * counts["read"]:
+        raise DataError(
+            f"source {source}: {counts['not_utf8']:,} of {counts['read']:,} files are not UTF-8; convert them, for "
+            "example with iconv -f LATIN1 -t UTF-8, or leave them out"
+        )
 
 
 def _clean(job: Job, part: int, counts: Counter[str]) -> Iterator[Document]:
@@ -145,19 +159,20 @@ def make_tokenizer(job: Job, _: int) -> Result:
         tokenizer = load_tokenizer(config.tokenizer)
     else:
         tokenizer = train_tokenizer(_sample(job), config.vocab_size)
-    with job.work.whole_file(_tokenizer_file(job)) as file:
-        tokenizer.save(str(file))
-    return {"vocab_size": tokenizer.get_vocab_size(), "sha256": _sha256(_tokenizer_file(job))}
+    write_text(_tokenizer_file(job), tokenizer.to_str(pretty=True))
+    return {"vocab_size": tokenizer.get_vocab_size(), "sha256": file_hash(_tokenizer_file(job))}
 
 
 def _sample(job: Job) -> Iterator[str]:
     found = False
     for number, wanted in enumerate(_sample_sizes(job)):
         parts = [index for index, part in enumerate(job.parts) if part.source == number]
-        documents = itertools.chain.from_iterable(_documents(job, part, Counter()) for part in parts)
+        counts = Counter[str]()
+        documents = itertools.chain.from_iterable(_documents(job, part, counts) for part in parts)
         for document in itertools.islice(documents, wanted):
             found = True
             yield document.text
+        _check_encoding(job.sources[number].name, counts)
     if not found:
         names = ", ".join(source.address for source in job.sources)
         raise DataError(f"{names}: no text found; name a source with at least one document")
@@ -177,9 +192,8 @@ def _sample_sizes(job: Job) -> list[int]:
 def index_evaluation_sets(job: Job, _: int) -> Result:
     """Collect the n-grams of all evaluation sets."""
     index = evaluation_ngrams(job.config.filters)
-    with job.work.whole_file(_ngrams_file(job)) as file:
-        file.write_text(json.dumps(sorted(index.ngrams)))
-    return {"ngrams": len(index.ngrams), "too_short": index.too_short, "sha256": _sha256(_ngrams_file(job))}
+    write_json(_ngrams_file(job), sorted(index.ngrams), indent=None)
+    return {"ngrams": len(index.ngrams), "too_short": index.too_short, "sha256": file_hash(_ngrams_file(job))}
 
 
 def scan_part(job: Job, part: int) -> Result:
@@ -234,7 +248,7 @@ def pack_part(job: Job, part: int) -> Result:
     counts = Counter[str]()
     with ExitStack() as stack:
         splits = {
-            split: _SplitOfPart(job, part, stack.enter_context(job.work.whole_file(_row_file(job, part, split))))
+            split: _SplitOfPart(job, part, stack.enter_context(atomic_file(_row_file(job, part, split))))
             for split in SPLITS
         }
         encoder = DocumentEncoder(_tokenizer(_tokenizer_file(job), job.work.result("tokenizer")["sha256"]))
@@ -245,7 +259,7 @@ def pack_part(job: Job, part: int) -> Result:
                 splits["validation" if held_out else "train"].add(ids, len(content))
         reports = {name: split.finish() for name, split in splits.items()}
     dropped = _dropped(counts, job.config.filters.exact_duplicates)
-    return {"read": counts["read"], "dropped": dropped, "splits": reports}
+    return {"read": counts["read"], "not_utf8": counts["not_utf8"], "dropped": dropped, "splits": reports}
 
 
 class _SplitOfPart:
@@ -299,6 +313,9 @@ def plan_mix(job: Job, _: int) -> Result:
     """Decide how many rows of each part are taken."""
     config = job.config
     packed = [job.work.result("pack", part) for part in range(len(job.parts))]
+    for number, source in enumerate(job.sources):
+        own = [result for part, result in zip(job.parts, packed, strict=True) if part.source == number]
+        _check_encoding(source.name, {name: sum(result[name] for result in own) for name in ("read", "not_utf8")})
     rows: dict[str, list[int]] = {split: [part["splits"][split]["rows"] for part in packed] for split in SPLITS}
     for split in SPLITS:
         if not sum(rows[split]):
@@ -334,16 +351,15 @@ def write_file(job: Job, task: int) -> Result:
     table = pa.concat_tables(tables)
     order = np.random.default_rng([*seed, len(job.parts), file]).permutation(len(table))
     target = job.work.path("finished", name, f"part-{file:05d}.parquet")
-    with job.work.whole_file(target) as temporary:
+    with atomic_file(target) as temporary:
         write_parquet(table.take(order), temporary)
-    return {"file": f"{name}/{target.name}", "sha256": _sha256(target)}
+    return {"file": f"{name}/{target.name}", "sha256": file_hash(target)}
 
 
 def finish(job: Job, _: int) -> Result:
     """Add tokenizer, manifest and report, and give the folder its name."""
     folder = job.work.folder / "finished"
-    with job.work.whole_file(folder / "tokenizer.json") as file:
-        file.write_bytes(_tokenizer_file(job).read_bytes())
+    write_text(folder / TOKENIZER, _tokenizer_file(job).read_text(encoding="utf-8"))
     write_report(job, folder)
     os.replace(folder, job.out)
     return {}
@@ -357,7 +373,7 @@ def _row_file(job: Job, part: int, split: str) -> Path:
 
 
 def _tokenizer_file(job: Job) -> Path:
-    return job.work.path("tokenizer.json")
+    return job.work.path(TOKENIZER)
 
 
 def _ngrams_file(job: Job) -> Path:
@@ -374,8 +390,3 @@ def _ngram_index(file: Path, sha256: str, n: int) -> NgramIndex:
     index = NgramIndex([], n)
     index.ngrams.update(json.loads(file.read_text()))
     return index
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

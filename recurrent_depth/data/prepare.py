@@ -1,75 +1,146 @@
 """`recurrent-depth prepare`: documents -> tokens -> packed parquet rows, with a manifest.
 
-The work lies beside `out`, in a folder whose name ends in `.unfinished`, until it is whole. Killed at any moment, the
-same command goes on where it was, and the result is the same to the last bit.
+The work is done in a folder beside `out` whose name ends in `.unfinished`. After a kill at any moment the same command
+continues it, and the result is the same to the last bit.
 """
 
-import errno
-import fcntl
 import json
-import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import IO, Any
+from collections import Counter
+from contextlib import ExitStack
+from typing import Any
 
 from rich.console import Console
 
 from recurrent_depth.data.config import PrepareConfig, SlurmConfig
-from recurrent_depth.data.executors import datatrove_executors, run_here
+from recurrent_depth.data.encoding import check_chat_tokens
+from recurrent_depth.data.executors import check_executor, datatrove_executors, run_here
+from recurrent_depth.data.filters import check_filters
 from recurrent_depth.data.job import Job
-from recurrent_depth.data.layout import MANIFEST, DataError
+from recurrent_depth.data.layout import MANIFEST, DataError, ResumableError
+from recurrent_depth.data.records import describe_counts
 from recurrent_depth.data.report import summary
+from recurrent_depth.data.sources import SUFFIXES
+from recurrent_depth.data.tokenizer import check_vocab_size, load_tokenizer
+from recurrent_depth.data.work import JOB_FILE
+from recurrent_depth.files import FolderInUseError, check_new_folder, explain_full_disk, output_folder, write_json
 
 __all__ = ["PrepareConfig", "SlurmConfig", "prepare"]
 
-_PATIENCE = 3.0  # seconds
+LOCK_PATIENCE_S = 3.0
+"""Seconds to wait for the lock: worker processes of a killed run need a moment to end."""
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any] | None:
-    """Write the data set of `config`.
-
-    Returns its manifest, or None where the tasks were handed to Slurm and will finish later.
+    """Write the data set of `config` and return its manifest, or None if Slurm runs the tasks and finishes later.
 
     Raises:
-        FileExistsError: `out` exists.
-        DataError: a source cannot be read, has changed, or holds too little; or unfinished work has other options.
-        OSError: the disk is full; what is finished stays.
+        FileExistsError: if `out` exists.
+        DataError: if a source cannot be read, has changed, or holds too little, or unfinished work has other options.
+        OSError: if the disk is full; finished tasks are kept.
     """
     job = Job.plan(config)
-    if job.out.exists() and not job.work.folder.exists():
-        raise FileExistsError(f"{config.out} exists; choose another --out or remove it")
-    with _alone(job):
+    if not (job.finished and job.work.folder.exists()):  # both are there when Slurm's jobs have ended
+        check_new_folder(config.out)
+    _check(job)
+    new = job.work.is_empty() or config.restart
+    _announce(job, new)
+    with ExitStack() as stack:
+        _take_folder(job, stack)
+        stack.enter_context(explain_full_disk(job.work.folder))
         _begin(job)
         try:
-            waiting = not job.out.exists() and _run(job)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise OSError(
-                errno.ENOSPC,
-                f"{os.strerror(errno.ENOSPC)} while writing to {job.work.folder}; free some and run the same command "
-                "again: finished parts are kept",
-            ) from error
+            waiting = not job.finished and _run(job)
+        except ResumableError:
+            raise
+        except ValueError:
+            if new:  # the same options would fail again
+                job.work.clear()
+            raise
     if waiting:
         return None
     shutil.rmtree(job.work.folder)
     manifest = json.loads((job.out / MANIFEST).read_text())
-    Console(stderr=True).print(summary(job.out, manifest), soft_wrap=True)
+    _print(summary(job.out, manifest))
     return manifest
 
 
+def _check(job: Job) -> None:
+    """Raise for what cannot work, before anything is written."""
+    config = job.config
+    if config.tokenizer is None:
+        check_vocab_size(config.vocab_size)
+    else:
+        tokenizer = load_tokenizer(config.tokenizer)
+        if any(source.chat_formatted for source in job.sources):
+            check_chat_tokens(tokenizer)
+    check_filters(config.filters)
+    check_executor(config.executor)
+    job.work.check_own()
+
+
+def _announce(job: Job, new: bool) -> None:
+    sources = f"{len(job.sources):,} source{'s' if len(job.sources) > 1 else ''}"
+    start = "prepare" if new else "prepare, continued"
+    _print(f"{start}: {sources} in {len(job.parts):,} parts -> {job.out}, rows of {job.config.sequence_length} tokens")
+    for source, skipped in zip(job.sources, job.skipped, strict=True):
+        if skipped:
+            _print(
+                f"warning: {source.address}: {sum(skipped.values()):,} files are not read "
+                f"({describe_counts(Counter(skipped))}); prepare reads {', '.join(SUFFIXES)}"
+            )
+
+
+def _take_folder(job: Job, stack: ExitStack) -> None:
+    """Create and lock the folder of the work."""
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            stack.enter_context(output_folder(job.work.folder))
+            return
+        except FolderInUseError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def _begin(job: Job) -> None:
+    """Write down what is prepared, or check that the unfinished work is the same."""
+    if job.config.restart:
+        job.work.clear()
+    job.work.delete_partial_files()
+    file, identity = job.work.path(JOB_FILE), json.loads(json.dumps(job.identity()))
+    if not file.exists():
+        write_json(file, identity, indent=None)
+    try:
+        found = json.loads(file.read_text())
+        options, parts = dict(found["options"]), found["parts"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is damaged ({error}); use --restart true to start over") from error
+    if options != identity["options"]:
+        names = [name for name, value in identity["options"].items() if options.get(name) != value]
+        raise DataError(
+            f"{job.work.folder} holds unfinished work with other options ({', '.join(names)}); use the same options "
+            "to continue, or --restart true to start over"
+        )
+    if parts != identity["parts"]:
+        raise DataError(
+            f"the sources have changed since the work in {job.work.folder} began; restore them to continue, or use "
+            "--restart true to start over"
+        )
+
+
 def _run(job: Job) -> bool:
-    """Run or hand over all tasks; returns whether they are still to come."""
+    """Run or submit all tasks. Return True if they run later."""
     if job.config.executor == "local":
         run_here(job)
         return False
     executors = datatrove_executors(job)
     if job.config.executor == "slurm":
         executors[-1].run()  # launches those it depends on first
-        Console(stderr=True).print(
-            f"handed to Slurm; when all jobs are done, {job.out} is there and the same command cleans up "
+        _print(
+            f"submitted to Slurm; when all jobs have ended, {job.out} exists and the same command cleans up "
             f"(logs: {job.work.folder / 'logs'})"
         )
         return True
@@ -78,46 +149,5 @@ def _run(job: Job) -> bool:
     return False
 
 
-def _begin(job: Job) -> None:
-    """Note what is prepared, or check that the unfinished work is the same."""
-    file, identity = job.work.path("job.json"), json.loads(json.dumps(job.identity()))
-    if file.exists() and job.config.restart:
-        for path in job.work.folder.iterdir():
-            if path.name != "lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not file.exists():
-        with job.work.whole_file(file) as temporary:
-            temporary.write_text(json.dumps(identity))
-    shutil.rmtree(job.work.folder / "temporary", ignore_errors=True)
-    found = json.loads(file.read_text())
-    if found["options"] != identity["options"]:
-        names = [name for name, value in identity["options"].items() if found["options"].get(name) != value]
-        raise DataError(
-            f"{job.work.folder} holds unfinished work with other options ({', '.join(names)}); use the same ones to go "
-            "on, or --restart true to begin anew"
-        )
-    if found["parts"] != identity["parts"]:
-        raise DataError(
-            f"the sources have changed since the work in {job.work.folder} began; restore them to go on, or "
-            "--restart true to begin anew"
-        )
-
-
-@contextmanager
-def _alone(job: Job) -> Iterator[None]:
-    """No other process prepares the same folder meanwhile; children of a killed one get a moment to end."""
-    with job.work.path("lock").open("w") as lock:
-        deadline = time.monotonic() + _PATIENCE
-        while not _locked(lock):
-            if time.monotonic() > deadline:
-                raise DataError(f"another process is preparing {job.out}; wait for it")
-            time.sleep(0.05)
-        yield
-
-
-def _locked(lock: IO[str]) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _print(text: str) -> None:
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)

@@ -1,6 +1,5 @@
 """What was prepared: manifest.json for programs, report.md for people."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 from recurrent_depth.data.filters import REASONS
 from recurrent_depth.data.job import Job
 from recurrent_depth.data.layout import MANIFEST
+from recurrent_depth.data.records import describe_counts
+from recurrent_depth.files import write_json, write_text
 
 REPORT = "report.md"
 
@@ -15,10 +16,8 @@ REPORT = "report.md"
 def write_report(job: Job, folder: Path) -> None:
     """Write both into the folder."""
     manifest = make_manifest(job)
-    with job.work.whole_file(folder / REPORT) as file:
-        file.write_text(report_text(manifest))
-    with job.work.whole_file(folder / MANIFEST) as file:
-        file.write_text(json.dumps(manifest, indent=1))
+    write_text(folder / REPORT, report_text(manifest))
+    write_json(folder / MANIFEST, manifest)
 
 
 def make_manifest(job: Job) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def make_manifest(job: Job) -> dict[str, Any]:
 def _sources(job: Job) -> dict[str, dict[str, Any]]:
     mix = job.work.result("mix")
     reports: dict[str, dict[str, Any]] = {}
-    for source, passes in zip(job.sources, mix["passes"], strict=True):
+    for source, passes, skipped in zip(job.sources, mix["passes"], job.skipped, strict=True):
         reports[source.name] = {
             "address": source.address,
             "category": source.category,
@@ -52,13 +51,16 @@ def _sources(job: Job) -> dict[str, dict[str, Any]]:
             "note": source.note,
             "weight": source.weight,
             "passes": passes,
+            "files_skipped": skipped,
             "documents_read": 0,
+            "documents_not_utf8": 0,
             "documents_dropped": dict.fromkeys(REASONS, 0),
             "splits": {"train": Counter(), "validation": Counter()},
         }
     for number, part in enumerate(job.parts):
         packed, report = job.work.result("pack", number), reports[job.sources[part.source].name]
         report["documents_read"] += packed["read"]
+        report["documents_not_utf8"] += packed["not_utf8"]
         for reason, count in packed["dropped"].items():
             report["documents_dropped"][reason] += count
         for split, counts in packed["splits"].items():
@@ -127,7 +129,23 @@ def report_text(manifest: dict[str, Any]) -> str:
             f"{source['passes']:.3g} | {source['documents_read']:,} | {dropped} | {not_packed:,} | {tokens:,} | "
             f"{tokens / total:.2%} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_faults(manifest)]) + "\n"
+
+
+def _faults(manifest: dict[str, Any]) -> list[str]:
+    """Return lines about files that were not read, or not read well."""
+    lines = []
+    for name, source in manifest["sources"].items():
+        if source["files_skipped"]:
+            lines.append(
+                f"- {name}: files of other kinds, not read: {describe_counts(Counter(source['files_skipped']))}"
+            )
+        if source["documents_not_utf8"]:
+            lines.append(
+                f"- {name}: {source['documents_not_utf8']:,} of {source['documents_read']:,} documents hold bytes that "
+                "are not UTF-8; each became U+FFFD"
+            )
+    return ["", *lines] if lines else []
 
 
 def summary(folder: Path, manifest: dict[str, Any]) -> str:
@@ -141,4 +159,4 @@ def summary(folder: Path, manifest: dict[str, Any]) -> str:
         )
     for name, counts in manifest["categories"].items() if len(manifest["categories"]) > 1 else ():
         lines.append(f"  {name}: {counts['share']:.2%} of the training tokens")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_faults(manifest)[1:]])

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from recurrent_depth.data.chat import ASSISTANT, BEGIN_TEXT, THINK_TOKENS, pieces
 from recurrent_depth.data.config import ThinkingDataConfig
 from recurrent_depth.data.loader import Batch, Split, curriculum
-from recurrent_depth.data.tokenizer import BEGIN_TEXT, SPECIAL_TOKENS, THINK_TOKENS
+from recurrent_depth.data.tokenizer import SPECIAL_TOKENS
 from recurrent_depth.model.loss import IGNORE_INDEX
 from recurrent_depth.model.random import THINKING_STREAM, generator
 
@@ -58,7 +59,7 @@ DOMAINS: dict[str, dict[str, tuple[int, ...]]] = {
 WORDS = (
     *SPECIAL_TOKENS,
     "user",
-    "Huginn",
+    ASSISTANT,
     WAIT,
     *(f"cup{cup}" for cup in range(CUPS)),
     *itertools.chain.from_iterable(DOMAINS.values()),
@@ -116,10 +117,10 @@ def draw_puzzle(rng: np.random.Generator, domain: str, length: int) -> Puzzle:
 
 
 def conversation(question: Sequence[str], trace: Sequence[str], answer: str) -> list[str]:
-    """Question and thought-out answer in the chat layout of recurrent_depth.reasoning.format."""
-    opening = [BEGIN_TEXT, "<|begin_header|>", "user", "<|end_header|>", *question, "<|end_turn|>"]
-    reply = ["<|begin_header|>", "Huginn", "<|end_header|>", BEGIN_THINK, *trace, END_THINK]
-    return [*opening, *reply, BEGIN_ANSWER, answer, END_ANSWER, "<|end_turn|>"]
+    """Return the words of a question and an answer with its trace, in the layout of `recurrent_depth.data.chat`."""
+    reply = [BEGIN_THINK, *trace, END_THINK, BEGIN_ANSWER, answer, END_ANSWER]
+    turns = (("user", " ".join(question)), ("assistant", " ".join(reply)))
+    return [BEGIN_TEXT, *(word for text, _ in pieces(turns) for word in text.split())]
 
 
 class ThinkingSource:
@@ -135,7 +136,9 @@ class ThinkingSource:
             raise ValueError(f"data.domains names {unknown}; known are {', '.join(DOMAINS)}")
         self.config, self.split, self.seed, self.total_steps = config, split, seed, total_steps
         self.vocab_size = len(WORDS)
-        self.sequence_length = len(conversation([""] * (1 + config.max_length), [""] * 2 * config.max_length, "")) - 1
+        self.sequence_length = (
+            len(conversation(["_"] * (1 + config.max_length), ["_"] * 2 * config.max_length, "_")) - 1
+        )
 
     def fingerprint(self) -> str:
         content = {"config": asdict(self.config), "moves": DOMAINS, "seed": self.seed}

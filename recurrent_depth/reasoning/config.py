@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from recurrent_depth.data import chat
+
 AnswerFormat = Literal["plain", "gsm8k"]
 REQUIRED = ("question", "answer")
 OPTIONAL = ("id", "source", "trace", "trace_answer", "trace_correct", "domain")
@@ -51,11 +53,6 @@ class SourceConfig:
         return self.name or Path(self.path.partition(":")[0]).stem
 
 
-HUGINN_PROMPT = (
-    "<|begin_text|><|begin_header|>user<|end_header|>\n\n{question}<|end_turn|><|begin_header|>Huginn<|end_header|>\n\n"
-)
-
-
 @dataclass(frozen=True)
 class ThinkingFormat:
     """The words around question, trace and answer.
@@ -69,13 +66,13 @@ class ThinkingFormat:
         wait: text that is put in place of the end of thinking to make a model think on.
     """
 
-    prompt: str = HUGINN_PROMPT
-    begin_think: str = "<|begin_think|>"
-    end_think: str = "<|end_think|>"
-    begin_answer: str = "<|begin_answer|>"
-    end_answer: str = "<|end_answer|>"
+    prompt: str = chat.PROMPT
+    begin_think: str = chat.THINK_TOKENS[0]
+    end_think: str = chat.THINK_TOKENS[1]
+    begin_answer: str = chat.THINK_TOKENS[2]
+    end_answer: str = chat.THINK_TOKENS[3]
     answer_prefix: str = ""
-    end_turn: str = "<|end_turn|>"
+    end_turn: str = chat.END_TURN
     wait: str = "Wait"
 
     def __post_init__(self) -> None:

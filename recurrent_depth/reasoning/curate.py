@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.reasoning.config import CurateConfig, stage_name
 from recurrent_depth.reasoning.pool import COLUMNS, SCHEMA, Drop, Example, load_pool, to_table
 from recurrent_depth.reasoning.report import write_report

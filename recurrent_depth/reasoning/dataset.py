@@ -16,8 +16,9 @@ from tokenizers import Tokenizer
 
 from recurrent_depth.data.packed import MANIFEST, DataError
 from recurrent_depth.data.tokenizer import load_tokenizer
+from recurrent_depth.model.loss import IGNORE_INDEX
 from recurrent_depth.reasoning.config import ReasoningDataConfig
-from recurrent_depth.reasoning.format import IGNORE, Formatter, encode
+from recurrent_depth.reasoning.format import Formatter, encode
 from recurrent_depth.reasoning.pool import Example, load_pool
 from recurrent_depth.runs import file_hash
 
@@ -41,8 +42,8 @@ def tokenize(formatter: Formatter, example: Example, unlearned: Sequence[str] = 
     for text in unlearned:
         for start in _places(reply, encode(formatter.tokenizer, text)):
             learned[start] = False
-    targets = [token if wanted else IGNORE for token, wanted in zip(reply, learned, strict=True)]
-    return Tokens([*prompt, *reply], [IGNORE] * (len(prompt) - 1) + targets + [IGNORE])
+    targets = [token if wanted else IGNORE_INDEX for token, wanted in zip(reply, learned, strict=True)]
+    return Tokens([*prompt, *reply], [IGNORE_INDEX] * (len(prompt) - 1) + targets + [IGNORE_INDEX])
 
 
 def _places(ids: list[int], part: list[int]) -> Iterable[int]:
@@ -128,7 +129,7 @@ def _row(members: list[Tokens], length: int, pad: int) -> FineTuningRow:
     empty = length - len(ids)
     if empty:
         starts.append(len(ids))
-    return FineTuningRow(ids + [pad] * empty, (labels + [IGNORE] * empty)[:-1], starts)
+    return FineTuningRow(ids + [pad] * empty, (labels + [IGNORE_INDEX] * empty)[:-1], starts)
 
 
 def prepare_reasoning(config: ReasoningDataConfig) -> dict[str, Any]:
@@ -206,7 +207,7 @@ def _report(members: list[Tokens], rows: list[FineTuningRow]) -> dict[str, Any]:
         "rows": len(rows),
         "tokens_kept": sum(len(tokens.ids) for tokens in members),
         "tokens_dropped": 0,
-        "tokens_with_loss": sum(label != IGNORE for tokens in members for label in tokens.labels),
+        "tokens_with_loss": sum(label != IGNORE_INDEX for tokens in members for label in tokens.labels),
         "padding": sum(len(row.input_ids) for row in rows) - sum(len(tokens.ids) for tokens in members),
     }
 

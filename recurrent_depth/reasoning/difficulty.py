@@ -5,11 +5,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
+from recurrent_depth.data.records import line_number, read_jsonl
 from recurrent_depth.reasoning.endpoint import EndpointConfig
 from recurrent_depth.reasoning.grading import Grader, Item, JudgeGrader, RuleGrader, Verdict, count_verdicts
 from recurrent_depth.reasoning.local import LocalConfig
-from recurrent_depth.reasoning.pool import Example, read_jsonl
+from recurrent_depth.reasoning.pool import Example
 from recurrent_depth.reasoning.stages import Context, Outcome, Stage, existing, file_digest, stage
 from recurrent_depth.reasoning.teacher import ask, check_prompt, fill
 
@@ -58,11 +59,12 @@ class Attempts:
     def _recorded(self, context: Context) -> dict[str, str]:
         file = existing(self.recorded or "", context.root)
         attempts = {}
-        for number, record in enumerate(read_jsonl(file), start=1):
+        for offset, record in read_jsonl(file):
             name, attempt = record.get("id"), record.get("attempt")
             if not isinstance(name, str) or not isinstance(attempt, str):
                 raise DataError(
-                    f"{file}, line {number} needs the texts `id` and `attempt`; found {json.dumps(record)[:80]}"
+                    f"{file}, line {line_number(file, offset)} needs the texts `id` and `attempt`; found "
+                    f"{json.dumps(record)[:80]}"
                 )
             attempts[name] = attempt
         return attempts

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.reasoning.config import SourceConfig
 from recurrent_depth.reasoning.duplicates import evaluation_questions
 from recurrent_depth.reasoning.endpoint import EndpointConfig

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recurrent_depth.data.decontamination import NgramIndex, words_of
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.reasoning.config import SourceConfig
-from recurrent_depth.reasoning.pool import Example, lookup, read_records
+from recurrent_depth.reasoning.pool import Example, lookup, read_source
 from recurrent_depth.reasoning.stages import Context, Outcome, Stage, source_inputs, stage
 
 
@@ -85,7 +85,7 @@ def evaluation_questions(source: SourceConfig, context: Context) -> list[str]:
     """The questions of an evaluation set; a row without one is an error, for it would silently not be looked for."""
     name = source.fields.get("question", "question")
     questions = []
-    for number, record in enumerate(read_records(source, context.root)):
+    for number, record in enumerate(read_source(source, context.root)):
         question = lookup(record, name)
         if not isinstance(question, str) or not question.strip():
             raise DataError(

@@ -10,12 +10,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.generation.forcing import ThinkingBudget
 from recurrent_depth.reasoning.config import ThinkingFormat
-
-IGNORE = -100
-
 
 SPARES = ThinkingFormat(begin_think="<|c_0|>", end_think="<|c_1|>", begin_answer="<|c_2|>", end_answer="<|c_3|>")
 """For Huginn's released tokenizer, whose spare tokens were never trained."""

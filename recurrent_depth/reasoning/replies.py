@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from rich.console import Console
 from rich.progress import track
 
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.reasoning.pool import Example
 from recurrent_depth.reasoning.stages import Context, Outcome, Stage, stage
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.reasoning.config import SourceConfig
 from recurrent_depth.reasoning.options import build
 from recurrent_depth.reasoning.pool import Drop, Example, source_files

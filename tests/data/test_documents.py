@@ -32,9 +32,22 @@ def test_conversations():
     assert document_from({"c": old}, ["c"], False, "o") == Document("Hi\n\nHello", "o")
 
 
-@pytest.mark.parametrize("row", [{"other": "x"}, {"text": 3}, {"text": [{"who": "me"}]}, ["text"]])
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("row", [{"q": None, "a": None}, {"q": "", "a": None}, {"q": [None], "a": " "}])
+def test_document_of_null_fields_is_empty(row, chat):
+    assert not document_from(row, ["q", "a"], chat, "o").text.strip()
+
+
+def test_null_fields_beside_text_are_left_out():
+    row = {"title": None, "text": "one", "lines": ["two", None, "three"]}
+    assert document_from(row, ["title", "text", "lines"], False, "o").text == "one\n\ntwo\nthree"
+    assert document_from({"q": None, "a": "so"}, ["q", "a"], True, "o") == Document("", "o")
+    assert document_from({"q": "why?", "a": None}, ["q", "a"], True, "o") == Document("", "o")
+
+
+@pytest.mark.parametrize("row", [{"other": "x"}, {"text": 3}, {"text": [{"who": "me"}]}])
 def test_wrong_rows_are_named(row):
-    with pytest.raises(FieldError, match=r"text|role|record"):
+    with pytest.raises(FieldError, match=r"text|role"):
         document_from(row, ["text"], True, "o")
 
 

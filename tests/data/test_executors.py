@@ -81,7 +81,7 @@ def test_slurm_jobs_are_submitted_in_order(corpus, tmp_path, monkeypatch, capsys
     slurm = SlurmConfig(partition="nodes", time="01:00:00", mem_per_cpu_gb=7, environment="source env/bin/activate")
     config = config_for(corpus, tmp_path / "data", executor="slurm", workers=2, slurm=slurm)
     assert prepare(config) is None
-    assert "handed to Slurm" in capsys.readouterr().err
+    assert "submitted to Slurm" in capsys.readouterr().err
     logs = tmp_path / "data.unfinished" / "logs"
     script = (logs / "pack" / "launch_script.slurm").read_text()
     for line in ("partition=nodes", "time=01:00:00", "mem-per-cpu=7G", "array=0-3%2", "job-name=prepare-pack"):

@@ -107,7 +107,7 @@ def test_a_truncated_file_and_a_wrong_column_are_named(tmp_path):
     folder = write(tmp_path / "rows")
     second = folder / "train" / "00001.parquet"
     second.write_bytes(second.read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"00001\.parquet is not a whole parquet file"):
+    with pytest.raises(DataError, match=r"00001\.parquet cannot be read as parquet"):
         open_source(PackedDataConfig(str(folder)), "train", 0, 1)
     pq.write_table(pa.table({"tokens": [[1, 2]]}), second)
     (folder / "train" / "00000.parquet").unlink()

@@ -157,11 +157,11 @@ def test_two_at_once_are_refused(options, tmp_path, monkeypatch, capsys):
     out = tmp_path / "data"
     arguments = ["prepare", "--config", str(options), "--out", str(out)]
     statuses = []
-    monkeypatch.setattr("recurrent_depth.data.prepare._PATIENCE", 0.1)
+    monkeypatch.setattr("recurrent_depth.data.prepare.LOCK_PATIENCE_S", 0.1)
     monkeypatch.setattr("recurrent_depth.data.prepare._run", lambda job: statuses.append(main(arguments)) or True)
     assert prepare(config_of(options, out)) is None
     assert statuses == [1]
-    assert "another process" in capsys.readouterr().err
+    assert "is in use by process" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -209,6 +209,39 @@ def test_a_killed_worker_process_is_noticed(options, undisturbed, tmp_path):
     assert b"Traceback" not in message
     assert not out.exists()
     assert start(options, out, 2).wait() == 0
+    assert folder_hash(out) == undisturbed
+
+
+INTERRUPTIBLE = """
+import sys
+from recurrent_depth.cli import main
+try:
+    sys.exit(main())
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [True, False])
+def test_interrupted_preparation_ends_quietly_and_continues(options, undisturbed, tmp_path, group):
+    """Ctrl-C on a terminal reaches all processes, `kill -INT` only the first."""
+    out = tmp_path / "data"
+    command = [sys.executable, "-c", INTERRUPTIBLE, "prepare", "--config", str(options), "--out", str(out)]
+    process = subprocess.Popen(
+        [*command, "--workers", "3"], stderr=subprocess.PIPE, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    job = Job.plan(config_of(options, out))
+    scan = next(phase for phase in phases(job) if phase.name == "scan")
+    while process.poll() is None and not finished_tasks(job, scan):
+        time.sleep(0.001)
+    (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in message
+    assert not out.exists()
+    prepare(config_of(options, out))
     assert folder_hash(out) == undisturbed
 
 

@@ -7,7 +7,7 @@ import torch
 
 from reasoning.chat_server import asked, chat_server
 from reasoning.rows import example, ids, reasons, run_stage
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.hf.loading import load_model, unwrap
 from recurrent_depth.reasoning.local import LocalConfig

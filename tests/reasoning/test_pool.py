@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from reasoning.rows import example
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.reasoning.config import SourceConfig
 from recurrent_depth.reasoning.pool import COLUMNS, SCHEMA, load_pool, read_examples, split_gsm8k, to_table
 
@@ -57,7 +57,7 @@ def test_a_data_set_from_datasets(tmp_path, monkeypatch):
 
     calls = []
 
-    def load(name, subset, split, streaming):
+    def load(name, subset, split, revision, streaming):
         calls.append((name, subset, split, streaming))
         return iter([{"question": "Q", "answer": GSM8K}])
 
@@ -105,7 +105,7 @@ class TestErrors:
         with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl.*--root"):
             load_pool([SourceConfig("nothing.jsonl")], tmp_path)
 
-    @pytest.mark.parametrize(("line", "message"), [("{", "line 2 is not JSON"), ("[1]", "line 2 is no object")])
+    @pytest.mark.parametrize(("line", "message"), [("{", "line 2 is not JSON"), ("[1]", "line 2 is not an object")])
     def test_a_damaged_line(self, tmp_path, line, message):
         (tmp_path / "a.jsonl").write_text('{"question": "Q", "answer": "1"}\n' + line + "\n")
         with pytest.raises(DataError, match=message):
@@ -115,7 +115,7 @@ class TestErrors:
         file = tmp_path / "a.parquet"
         pq.write_table(pa.table({"question": ["Q"], "answer": ["1"]}), file)
         file.write_bytes(file.read_bytes()[:-9])
-        with pytest.raises(DataError, match=r"a\.parquet is not a whole parquet file"):
+        with pytest.raises(DataError, match=r"a\.parquet cannot be read as parquet"):
             load_pool([SourceConfig(str(file))])
 
     def test_an_id_that_occurs_twice(self, tmp_path):

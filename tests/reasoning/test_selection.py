@@ -10,7 +10,7 @@ import pytest
 
 from reasoning.chat_server import asked, chat_server
 from reasoning.rows import example, ids, reasons, run_stage
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.reasoning.selection import draw_rank
 
 TRAINS = "The train goes at {} miles an hour for {} hours; what distance in miles does the train cover?"

@@ -7,7 +7,7 @@ import pytest
 
 from reasoning.chat_server import asked, chat_server
 from reasoning.rows import example, ids, reasons, run_stage
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.reasoning.endpoint import EndpointConfig
 from recurrent_depth.reasoning.replies import Reply, ReplyCache
 
