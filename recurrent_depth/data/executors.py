@@ -50,7 +50,8 @@ def run_here(job: Job) -> None:
             elif waiting:
                 _run_in_processes(job, phase, waiting, advance)
             if waiting:
-                progress.console.print(f"{phase.name}: {len(waiting)} tasks in {time.monotonic() - start:.1f} s")
+                tasks = f", {len(waiting):,} tasks" if len(waiting) > 1 else ""
+                progress.console.print(f"{phase.name}: {time.monotonic() - start:.1f} s{tasks}", highlight=False)
 
 
 def _run_in_processes(job: Job, phase: Phase, waiting: list[int], advance: Any) -> None:

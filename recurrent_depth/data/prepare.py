@@ -86,10 +86,8 @@ def _announce(job: Job, new: bool) -> None:
     _print(f"{start}: {sources} in {len(job.parts):,} parts -> {job.out}, rows of {job.config.sequence_length} tokens")
     for source, skipped in zip(job.sources, job.skipped, strict=True):
         if skipped:
-            _print(
-                f"warning: {source.address}: {sum(skipped.values()):,} files are not read "
-                f"({describe_counts(Counter(skipped))}); prepare reads {', '.join(SUFFIXES)}"
-            )
+            others = describe_counts(Counter(skipped))
+            _print(f"warning: {source.address}: files that are not read: {others}; prepare reads {', '.join(SUFFIXES)}")
 
 
 def _take_folder(job: Job, stack: ExitStack) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from recurrent_depth.cli import parse_options
 from recurrent_depth.data import rows as rows_module
@@ -111,6 +112,14 @@ def test_any_text_survives_the_tokenizer():
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
     assert [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == list(range(len(SPECIAL_TOKENS)))
     assert len(SPECIAL_TOKENS) >= 32
+
+
+def test_rows_prepared_by_default_fit_the_quickstart_model():
+    """`prepare --source python-stdlib --out D`, then `train --config .../text.yaml` on D."""
+    model = yaml.safe_load((HUGINN_MIX.parents[1] / "pretrain" / "quickstart" / "text.yaml").read_text())["model"]
+    config = PrepareConfig(out="data", source=["python-stdlib"])
+    assert config.sequence_length <= model["block_size"]
+    assert config.vocab_size <= model["vocab_size"]
 
 
 @pytest.mark.slow

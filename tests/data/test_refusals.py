@@ -134,7 +134,11 @@ def test_prepare_refuses_a_missing_evaluation_set(corpus, tmp_path):
         ([" "], {}, "no text found"),
         ([json.dumps({"text": None})], {}, "no text found"),
         ([json.dumps({"text": text}) for text in TEXTS], {"sequence_length": 100_000}, "too few for one row"),
-        ([json.dumps({"text": text}) for text in TEXTS], {"field": "body"}, r"line 1: nothing in field 'body'.*--field"),
+        (
+            [json.dumps({"text": text}) for text in TEXTS],
+            {"field": "body"},
+            r"line 1: nothing in field 'body'.*--field",
+        ),
         ([*[json.dumps({"text": text}) for text in TEXTS], "{"], {"tokenizer_documents": 1}, "line 61 is not JSON"),
         (['{"text": "a"}', "[" * 100_000], {}, "line 2 is not JSON"),
         (["[1]"], {}, "line 1 is not an object"),
@@ -150,7 +154,9 @@ def test_prepare_refuses_a_folder_without_text_and_says_what_it_holds(tmp_path):
     folder.mkdir()
     for name in ("a.rst", "b.rst", "c.py", "README"):
         (folder / name).write_text("text")
-    refused(tmp_path, config_for(folder, tmp_path / "data"), r"holds no file that ends in.*2 \.rst, 1 \.py, 1 no ending")
+    refused(
+        tmp_path, config_for(folder, tmp_path / "data"), r"holds no file that ends in.*2 \.rst, 1 \.py, 1 no ending"
+    )
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), ResumableError("connection lost")])
@@ -200,7 +206,7 @@ class TestTextFiles:
         report, terminal = (tmp_path / "data" / "report.md").read_text(), capsys.readouterr().err
         assert "1 of 61 documents hold bytes that are not UTF-8" in report
         assert "not read: 1 .py, 1 .rst" in report
-        assert "2 files are not read" in terminal
+        assert "files that are not read: 1 .py, 1 .rst" in terminal
         assert "1 of 61 documents hold bytes that are not UTF-8" in terminal
 
     def test_replacement_characters_of_a_text_are_not_damage(self, folder, tmp_path):
@@ -216,7 +222,9 @@ class TestTextFiles:
         if given:
             train_tokenizer(TEXTS, 400).save(str(tmp_path / "tokenizer.json"))
             changes["tokenizer"] = str(tmp_path)
-        refused(tmp_path, config_for(folder, tmp_path / "data", **changes), "10 of 60 files are not UTF-8; convert them")
+        refused(
+            tmp_path, config_for(folder, tmp_path / "data", **changes), "10 of 60 files are not UTF-8; convert them"
+        )
 
     def test_things_that_are_not_files_are_not_read(self, folder):
         os.mkfifo(folder / "pipe.txt")
