@@ -146,9 +146,8 @@ def folder_lock(folder: str | Path, name: str | Path | None = None) -> Iterator[
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            warnings.warn(
-                f"{folder}: no lock ({error.strerror}); start no second command with this --out", stacklevel=3
-            )
+            warning = f"{folder} cannot be locked ({error.strerror}); start no second command with this --out"
+            warnings.warn(warning, stacklevel=3)
         if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
             raise FolderInUseError(_in_use(name or folder, "a process that has just ended"))
         file.truncate(0)
