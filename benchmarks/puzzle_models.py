@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from recurrent_depth.cli import parse_options
-from recurrent_depth.data.config import PackedDataConfig
+from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.data.thinking import Puzzle, draw_puzzle, thinking_tokenizer
 from recurrent_depth.evaluation.budgets import Examiner, Question
 from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.parsing import parse_options
 from recurrent_depth.reasoning.config import ReasoningDataConfig, SourceConfig, ThinkingFormat
 from recurrent_depth.reasoning.dataset import prepare_reasoning
 from recurrent_depth.reasoning.format import Formatter
@@ -29,9 +29,7 @@ Row = dict[str, str]
 def train_base(seed: int, out: Path) -> Path:
     """The base model of a seed: about three minutes of one core."""
     arguments = ["--config", str(CONFIGS / "pretrain" / "reasoning" / "puzzles.yaml")]
-    return train(
-        parse_options(TrainCommand, "train", [*arguments, "--seed", str(seed), "--out", str(out)]).run_config()
-    )
+    return train(parse_options(TrainCommand, [*arguments, "--seed", str(seed), "--out", str(out)]).run_config())
 
 
 def options_of(description: str | None) -> argparse.Namespace:
@@ -81,9 +79,9 @@ def fine_tune(base: Path, rows: Sequence[Row], steps: int, seed: int, unlearned:
         )
         arguments = ["--config", str(CONFIGS / "finetune" / "puzzles.yaml"), "--seed", str(seed)]
         arguments += ["--init_from", str(base), "--out", str(folder / "run")]
-        config = parse_options(TrainCommand, "train", arguments).run_config()
+        config = parse_options(TrainCommand, arguments).run_config()
         optimizer = dataclasses.replace(config.optimizer, warmup_steps=steps // 20, cooldown_steps=steps // 2)
-        data = PackedDataConfig(str(folder / "data"))
+        data = DataConfig(packed=PackedDataConfig(str(folder / "data")))
         return load_run_model(train(dataclasses.replace(config, steps=steps, optimizer=optimizer, data=data)))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from collectives import counted
 from common import RESULTS, write_result
 from live_memory import LiveMemory
-from recurrent_depth.data.config import TaskDataConfig
+from recurrent_depth.data.config import DataConfig, TaskDataConfig
 from recurrent_depth.model.config import SHAPES, ModelConfig
 from recurrent_depth.model.flops import training_flops
 from recurrent_depth.planning.devices import DEVICES
@@ -49,7 +49,7 @@ def run_config(out: str, shard_size: int | None, reshard: bool, depth: int) -> R
     runtime = RuntimeConfig(
         device="cpu", dtype="float32", threads=1, shard_size=shard_size, reshard_after_forward=reshard
     )
-    data = TaskDataConfig(name="shell_game", min_length=TOKENS - 1, max_length=TOKENS - 1)
+    data = DataConfig(task=TaskDataConfig(name="shell_game", min_length=TOKENS - 1, max_length=TOKENS - 1))
     return RunConfig(
         out=out, data=data, model=model, batch_size=16, micro_steps=2, runtime=runtime,
         optimizer=OptimizerConfig(lr=1e-4),

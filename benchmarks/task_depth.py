@@ -18,9 +18,9 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from common import write_result
-from recurrent_depth.cli import parse_options
 from recurrent_depth.data.tasks import TASKS
 from recurrent_depth.evaluation.dense import evaluate_dense
+from recurrent_depth.parsing import parse_options
 from recurrent_depth.runs import load_run_model
 from recurrent_depth.training.config import TrainCommand
 from recurrent_depth.training.launch import train
@@ -32,9 +32,9 @@ DEPTHS = [1, 2, 4, 8, 16, 32]
 def run_job(job: tuple[str, int, int]) -> dict[str, Any]:
     """Train one model; accuracy by depth and bucket."""
     task, seed, steps = job
-    arguments = ["--config", str(CONFIG), "--data.name", task, "--seed", str(seed), "--steps", str(steps)]
+    arguments = ["--config", str(CONFIG), "--data.task.name", task, "--seed", str(seed), "--steps", str(steps)]
     arguments += ["--optimizer.cooldown_steps", str(steps // 4)]
-    config = parse_options(TrainCommand, "benchmark", arguments).run_config()
+    config = parse_options(TrainCommand, arguments).run_config()
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet:
         sys.stderr = quiet
         model = load_run_model(train(dataclasses.replace(config, out=f"{folder}/run")))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from common import write_result
-from recurrent_depth.data.config import PackedDataConfig
+from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.model.config import SHAPES, ModelConfig
 from recurrent_depth.model.flops import PEAK_FLOPS, training_flops
 from recurrent_depth.model.transformer import RecurrentDepthModel
@@ -57,7 +57,13 @@ def planned_peak(config: ModelConfig, runtime: RuntimeConfig, rows: int, tokens:
     fixed = dataclasses.replace(
         config, sampling_scheme="fixed", mean_recurrence=sum(depth), mean_backprop_depth=depth[1]
     )
-    run = RunConfig(out="", data=PackedDataConfig(path=""), model=fixed, batch_size=rows, runtime=runtime)
+    run = RunConfig(
+        out="unused",
+        data=DataConfig(packed=PackedDataConfig(path="unused")),
+        model=fixed,
+        batch_size=rows,
+        runtime=runtime,
+    )
     return sum(memory(Job(run, 1, tokens)).values())
 
 

@@ -20,12 +20,12 @@ def recurrent_depth(*arguments: str) -> None:
 
 def seconds_per_step(config: Path, probes: int = 24) -> float:
     """Mean time of a training step, sampled evenly over the run, so that short and long rows have their share."""
-    from recurrent_depth.cli import parse_options
+    from recurrent_depth.parsing import parse_options
     from recurrent_depth.training.config import TrainCommand
     from recurrent_depth.training.parallel import start_processes
     from recurrent_depth.training.trainer import Trainer
 
-    options = parse_options(TrainCommand, "quickstart", ["--config", str(config)]).run_config()
+    options = parse_options(TrainCommand, ["--config", str(config)]).run_config()
     trainer = Trainer(options, start_processes(options.runtime))
     trainer.train_step()  # warm up
     total = 0.0
@@ -74,7 +74,7 @@ def main() -> None:
 
     data = out / "text-data"
     recurrent_depth("prepare", "--source", "python-stdlib", "--sequence-length", "128", "--out", str(data))
-    text = ["--out", str(out / "text"), "--data.path", str(data)]
+    text = ["--out", str(out / "text"), "--data.packed.path", str(data)]
     recurrent_depth("train", "--config", str(CONFIGS / "text.yaml"), *text)
 
     runs = ",".join(str(out / name) for name in ("shell-game", "depth-1", "fixed-10", "text"))

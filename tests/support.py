@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from recurrent_depth.data.config import TaskDataConfig
+from recurrent_depth.data.config import DataConfig, TaskDataConfig
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.runs import checkpoints
@@ -31,7 +31,7 @@ ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 def small_run(out: Path, **changes: Any) -> RunConfig:
     """Twelve steps of a tiny model on the shell game."""
     defaults: dict[str, Any] = {
-        "data": TaskDataConfig(name="shell_game", min_length=2, max_length=8),
+        "data": DataConfig(task=TaskDataConfig(name="shell_game", min_length=2, max_length=8)),
         "model": ModelConfig(
             n_embd=32, n_heads=2, intermediate_size=64, vocab_size=64, block_size=32, mean_recurrence=4,
             mean_backprop_depth=2,

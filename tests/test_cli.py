@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recurrent_depth.cli import main, parse_options
+from recurrent_depth.cli import main
 from recurrent_depth.data.config import PrepareConfig
 from recurrent_depth.model.config import SHAPES
+from recurrent_depth.parsing import parse_options
 from recurrent_depth.training.config import TrainCommand
 
 FOLDERS = [Path(__file__).parents[1] / "configs" / kind for kind in ("pretrain", "finetune")]
@@ -19,7 +20,7 @@ SHELL_GAME = next(path for path in CONFIGS if path.name == "shell-game.yaml")
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_configuration_parses(path):
-    command = parse_options(TrainCommand, "test", ["--config", str(path)])
+    command = parse_options(TrainCommand, ["--config", str(path)])
     assert command.run_config().steps == yaml.safe_load(path.read_text())["steps"]
 
 
@@ -30,14 +31,14 @@ LARGE = [path for path in CONFIGS if path.parent.name == "pretrain" and path.nam
 def test_large_configurations_say_how_they_are_launched_and_can_be_planned(path, capsys):
     assert f"train.py --config configs/pretrain/{path.name}" in path.read_text()
     gpus = "8" if "huginn" in path.name else "1"
-    assert main(["plan", "--config", str(path), "--num-gpus", gpus, "--device", "mi300x"]) == 0
+    assert main(["plan", "--run", str(path), "--num-gpus", gpus, "--device", "mi300x"]) == 0
     assert "tokens a second" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))
 def test_model_files_are_the_named_shapes(name):
     file = SHELL_GAME.parents[2] / "model" / f"{name}.yaml"
-    command = parse_options(TrainCommand, "test", ["--config", str(SHELL_GAME), "--model", str(file)])
+    command = parse_options(TrainCommand, ["--config", str(SHELL_GAME), "--model", str(file)])
     assert command.model == SHAPES[name]
 
 
@@ -45,25 +46,25 @@ def test_the_printed_configuration_reads_back(tmp_path, capsys):
     assert main(["train", "--config", str(SHELL_GAME), "--optimizer.lr", "0.5", "--dry-run", "true"]) == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
-    again = parse_options(TrainCommand, "test", ["--config", str(printed)]).run_config()
-    expected = parse_options(TrainCommand, "test", ["--config", str(SHELL_GAME), "--optimizer.lr", "0.5"]).run_config()
+    again = parse_options(TrainCommand, ["--config", str(printed)]).run_config()
+    expected = parse_options(TrainCommand, ["--config", str(SHELL_GAME), "--optimizer.lr", "0.5"]).run_config()
     assert again == expected
 
 
 def test_one_field_of_the_data_leaves_the_others(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("out: o\ndata: {path: a, document_masking: true, restart_positions: true}\n")
+    file.write_text("out: o\ndata: {packed: {path: a, document_masking: true, restart_positions: true}}\n")
     for arguments in (
-        ["--data.path", "b"],
-        ["--data.path=b"],
-        ["--data.path", "b", "--data.restart-positions", "true"],
+        ["--data.packed.path", "b"],
+        ["--data.packed.path=b"],
+        ["--data.packed.path", "b", "--data.packed.restart-positions", "true"],
     ):
-        data = parse_options(TrainCommand, "test", ["--config", str(file), *arguments]).data
+        data = parse_options(TrainCommand, ["--config", str(file), *arguments]).data.packed
         assert (data.path, data.document_masking, data.restart_positions) == ("b", True, True)
 
 
 def test_dashes_and_bare_lists():
-    options = parse_options(PrepareConfig, "test", ["--out", "o", "--source", "a,b", "--sequence-length", "64"])
+    options = parse_options(PrepareConfig, ["--out", "o", "--source", "a,b", "--sequence-length", "64"])
     assert options.source == ["a", "b"]
     assert options.sequence_length == 64
 

@@ -61,5 +61,4 @@ def test_weights_and_lora_are_counted_as_they_are():
 
 def test_the_documented_table_is_the_computed_one():
     guide = (Path(__file__).parents[1] / "docs" / "huggingface.md").read_text()
-    plan = PlanConfig()
-    assert finetuning_table(plan.shape, plan.backprop_depth, plan.checkpointing, plan.lora_rank) in guide
+    assert finetuning_table(PlanConfig().finetuning) in guide

@@ -8,7 +8,7 @@ import pytest
 
 from live_memory import LiveMemory
 from recurrent_depth.cli import main
-from recurrent_depth.data.config import TaskDataConfig
+from recurrent_depth.data.config import DataConfig, TaskDataConfig
 from recurrent_depth.model.config import SHAPES, ModelConfig
 from recurrent_depth.model.flops import training_flops
 from recurrent_depth.planning.devices import DEVICES
@@ -30,7 +30,7 @@ def wide_run(out, optimizer="huginn", micro_steps=1, **runtime):
     return small_run(
         out,
         model=MODEL,
-        data=TaskDataConfig(name="shell_game", min_length=TOKENS - 1, max_length=TOKENS - 1),
+        data=DataConfig(task=TaskDataConfig(name="shell_game", min_length=TOKENS - 1, max_length=TOKENS - 1)),
         micro_steps=micro_steps,
         optimizer=OptimizerConfig(name=optimizer),
         runtime=RuntimeConfig(**{"device": "cpu", "threads": 1, "dtype": "bfloat16"} | runtime),
@@ -133,14 +133,16 @@ def test_a_ramp_of_the_depth_counts_by_the_depths_of_the_run(tmp_path, ramp_step
 
 
 def test_the_command_plans_a_shipped_configuration(capsys):
-    config = ["--config", "configs/pretrain/huginn-3.5b-h100.yaml", "--num-gpus", "128"]
+    config = ["--run", "configs/pretrain/huginn-3.5b-h100.yaml", "--num-gpus", "128"]
     assert main(["plan", *config, "--utilisation", "0.5"]) == 0
     text = capsys.readouterr().out
     assert "It fits." in text
     assert "| tokens a step, and of the run | 16,777,216 and 795,240,038,400 |" in text
-    assert main(["plan", *config, "--runtime.activation_checkpointing", "none", "--runtime.shard_size", "1"]) == 0
+    assert (
+        main(["plan", *config, "--run.runtime.activation_checkpointing", "none", "--run.runtime.shard_size", "1"]) == 0
+    )
     assert "It does not fit. It fits with --runtime.activation_checkpointing" in capsys.readouterr().out
-    assert main(["plan", *config, "--device", "tpu"]) == 1
-    assert "known devices" in capsys.readouterr().err
-    assert main(["plan", *config[:2], "--num-gpus", "100"]) == 1
+    assert main(["plan", *config, "--device", "tpu"]) == 2
+    assert "one of a100, h100" in capsys.readouterr().err
+    assert main(["plan", *config[:2], "--num-gpus", "100"]) == 2
     assert "do not divide" in capsys.readouterr().err

@@ -1,69 +1,24 @@
 """Options of data: rows for training, and what `recurrent-depth prepare` reads. Imports no torch."""
 
-from __future__ import annotations
-
 import dataclasses
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass
 from typing import Literal
+
+from recurrent_depth.checks import (
+    check_at_least,
+    check_between,
+    check_fraction,
+    check_not_empty,
+    check_positive,
+    one_section,
+)
 
 Policy = Literal["concat", "best-fit", "huginn"]
 Executor = Literal["local", "datatrove", "slurm", "ray"]
 
-
-@dataclass(frozen=True)
-class TaskDataConfig:
-    """A generated task.
-
-    Args:
-        name: shell_game, permutation_automaton, modular_arithmetic or rotation_report.
-        min_length, max_length: instructions of a row at the start and at the end of the length curriculum.
-        curriculum_fraction: share of the run's steps over which the length grows; 0 starts at max_length.
-        mixed_lengths: every step draws a length between min_length and that of the curriculum. Rows of one length
-            teach one length.
-        note_densities: chances of a visible note (NOTE and the state) behind an instruction; every row draws one of
-            them. Empty: no notes, and no token for them.
-    """
-
-    name: str
-    min_length: int = 4
-    max_length: int = 16
-    curriculum_fraction: float = 0.6
-    mixed_lengths: bool = False
-    note_densities: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        _check_curriculum(self)
-        if not all(0 <= density <= 1 for density in self.note_densities):
-            raise ValueError(f"data.note_densities is {self.note_densities}; each must lie between 0 and 1")
-
-
-@dataclass(frozen=True)
-class ThinkingDataConfig:
-    """Generated puzzles with traces of thinking (recurrent_depth.data.thinking).
-
-    Args:
-        domains: kinds of moves, equally often: swap, cycle, flip, turn, pair.
-        min_length: fewest moves of a question.
-        max_length: most moves, at the end of the length curriculum; it starts at min_length.
-        curriculum_fraction: share of the run's steps over which the length grows; 0 starts at max_length.
-    """
-
-    domains: tuple[str, ...]
-    min_length: int = 2
-    max_length: int = 10
-    curriculum_fraction: float = 0.6
-
-    def __post_init__(self) -> None:
-        if not self.domains:
-            raise ValueError("data.domains is empty; name at least one")
-        _check_curriculum(self)
-
-
-def _check_curriculum(config: TaskDataConfig | ThinkingDataConfig) -> None:
-    if not 1 <= config.min_length <= config.max_length:
-        raise ValueError("data.min_length must be at least 1 and at most data.max_length")
-    if not 0 <= config.curriculum_fraction <= 1:
-        raise ValueError("data.curriculum_fraction must lie between 0 and 1")
+SMALLEST_VOCABULARY = 32 + 256
+"""Special tokens and bytes, which every trained tokenizer holds (recurrent_depth.data.tokenizer)."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +28,7 @@ class PackedDataConfig:
     Args:
         path: folder of parquet files, or one with the subfolders train/ and validation/; or the name of such a data set
             on the Hugging Face hub (tomg-group-umd/huginn-dataset), which is downloaded to its cache.
-        validation_path: folder or name of held-out rows; null takes the subfolder validation/ of `path`.
+        validation_path: folder or hub name of held-out rows; null takes the subfolder validation/ of `path`.
         revision: commit or tag of a data set on the hub; pin it for a run that is to be resumed.
         document_masking: tokens see only their own document (needs the column doc_starts).
         restart_positions: count positions anew in every document; only with document_masking.
@@ -86,11 +41,83 @@ class PackedDataConfig:
     restart_positions: bool = False
 
     def __post_init__(self) -> None:
+        check_not_empty("path", self.path, "data/text")
         if self.restart_positions and not self.document_masking:
-            raise ValueError("data.restart_positions needs data.document_masking: true")
+            raise ValueError("restart_positions is true; it needs document_masking: true")
 
 
-DataConfig = TaskDataConfig | ThinkingDataConfig | PackedDataConfig
+@dataclass(frozen=True)
+class TaskDataConfig:
+    """A generated task.
+
+    Args:
+        name: shell_game, permutation_automaton, modular_arithmetic or rotation_report.
+        min_length, max_length: instructions of a row at the start and at the end of the length curriculum.
+        curriculum_fraction: share of the run's training steps over which the length grows; 0 starts at max_length.
+        mixed_lengths: every training step draws a length between min_length and that of the curriculum. Rows of one
+            length teach one length.
+        note_densities: chances of a visible note (NOTE and the state) after an instruction, for example 0,0.125,0.5;
+            every row draws one of them. Empty: no notes, and no token for them.
+    """
+
+    name: str
+    min_length: int = 4
+    max_length: int = 16
+    curriculum_fraction: float = 0.6
+    mixed_lengths: bool = False
+    note_densities: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_curriculum(self)
+        for density in self.note_densities:
+            check_fraction("note_densities", density)
+
+
+@dataclass(frozen=True)
+class PuzzleDataConfig:
+    """Generated puzzles with traces of thinking.
+
+    Args:
+        domains: kinds of moves, equally often: swap, cycle, flip, turn, pair.
+        min_length: fewest moves of a question.
+        max_length: most moves, at the end of the length curriculum; it starts at min_length.
+        curriculum_fraction: share of the run's training steps over which the length grows; 0 starts at max_length.
+    """
+
+    domains: tuple[str, ...]
+    min_length: int = 2
+    max_length: int = 10
+    curriculum_fraction: float = 0.6
+
+    def __post_init__(self) -> None:
+        if not self.domains:
+            raise ValueError("domains is empty; name at least one, for example swap")
+        _check_curriculum(self)
+
+
+def _check_curriculum(config: TaskDataConfig | PuzzleDataConfig) -> None:
+    check_at_least("min_length", config.min_length, 1)
+    if config.max_length < config.min_length:
+        raise ValueError(f"max_length is {config.max_length}; it must be at least min_length, {config.min_length}")
+    check_fraction("curriculum_fraction", config.curriculum_fraction)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the rows of a training run come from; exactly one section is given.
+
+    Args:
+        packed: packed rows on disk.
+        task: a generated task.
+        puzzles: generated puzzles with traces of thinking.
+    """
+
+    packed: PackedDataConfig | None = None
+    task: TaskDataConfig | None = None
+    puzzles: PuzzleDataConfig | None = None
+
+    def __post_init__(self) -> None:
+        one_section(self)
 
 
 @dataclass(frozen=True)
@@ -119,7 +146,7 @@ class SourceConfig:
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
-    fields: list[str] = field(default_factory=lambda: ["text"])
+    fields: list[str] = dataclasses.field(default_factory=lambda: ["text"])
     chat_formatted: bool = False
     weight: float = 1.0
     category: str = "text"
@@ -129,12 +156,13 @@ class SourceConfig:
     note: str | None = None
 
     def __post_init__(self) -> None:
+        check_not_empty("address", self.address, "python-stdlib")
         if not self.fields:
-            raise ValueError(f"source {self.name}: fields is empty; name at least one, for example [text]")
-        if not self.weight > 0:
-            raise ValueError(
-                f"source {self.name}: weight is {self.weight}; it must be positive, or leave the source out"
-            )
+            raise ValueError(f"fields is empty for the source {self.name}; name at least one, for example [text]")
+        try:
+            check_positive("weight", self.weight)
+        except ValueError as error:
+            raise ValueError(f"{error}; this is the source {self.name}: leave it out to have none of it") from None
 
 
 @dataclass(frozen=True)
@@ -148,21 +176,20 @@ class FilterConfig:
         buckets, hashes_per_bucket: 14 and 8 find a pair of similarity 0.8 with a probability of 92%, and one of 0.6
             with 21%.
         evaluation_sets: sources whose text must not be trained on.
-        ngram_words: a document that shares this many words in a row with an evaluation set is dropped.
+        ngram_words: a document that shares this many words in a row with an evaluation set is dropped; 8 and 13 are
+            usual.
     """
 
     exact_duplicates: bool = False
     near_duplicates: bool = False
     buckets: int = 14
     hashes_per_bucket: int = 8
-    evaluation_sets: list[SourceConfig] = field(default_factory=list)
+    evaluation_sets: list[SourceConfig] = dataclasses.field(default_factory=list)
     ngram_words: int = 13
 
     def __post_init__(self) -> None:
-        if self.buckets < 1 or self.hashes_per_bucket < 1:
-            raise ValueError("filters.buckets and filters.hashes_per_bucket must be at least 1")
-        if self.ngram_words < 1:
-            raise ValueError("filters.ngram_words must be at least 1; 8 and 13 are usual")
+        for name in ("buckets", "hashes_per_bucket", "ngram_words"):
+            check_at_least(name, getattr(self, name), 1)
 
     @property
     def any(self) -> bool:
@@ -176,7 +203,7 @@ class SlurmConfig:
 
     Args:
         partition: Slurm partition.
-        time: limit of one task, hours:minutes:seconds.
+        time: limit of one task, hours:minutes:seconds or days-hours:minutes:seconds.
         cpus_per_task: cores of one task.
         mem_per_cpu_gb: memory of a core in GB; a task holds one output file in memory.
         environment: shell line that makes recurrent_depth importable on a node, as `source .venv/bin/activate`.
@@ -190,6 +217,12 @@ class SlurmConfig:
     environment: str = ""
     qos: str | None = None
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"(\d+-)?\d+:\d\d:\d\d", self.time):
+            raise ValueError(f"time is {self.time!r}; it must be hours:minutes:seconds, for example '12:00:00'")
+        check_at_least("cpus_per_task", self.cpus_per_task, 1)
+        check_at_least("mem_per_cpu_gb", self.mem_per_cpu_gb, 1)
+
 
 @dataclass(frozen=True)
 class PrepareConfig:
@@ -199,21 +232,21 @@ class PrepareConfig:
         out: folder to write; it gets train/, validation/, tokenizer.json, manifest.json and report.md.
         source: python-stdlib, files, folders, or names of Hugging Face data sets; each is a source of weight 1.
         field: where JSONL, parquet and data sets of `source` keep the text.
-        sources: sources with all their options, as a mix lists them.
-        category_shares: share of the training tokens of each category, in any unit; empty: sources are taken as they
-            are, `weight` times.
-        tokens: training tokens wanted; null takes as many as the weights allow.
+        sources: sources with all their options, as a mix lists them: {name: web, address: data/web, weight: 2}.
+        category_shares: share of the training tokens of each category, in any unit, as {web: 70, code: 30}; empty:
+            sources are taken as they are, `weight` times.
+        tokens: training tokens wanted, for example 1e9; null takes as many as the weights allow.
         tokenizer: a tokenizer.json to use; null trains one on documents of all sources.
-        vocab_size: entries of a trained tokenizer, its 32 special tokens included.
+        vocab_size: entries of a trained tokenizer, its 32 special tokens and 256 bytes included.
         tokenizer_documents: documents a new tokenizer is trained on.
         sequence_length: tokens of a training row, T; T + 1 are stored.
-        policy: concat, best-fit or huginn (see recurrent_depth.data.packing).
+        policy: how documents become rows (see recurrent_depth.data.packing).
         validation_share: share of the documents held out, chosen by a hash of name and text.
         filters: duplicates and evaluation text to leave out.
         seed: order of the rows.
         files: parquet files of the training split; each is held in memory once.
         part_bytes: bytes of source files that one task reads; what a kill can cost each worker.
-        executor: local (processes on this machine), or datatrove's local, slurm or ray executor.
+        executor: processes on this machine (local), or datatrove's local, Slurm or Ray executor.
         workers: tasks at the same time; the result does not depend on it.
         slurm: resources of a task, for slurm and ray.
         restart: discard the work of an unfinished preparation with other options.
@@ -241,24 +274,28 @@ class PrepareConfig:
     restart: bool = False
 
     def __post_init__(self) -> None:
+        check_not_empty("out", self.out, "--out data/text")
         if not self.source and not self.sources:
             raise ValueError("source is empty; name at least one, for example --source python-stdlib")
+        for address in self.source:
+            check_not_empty("source", address, "--source python-stdlib")
         names = [source.name for source in self.all_sources]
         if len(set(names)) < len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
             raise ValueError(f"sources: the name {twice[0]!r} is used twice; names tell sources apart in the report")
-        if self.sequence_length < 2:
-            raise ValueError("sequence_length must be at least 2")
-        if not 0 < self.validation_share < 1:
-            raise ValueError("validation_share must lie between 0 and 1")
+        check_positive("tokens", self.tokens)
+        if self.tokenizer is None:
+            check_at_least("vocab_size", self.vocab_size, SMALLEST_VOCABULARY)
+        check_at_least("sequence_length", self.sequence_length, 2)
+        check_between("validation_share", self.validation_share, 0, 1, low_open=True, high_open=True)
+        check_at_least("seed", self.seed, 0)
         for name in ("files", "part_bytes", "workers", "tokenizer_documents"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
+            check_at_least(name, getattr(self, name), 1)
         self._check_shares()
 
     def _check_shares(self) -> None:
-        if any(share <= 0 for share in self.category_shares.values()):
-            raise ValueError("category_shares must be positive; leave a category out to have none of it")
+        for category, share in self.category_shares.items():
+            check_positive(f"category_shares.{category}", share)
         for source in self.all_sources if self.category_shares else ():
             if source.category not in self.category_shares:
                 raise ValueError(

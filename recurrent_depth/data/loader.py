@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from recurrent_depth.data.config import DataConfig, TaskDataConfig, ThinkingDataConfig
+from recurrent_depth.data.config import DataConfig, PuzzleDataConfig, TaskDataConfig
 from recurrent_depth.data.layout import Split
 from recurrent_depth.data.notes import noted_tokenizer, random_places, with_notes
 from recurrent_depth.data.report_task import LESSONS, REPORTS, ReportTask
@@ -62,7 +62,7 @@ class Source(Protocol):
         """Rows [first_row, first_row + count) of the seeded order; `step` moves a curriculum."""
 
 
-def curriculum(config: TaskDataConfig | ThinkingDataConfig, step: int, total_steps: int, split: Split) -> int:
+def curriculum(config: TaskDataConfig | PuzzleDataConfig, step: int, total_steps: int, split: Split) -> int:
     """Length at a step: from min_length to max_length over the first part of the run; held-out rows are long."""
     growing = config.curriculum_fraction * total_steps
     if split == "validation" or step >= growing:
@@ -72,13 +72,14 @@ def curriculum(config: TaskDataConfig | ThinkingDataConfig, step: int, total_ste
 
 def _check_task(config: TaskDataConfig) -> None:
     """Raise for a task that does not exist, or options that it does not have."""
-    if config.name not in GENERATED:
-        raise ValueError(f"data.name is {config.name!r}; known tasks are {', '.join(sorted(GENERATED))}")
-    if config.name in REPORTS and config.max_length > len(REPORTS[config.name].game.instructions):
-        most = len(REPORTS[config.name].game.instructions)
-        raise ValueError(f"data.max_length is {config.max_length}; {config.name} has {most} different instructions")
-    if config.note_densities and config.name not in TASKS:
-        raise ValueError(f"data.note_densities: {config.name} has no state to note; leave it empty")
+    name, most = config.name, config.max_length
+    if name not in GENERATED:
+        raise ValueError(f"data.task.name is {name!r}; known tasks are {', '.join(sorted(GENERATED))}")
+    if name in REPORTS and most > len(REPORTS[name].game.instructions):
+        there = len(REPORTS[name].game.instructions)
+        raise ValueError(f"data.task.max_length is {most}; {name} has {there} different instructions")
+    if config.note_densities and name not in TASKS:
+        raise ValueError(f"data.task.note_densities: {name} has no state to note; leave it empty")
 
 
 class TaskSource:
@@ -120,16 +121,17 @@ class TaskSource:
 
 
 def open_source(config: DataConfig, split: Split, seed: int, total_steps: int) -> Source:
-    """The training or validation rows of a configuration."""
-    if isinstance(config, TaskDataConfig):
-        return TaskSource(config, split, seed, total_steps)
-    if isinstance(config, ThinkingDataConfig):
+    """Return the training or validation rows of a configuration."""
+    if config.task is not None:
+        return TaskSource(config.task, split, seed, total_steps)
+    if config.puzzles is not None:
         from recurrent_depth.data.thinking import ThinkingSource
 
-        return ThinkingSource(config, split, seed, total_steps)
+        return ThinkingSource(config.puzzles, split, seed, total_steps)
     from recurrent_depth.data.packed import PackedSource
 
-    return PackedSource(config, split, seed)
+    assert config.packed is not None
+    return PackedSource(config.packed, split, seed)
 
 
 def _hash(value: object) -> str:

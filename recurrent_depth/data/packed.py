@@ -47,7 +47,7 @@ class PackedSource:
         self.order: tuple[int, np.ndarray, np.ndarray] | None = None
         self.shuffled: tuple[int, int, np.ndarray] | None = None
         if config.document_masking and "doc_starts" not in self._read_group(*self.groups[0][:2]):
-            raise DataError(f"{self.files[0]} has no column doc_starts; set data.document_masking to false")
+            raise DataError(f"{self.files[0]} has no column doc_starts; set data.packed.document_masking to false")
 
     def fingerprint(self) -> str:
         shape = [(file.name, group, rows) for file, group, rows in self.groups]
@@ -120,7 +120,7 @@ def _folder(config: PackedDataConfig, split: Split) -> Path:
     if (path / split).is_dir():
         return path / split
     if split == "validation" and apart is None:
-        raise DataError(f"{path} has no folder validation/; set data.validation_path")
+        raise DataError(f"{path} has no folder validation/; set data.packed.validation_path")
     return path
 
 
@@ -130,7 +130,7 @@ def _local(name: str, split: Split, revision: str | None) -> Path:
     if path.is_dir():
         return path
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise DataError(f"{path} does not exist; run recurrent-depth prepare, or mend data.path")
+        raise DataError(f"{path} does not exist; run recurrent-depth prepare, or mend data.packed.path")
     try:
         from huggingface_hub import snapshot_download
     except ModuleNotFoundError as error:
@@ -143,7 +143,7 @@ def _local(name: str, split: Split, revision: str | None) -> Path:
     except (OSError, ValueError) as error:
         raise DataError(
             f"{name} is neither a folder nor a data set that the Hugging Face hub gives ({type(error).__name__}: "
-            f"{error}); run recurrent-depth prepare, mend data.path, or log in"
+            f"{error}); run recurrent-depth prepare, mend data.packed.path, or log in"
         ) from error
 
 

@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from recurrent_depth.data.chat import ASSISTANT, BEGIN_TEXT, THINK_TOKENS, pieces
-from recurrent_depth.data.config import ThinkingDataConfig
+from recurrent_depth.data.config import PuzzleDataConfig
 from recurrent_depth.data.loader import Batch, Split, curriculum
 from recurrent_depth.data.tokenizer import SPECIAL_TOKENS
 from recurrent_depth.model.loss import IGNORE_INDEX
@@ -130,15 +130,20 @@ class ThinkingSource:
     random); inside the question, the cup after every move, which teaches the hidden axis.
     """
 
-    def __init__(self, config: ThinkingDataConfig, split: Split, seed: int, total_steps: int) -> None:
+    def __init__(self, config: PuzzleDataConfig, split: Split, seed: int, total_steps: int) -> None:
         unknown = [domain for domain in config.domains if domain not in DOMAINS]
         if unknown:
-            raise ValueError(f"data.domains names {unknown}; known are {', '.join(DOMAINS)}")
+            raise ValueError(f"data.puzzles.domains names {unknown}; known are {', '.join(DOMAINS)}")
+        most = min(len(DOMAINS[domain]) for domain in config.domains)
+        if config.max_length > most:
+            raise ValueError(
+                f"data.puzzles.max_length is {config.max_length}; it must be at most {most}, since no move of "
+                f"{', '.join(config.domains)} is used twice"
+            )
         self.config, self.split, self.seed, self.total_steps = config, split, seed, total_steps
         self.vocab_size = len(WORDS)
-        self.sequence_length = (
-            len(conversation(["_"] * (1 + config.max_length), ["_"] * 2 * config.max_length, "_")) - 1
-        )
+        longest = conversation(["_"] * (1 + config.max_length), ["_"] * 2 * config.max_length, "_")
+        self.sequence_length = len(longest) - 1
 
     def fingerprint(self) -> str:
         content = {"config": asdict(self.config), "moves": DOMAINS, "seed": self.seed}

@@ -8,10 +8,10 @@ from recurrent_depth.planning.pretraining import Job, communication, fits, memor
 
 def plan(config: PlanConfig) -> None:
     """Print the plan."""
-    if config.num_gpus is None:
-        print(finetuning_table(config.shape, config.backprop_depth, config.checkpointing, config.lora_rank))
+    if config.run is None or config.num_gpus is None:
+        print(finetuning_table(config.finetuning))
         return
-    job = Job(config, config.num_gpus, config.tokens or config.model.block_size)
+    job = Job(config.run, config.num_gpus, config.tokens or config.run.model.block_size)
     device = DEVICES[config.device]
     print(f"{config.num_gpus} x {config.device}; nothing here is measured on such a device\n")
     print(memory_table(job, device))

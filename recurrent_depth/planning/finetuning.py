@@ -7,6 +7,7 @@ import torch
 from recurrent_depth.model.config import SHAPES, Checkpointing, ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.planning.activations import activation_bytes, head_bytes, recomputed_bytes
+from recurrent_depth.planning.config import FinetuningConfig
 from recurrent_depth.planning.devices import GB, RESERVE
 
 Method = Literal["full-fp32", "full-bf16", "full-bf16-8bit", "lora"]
@@ -56,14 +57,16 @@ def finetuning_bytes(
     }
 
 
-def finetuning_table(shape: str, backprop_depth: int, checkpointing: Checkpointing, lora_rank: int) -> str:
-    """Markdown: a row per method and sequence length, the peak in GB, and the cards it fits."""
-    config = SHAPES[shape]
+def finetuning_table(options: FinetuningConfig) -> str:
+    """Return Markdown: a row per method and sequence length, the peak in GB, and the cards it fits."""
+    config = SHAPES[options.shape]
     lines = ["| method | tokens | weights + gradients + optimizer, GB | activations, GB | peak, GB | fits, GB |"]
     lines.append("|---|---|---|---|---|---|")
     for method in BYTES_PER_PARAMETER:
         for tokens in (t for t in LENGTHS if t <= config.block_size):
-            parts = finetuning_bytes(config, method, tokens, backprop_depth, checkpointing, lora_rank)
+            parts = finetuning_bytes(
+                config, method, tokens, options.backprop_depth, options.checkpointing, options.lora_rank
+            )
             total = sum(parts.values())
             fixed = total - parts["activations"]
             cards = [str(card) for card in CARDS if total <= card * GB * (1 - RESERVE)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from recurrent_depth.checks import check_at_least, check_between, check_not_empty
 from recurrent_depth.data import chat
 
 AnswerFormat = Literal["plain", "gsm8k"]
@@ -23,9 +24,9 @@ class SourceConfig:
         path: a file (.jsonl, .parquet), a folder of them, or the name of a Hugging Face data set, NAME or NAME:SUBSET.
         name: of the source; null takes the path's last part. A field `source` of a row goes before it.
         split: of a data set.
-        fields: column of `Example` -> field of the source. A dot goes inside lists and objects: `traces.0.text`.
+        fields: the source's field of each column, as {trace: traces.0.text}; a dot goes inside lists and objects.
             Columns not named keep their name. The questions of an evaluation set need `question` alone.
-        answer_format: `gsm8k` splits its field `answer` into the trace and the final answer behind `####`.
+        answer_format: `gsm8k` splits its field `answer` into the trace and the final answer after `####`.
         keep_calculator_marks: keep the marks `<<48/2=24>>` of gsm8k.
         limit: rows to read; null reads all.
     """
@@ -39,13 +40,13 @@ class SourceConfig:
     limit: int | None = None
 
     def __post_init__(self) -> None:
+        check_not_empty("path", self.path, "questions.jsonl")
         unknown = sorted(set(self.fields) - {*REQUIRED, *OPTIONAL})
         if unknown:
             raise ValueError(f"fields of {self.path} names {unknown}; columns are {', '.join(REQUIRED + OPTIONAL)}")
         if self.answer_format not in ("plain", "gsm8k"):
             raise ValueError(f"answer_format is {self.answer_format!r}; it must be plain or gsm8k")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit is {self.limit}; it must be at least 1, or null")
+        check_at_least("limit", self.limit, 1)
 
     @property
     def label(self) -> str:
@@ -77,9 +78,14 @@ class ThinkingFormat:
 
     def __post_init__(self) -> None:
         if self.prompt.count("{question}") != 1:
-            raise ValueError(f"format.prompt is {self.prompt!r}; it must hold {{question}} once")
+            raise ValueError(f"prompt is {self.prompt!r}; it must hold {{question}} once")
+        for name in ("begin_think", "end_think", "begin_answer", "end_answer"):
+            check_not_empty(name, getattr(self, name), f"<|{name}|>")
         if len(set(self.delimiters)) < len(self.delimiters):
-            raise ValueError(f"the delimiters of the format, {self.delimiters}, must all be different")
+            raise ValueError(
+                f"begin_think, end_think, begin_answer and end_answer are {', '.join(map(repr, self.delimiters))}; "
+                "they must all be different"
+            )
 
     @property
     def delimiters(self) -> tuple[str, str, str, str]:
@@ -104,15 +110,16 @@ class ReasoningDataConfig:
 
     Args:
         out: folder to write; it gets train/, validation/, tokenizer.json and manifest.json.
-        rows: where the examples come from: what `recurrent-depth curate` wrote, or any JSONL, parquet or data set.
+        rows: where the examples come from: what `recurrent-depth curate` wrote, or any JSONL, parquet or data set, as
+            {path: curated/examples.parquet}.
         tokenizer: a tokenizer.json, or a folder that holds one (a run, an export).
         format: the words around question, trace and answer.
         block: most tokens of an example.
         when_too_long: an example longer than the block is an error (`refuse`), left out (`drop`), or loses the end
             of its trace (`cut`).
         pack: several examples a row, which do not see each other; without it one example a row, padded.
-        unlearned: texts in a trace that carry no loss, because they are forced at test time and the model should not
-            write them by itself.
+        unlearned: a text in a trace that carries no loss, because it is forced at test time and the model should not
+            write it by itself, for example Wait.
         validation_share: share of the examples held out, chosen by a hash of the question; at least one.
     """
 
@@ -123,19 +130,19 @@ class ReasoningDataConfig:
     block: int = 4096
     when_too_long: WhenTooLong = "refuse"
     pack: bool = True
-    unlearned: list[str] = field(default_factory=list)
+    unlearned: list[str] = field(default_factory=list, metadata={"literal": True})
     validation_share: float = 0.03
 
     def __post_init__(self) -> None:
         if not self.rows:
-            raise ValueError("rows is empty; name a source, for example --rows+ '{path: curated/examples.parquet}'")
-        if self.block < 8:
-            raise ValueError(f"block is {self.block}; it must be at least 8 tokens")
-        if not 0 < self.validation_share < 1:
-            raise ValueError("validation_share must lie between 0 and 1")
+            raise ValueError("rows is empty; name a source, for example --rows '{path: curated/examples.parquet}'")
+        check_not_empty("out", self.out, "--out data/reasoning")
+        check_at_least("block", self.block, 8)
+        check_between("validation_share", self.validation_share, 0, 1, low_open=True, high_open=True)
 
 
 def stage_name(description: dict[str, Any]) -> str:
+    """Return what a recipe calls a stage: its `name`, or its kind."""
     return str(description.get("name", description.get("stage")))
 
 
@@ -147,12 +154,12 @@ class CurateConfig:
 
     Args:
         out: folder; it gets examples.parquet, dropped.parquet, manifest.json, report.md and report.html.
-        pool: where rows come from.
-        stages: `{stage: KIND, option: value, ...}`, in order; `name` tells two stages of one kind apart.
+        pool: where rows come from, as {path: train.jsonl, answer_format: gsm8k}.
+        stages: the stages in order, each as {stage: quality, option: value}; `name` tells two of one kind apart.
         seed: of every random choice.
         root: folder of relative data paths.
         cache: folder of stage outputs and answers of models; null takes OUT/cache. Recipes that share it share work.
-        imports: modules that register stages or filters of one's own.
+        imports: modules that register your own stages or filters, for example my_stages.
         title: of the report.
         note: a sentence for its reader, for example the licence of the data.
     """
@@ -169,8 +176,13 @@ class CurateConfig:
 
     def __post_init__(self) -> None:
         if not self.pool:
-            raise ValueError("pool is empty; name at least one source")
+            raise ValueError("pool is empty; name a source, for example --pool '{path: train.jsonl}'")
+        check_not_empty("out", self.out, "--out curated")
+        check_at_least("seed", self.seed, 0)
+        for place, description in enumerate(self.stages):
+            if "stage" not in description:
+                raise ValueError(f"stages[{place}] is {description}; it must name its kind, as {{stage: quality}}")
         names = [stage_name(description) for description in self.stages]
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
-            raise ValueError(f"two stages are called {twice[0]!r}; give one of them a `name`")
+            raise ValueError(f"stages: two are called {twice[0]!r}; give one of them a `name`")

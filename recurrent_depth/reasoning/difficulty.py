@@ -7,12 +7,11 @@ from typing import Any
 
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.records import line_number, read_jsonl
-from recurrent_depth.reasoning.endpoint import EndpointConfig
-from recurrent_depth.reasoning.grading import Grader, Item, JudgeGrader, RuleGrader, Verdict, count_verdicts
-from recurrent_depth.reasoning.local import LocalConfig
+from recurrent_depth.reasoning.grading import Grader, GraderConfig, Item, RuleGrader, Verdict, count_verdicts
 from recurrent_depth.reasoning.pool import Example
 from recurrent_depth.reasoning.stages import Context, Outcome, Stage, existing, file_digest, stage
 from recurrent_depth.reasoning.teacher import ask, check_prompt, fill
+from recurrent_depth.reasoning.writers import WriterConfig
 
 
 @dataclass(frozen=True)
@@ -21,19 +20,19 @@ class Attempts:
 
     Args:
         name: of the model, for the report.
-        writer: the model: {url, model, ...} or {model, ...}; null for recorded attempts.
+        writer: the model; null for recorded attempts.
         prompt: `{question}` is replaced.
         recorded: JSONL of {id, attempt}, one line a row of the pool; null asks the writer.
     """
 
     name: str
-    writer: EndpointConfig | LocalConfig | None = None
+    writer: WriterConfig | None = None
     prompt: str = "{question}"
     recorded: str | None = None
 
     def __post_init__(self) -> None:
         if (self.writer is None) == (self.recorded is None):
-            raise ValueError(f"attempts of {self.name}: give either a writer or a file of recorded attempts")
+            raise ValueError(f"writer, recorded: the attempts of {self.name} need exactly one of them")
         check_prompt(self.prompt, "question")
 
     def fingerprint(self, context: Context) -> Any:
@@ -80,28 +79,28 @@ class Difficulty(Stage):
 
     Args:
         models: whose attempts count.
-        grader: RuleGrader's options, or JudgeGrader's.
+        grader: how attempts are graded.
         keep_unknown: keep rows of which it is not known whether they were solved.
     """
 
     models: list[Attempts] = field(default_factory=list)
-    grader: RuleGrader | JudgeGrader = field(default_factory=RuleGrader)
+    grader: GraderConfig = field(default_factory=lambda: GraderConfig(rule=RuleGrader()))
     keep_unknown: bool = False
 
     def __post_init__(self) -> None:
         names = [model.name for model in self.models]
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"models are {names}; give at least one, each with a name of its own")
+            raise ValueError(f"models: their names are {names}; give at least one model, each with another name")
 
     def inputs(self, context: Context) -> list[Any]:
-        return [self.grader.fingerprint(), *(model.fingerprint(context) for model in self.models)]
+        return [self.grader.chosen.fingerprint(), *(model.fingerprint(context) for model in self.models)]
 
     def apply(self, examples: list[Example], context: Context) -> Outcome:
         outcome = Outcome([])
         verdicts: dict[str, list[Verdict | None]] = {}
         for model in self.models:
             texts = model.texts(examples, context)
-            verdicts[model.name] = _grade(self.grader, examples, texts, context)
+            verdicts[model.name] = _grade(self.grader.chosen, examples, texts, context)
         for row, example in enumerate(examples):
             reason, detail = self._reason({name: graded[row] for name, graded in verdicts.items()})
             if reason is None:

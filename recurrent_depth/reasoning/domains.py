@@ -7,14 +7,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from recurrent_depth.checks import check_at_least, one_section
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.reasoning.config import SourceConfig
 from recurrent_depth.reasoning.duplicates import evaluation_questions
-from recurrent_depth.reasoning.endpoint import EndpointConfig
-from recurrent_depth.reasoning.local import LocalConfig
 from recurrent_depth.reasoning.pool import Example
 from recurrent_depth.reasoning.stages import Context, Outcome, Stage, needed_version, source_inputs, stage
 from recurrent_depth.reasoning.teacher import ask, check_prompt, fill
+from recurrent_depth.reasoning.writers import WriterConfig
 
 
 class Labeller(Protocol):
@@ -34,19 +34,18 @@ class Clusters:
     A domain is named by its top terms.
 
     Args:
-        clusters: number of domains.
+        count: number of domains.
         components: dimensions after the SVD.
         terms: words in a name.
     """
 
-    clusters: int = 50
+    count: int = 50
     components: int = 64
     terms: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("clusters", "components", "terms"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("count", "components", "terms"):
+            check_at_least(name, getattr(self, name), 1)
 
     def fingerprint(self) -> Any:
         return ["clusters", needed_version("scikit-learn")]
@@ -58,8 +57,8 @@ class Clusters:
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import Normalizer
 
-        if len(pool) < self.clusters:
-            raise DataError(f"{len(pool)} rows cannot form {self.clusters} clusters; lower labeller.clusters")
+        if len(pool) < self.count:
+            raise DataError(f"{len(pool)} rows cannot form {self.count} clusters; lower labeller.clusters.count")
         words = TfidfVectorizer(stop_words="english", token_pattern=r"[A-Za-z]{3,}", min_df=2, max_df=0.5)
         try:
             vectors = words.fit_transform(pool)
@@ -69,7 +68,7 @@ class Clusters:
             ) from error
         components = max(min(self.components, min(vectors.shape) - 1), 1)
         reduce = make_pipeline(TruncatedSVD(components, random_state=context.seed), Normalizer(copy=False))
-        means = KMeans(self.clusters, n_init=4, random_state=context.seed).fit(reduce.fit_transform(vectors))
+        means = KMeans(self.count, n_init=4, random_state=context.seed).fit(reduce.fit_transform(vectors))
         names = self._names(vectors, means.labels_, words.get_feature_names_out())
         found = means.predict(reduce.transform(words.transform(others))) if others else []
         return [names[c] for c in means.labels_], [names[c] for c in found]
@@ -96,7 +95,7 @@ class ModelLabels:
     """
 
     names: list[str]
-    writer: EndpointConfig | LocalConfig
+    writer: WriterConfig
     prompt: str = (
         "Which one of these domains does the question belong to? Reply with the domain's name alone.\n\n{names}\n\n"
         "Question: {question}"
@@ -105,7 +104,7 @@ class ModelLabels:
     def __post_init__(self) -> None:
         check_prompt(self.prompt, "question", "names")
         if len({name.lower() for name in self.names}) < max(len(self.names), 1):
-            raise ValueError("names must hold at least one domain, and none twice")
+            raise ValueError(f"names is {self.names}; it must hold at least one domain, and none twice")
 
     def fingerprint(self) -> Any:
         return ["model", self.names, self.prompt, self.writer.fingerprint()]
@@ -119,34 +118,54 @@ class ModelLabels:
         return labels[: len(pool)], labels[len(pool) :]
 
 
+@dataclass(frozen=True)
+class LabellerConfig:
+    """How domains are found; exactly one section is given.
+
+    Args:
+        clusters: by clustering, as {clusters: {count: 50}}.
+        model: a model chooses one of given names, as {model: {names: [...], writer: {local: {model: DIR}}}}.
+    """
+
+    clusters: Clusters | None = None
+    model: ModelLabels | None = None
+
+    def __post_init__(self) -> None:
+        one_section(self)
+
+    @property
+    def chosen(self) -> Labeller:
+        """The labeller that is given."""
+        return one_section(self)[1]
+
+
 @stage("domains")
 @dataclass(frozen=True)
 class Domains(Stage):
     """Set `domain`; rows without a label are dropped.
 
     Args:
-        labeller: {clusters: 50, ...}, {names: [...], writer: ...}, or null for labels that the source gives.
+        labeller: how domains are found; null for labels that the source gives.
         benchmark: evaluation sets whose questions are labelled too; `diverse` may draw domains as often as they do.
     """
 
-    labeller: Clusters | ModelLabels | None = None
+    labeller: LabellerConfig | None = None
     benchmark: list[SourceConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.benchmark and self.labeller is None:
-            raise ValueError("benchmark needs a labeller; with given labels, give `diverse` its benchmark weights")
+            raise ValueError("benchmark needs a labeller; with given labels, give the stage `diverse` its weights")
 
     def inputs(self, context: Context) -> list[Any]:
-        labeller = None if self.labeller is None else self.labeller.fingerprint()
+        labeller = None if self.labeller is None else self.labeller.chosen.fingerprint()
         return [labeller, source_inputs(self.benchmark, context.root)]
 
     def apply(self, examples: list[Example], context: Context) -> Outcome:
         others = [question for source in self.benchmark for question in evaluation_questions(source, context)]
         labels: list[str | None] = [example.domain for example in examples]
         found: list[str | None] = []
-        labeller: Labeller | None = self.labeller
-        if labeller is not None:
-            labels, found = labeller.label([example.question for example in examples], others, context)
+        if self.labeller is not None:
+            labels, found = self.labeller.chosen.label([example.question for example in examples], others, context)
         outcome = Outcome([])
         for example, name in zip(examples, labels, strict=True):
             if name is None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from recurrent_depth.checks import check_at_least
 from recurrent_depth.data.decontamination import NgramIndex, words_of
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.reasoning.config import SourceConfig
@@ -48,8 +49,7 @@ class Decontaminate(Stage):
     def __post_init__(self) -> None:
         if not self.against:
             raise ValueError("against is empty; name at least one evaluation set")
-        if self.n < 1:
-            raise ValueError(f"n is {self.n}; it must be at least 1")
+        check_at_least("n", self.n, 1)
 
     def inputs(self, context: Context) -> list[Any]:
         return source_inputs(self.against, context.root)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from recurrent_depth.checks import check_at_least, check_fraction, check_not_empty, check_positive
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.reasoning.replies import Reply, ReplyCache, progress
 from recurrent_depth.reasoning.stages import digest
@@ -47,12 +48,15 @@ class EndpointConfig:
     allowed_failures: float = 0.0
 
     def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url is {self.url!r}; it must begin with http:// or https://")
+        check_not_empty("model", self.model, "model: gpt-4o-mini")
         for name in ("max_tokens", "concurrency", "give_up_after"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        if not 0 <= self.allowed_failures <= 1:
-            raise ValueError(f"allowed_failures is {self.allowed_failures}; it must lie between 0 and 1")
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("temperature", self.temperature, 0)
+        check_positive("timeout_s", self.timeout_s)
+        check_at_least("retries", self.retries, 0)
+        check_fraction("allowed_failures", self.allowed_failures)
 
     def fingerprint(self) -> Any:
         """What decides the answers: the model's name and the request, not where and how fast it is asked."""

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
+from recurrent_depth.checks import check_positive, one_section
 from recurrent_depth.reasoning.answers import Checker
-from recurrent_depth.reasoning.endpoint import EndpointConfig
-from recurrent_depth.reasoning.local import LocalConfig
 from recurrent_depth.reasoning.pool import Example
 from recurrent_depth.reasoning.stages import Context, Outcome, Stage, needed_version, stage
 from recurrent_depth.reasoning.teacher import ask, check_prompt, fill
+from recurrent_depth.reasoning.writers import WriterConfig
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,13 @@ class RuleGrader:
     """Compares numbers, fractions, LaTeX and letters of multiple choice.
 
     Args:
-        timeout_s: after which a comparison is given up; the verdict is then None.
+        timeout_s: seconds after which a comparison is given up; the verdict is then None.
     """
 
     timeout_s: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.timeout_s <= 0:
-            raise ValueError(f"timeout_s is {self.timeout_s}; it must be positive")
+        check_positive("timeout_s", self.timeout_s)
 
     def fingerprint(self) -> Any:
         return ["rule", asdict(self), needed_version("math-verify")]
@@ -68,11 +67,11 @@ class JudgeGrader:
     Any other last line is nonsense: the verdict is None, counted, and never taken for an answer.
 
     Args:
-        judge: the model.
+        writer: the model.
         prompt: `{question}`, `{attempt}` and `{reference}` are replaced.
     """
 
-    judge: EndpointConfig | LocalConfig
+    writer: WriterConfig
     prompt: str = (
         "Below are a question, an attempt at it and the reference answer. Does the attempt reach the reference answer? "
         "Reason briefly, then write Yes or No alone on the last line.\n\n"
@@ -83,11 +82,11 @@ class JudgeGrader:
         check_prompt(self.prompt, "question", "attempt", "reference")
 
     def fingerprint(self) -> Any:
-        return ["judge", self.prompt, self.judge.fingerprint()]
+        return ["judge", self.prompt, self.writer.fingerprint()]
 
     def grade(self, items: Sequence[Item], context: Context) -> list[Verdict]:
         prompts = [fill(self.prompt, **asdict(item)) for item in items]
-        return [_verdict(reply.text, reply.error) for reply in ask(self.judge, prompts, context)]
+        return [_verdict(reply.text, reply.error) for reply in ask(self.writer, prompts, context)]
 
 
 def _verdict(text: str, error: str | None) -> Verdict:
@@ -100,26 +99,47 @@ def _verdict(text: str, error: str | None) -> Verdict:
     return Verdict(last == "yes")
 
 
+@dataclass(frozen=True)
+class GraderConfig:
+    """How attempts are graded; exactly one section is given.
+
+    Args:
+        rule: by comparing answers, as {rule: {}}.
+        judge: by a model, as {judge: {writer: {local: {model: DIR}}}}.
+    """
+
+    rule: RuleGrader | None = None
+    judge: JudgeGrader | None = None
+
+    def __post_init__(self) -> None:
+        one_section(self)
+
+    @property
+    def chosen(self) -> Grader:
+        """The grader that is given."""
+        return one_section(self)[1]
+
+
 @stage("grade_traces")
 @dataclass(frozen=True)
 class GradeTraces(Stage):
     """Set `trace_correct`: whether the answer that a trace reached (`trace_answer`) agrees with the reference.
 
     Args:
-        grader: RuleGrader's or JudgeGrader's options.
+        grader: how answers are graded.
         drop_wrong: drop rows whose trace is wrong.
     """
 
-    grader: RuleGrader | JudgeGrader = field(default_factory=RuleGrader)
+    grader: GraderConfig = field(default_factory=lambda: GraderConfig(rule=RuleGrader()))
     drop_wrong: bool = False
 
     def inputs(self, context: Context) -> list[Any]:
-        return [self.grader.fingerprint()]
+        return [self.grader.chosen.fingerprint()]
 
     def apply(self, examples: list[Example], context: Context) -> Outcome:
         known = [example for example in examples if example.trace_answer is not None]
         items = [Item(e.question, e.answer, e.trace_answer or "") for e in known]
-        verdicts = dict(zip((e.id for e in known), self.grader.grade(items, context), strict=True))
+        verdicts = dict(zip((e.id for e in known), self.grader.chosen.grade(items, context), strict=True))
         outcome = Outcome([])
         for example in examples:
             verdict = verdicts.get(example.id)

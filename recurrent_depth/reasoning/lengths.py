@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from recurrent_depth.checks import check_at_least, check_not_empty
 from recurrent_depth.reasoning.local import model_fingerprint
 from recurrent_depth.reasoning.pool import Example
 from recurrent_depth.reasoning.stages import Context, Outcome, Stage, file_digest, stage
@@ -25,8 +26,9 @@ class Lengths(Stage):
     at_most: int | None = None
 
     def __post_init__(self) -> None:
-        if self.at_most is not None and self.at_most < self.at_least:
-            raise ValueError(f"at_most {self.at_most} is below at_least {self.at_least}; change one")
+        check_not_empty("tokenizer", self.tokenizer, "tokenizer.json")
+        check_at_least("at_least", self.at_least, 0)
+        check_at_least("at_most", self.at_most, self.at_least)
 
     def inputs(self, context: Context) -> list[Any]:
         file = _tokenizer_file(self.tokenizer)

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recurrent_depth.checks import check_at_least, check_not_empty, check_num_steps
 from recurrent_depth.reasoning.replies import Reply, ReplyCache, progress
 from recurrent_depth.reasoning.stages import digest, file_digest
 from recurrent_depth.runs import find_checkpoint, is_run
@@ -19,7 +20,7 @@ class LocalConfig:
         max_new_tokens: longest reply.
         chat: put the prompt into the tokenizer's chat template.
         stop: texts that end a reply; those that are one token of the vocabulary also end its computation.
-        num_steps: steps of the core, for a model of ours; null takes its mean_recurrence.
+        num_steps: iterations of a recurrent-depth model; null takes its mean_recurrence.
         batch_size: prompts decoded together.
         temperature: of sampling.
         seed: of sampling.
@@ -37,9 +38,12 @@ class LocalConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        check_not_empty("model", self.model, "model: runs/first")
         for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            check_at_least(name, getattr(self, name), 1)
+        check_num_steps("num_steps", self.num_steps)
+        check_at_least("temperature", self.temperature, 0)
+        check_at_least("seed", self.seed, 0)
 
     def fingerprint(self) -> Any:
         """The options that decide the answers, and the weights; a hub name stands for itself."""

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import track
@@ -38,16 +38,6 @@ class Writer(Protocol):
 
     def write(self, prompts: Sequence[str], cache: "ReplyCache") -> list[Reply]:
         """One reply a prompt, from the cache where it has one."""
-
-
-class WriterConfig(Protocol):
-    """How to get a `Writer`."""
-
-    def fingerprint(self) -> Any:
-        """Plain JSON that changes when its answers may change."""
-
-    def open(self) -> Writer:
-        """Load the model, or prepare the client."""
 
 
 T = TypeVar("T")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from recurrent_depth.checks import check_at_least
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.reasoning.pool import Example
 from recurrent_depth.reasoning.stages import Context, Outcome, Stage, stage
@@ -26,6 +27,9 @@ class Seed:
     source: str
     longer_than: int | None = None
     correct: bool = True
+
+    def __post_init__(self) -> None:
+        check_at_least("longer_than", self.longer_than, 0)
 
     def holds(self, example: Example) -> bool:
         length = example.trace_tokens or 0
@@ -62,9 +66,10 @@ class Diverse(Stage):
     seeds: list[Seed] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        _check_size(self.size)
-        if any(not weight >= 0 for weight in (self.weights or {}).values()):
-            raise ValueError("weights must be 0 or more")
+        check_at_least("size", self.size, 1)
+        check_at_least("uniform_until", self.uniform_until, 0)
+        for domain, weight in (self.weights or {}).items():
+            check_at_least(f"weights.{domain}", weight, 0)
 
     def apply(self, examples: list[Example], context: Context) -> Outcome:
         _check_enough(examples, self.size)
@@ -140,12 +145,16 @@ def longest_first(example: Example) -> tuple[int, str]:
 @stage("random")
 @dataclass(frozen=True)
 class RandomRows(Stage):
-    """`size` rows, every set of them equally likely."""
+    """`size` rows, every set of them equally likely.
+
+    Args:
+        size: rows of the set.
+    """
 
     size: int
 
     def __post_init__(self) -> None:
-        _check_size(self.size)
+        check_at_least("size", self.size, 1)
 
     def apply(self, examples: list[Example], context: Context) -> Outcome:
         _check_enough(examples, self.size)
@@ -156,12 +165,16 @@ class RandomRows(Stage):
 @stage("longest")
 @dataclass(frozen=True)
 class LongestRows(Stage):
-    """The `size` rows with the longest traces."""
+    """The `size` rows with the longest traces.
+
+    Args:
+        size: rows of the set.
+    """
 
     size: int
 
     def __post_init__(self) -> None:
-        _check_size(self.size)
+        check_at_least("size", self.size, 1)
 
     def apply(self, examples: list[Example], context: Context) -> Outcome:
         _check_enough(examples, self.size)
@@ -178,11 +191,6 @@ def _split(examples: list[Example], taken: Mapping[str, str], context: Context) 
         else:
             outcome.drops.append(context.drop(example, "not selected"))
     return outcome
-
-
-def _check_size(size: int) -> None:
-    if size < 1:
-        raise ValueError(f"size is {size}; it must be at least 1")
 
 
 def _check_enough(examples: Sequence[Example], size: int) -> None:

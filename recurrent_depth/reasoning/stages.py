@@ -13,8 +13,8 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from recurrent_depth.data.layout import DataError
+from recurrent_depth.parsing import build
 from recurrent_depth.reasoning.config import SourceConfig
-from recurrent_depth.reasoning.options import build
 from recurrent_depth.reasoning.pool import Drop, Example, source_files
 
 BUILT_IN = ("duplicates", "quality", "teacher", "grading", "difficulty", "lengths", "domains", "selection")
@@ -98,8 +98,8 @@ def build_stage(description: Mapping[str, Any]) -> Stage:
     options = {name: value for name, value in description.items() if name not in ("stage", "name")}
     kind = description.get("stage")
     if kind not in STAGES:
-        raise ValueError(f"unknown stage {kind!r}; known are {', '.join(sorted(STAGES))}")
-    return build(STAGES[kind], options, f"stage {kind}")
+        raise ValueError(f"stages: {kind!r} is not a kind of stage; known are {', '.join(sorted(STAGES))}")
+    return build(STAGES[kind], options, f"stages.{description.get('name', kind)}")
 
 
 def digest(value: Any) -> str:

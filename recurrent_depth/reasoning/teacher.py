@@ -4,19 +4,27 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from recurrent_depth.reasoning.endpoint import EndpointConfig
-from recurrent_depth.reasoning.local import LocalConfig
+from recurrent_depth.checks import check_at_least
 from recurrent_depth.reasoning.pool import Example
-from recurrent_depth.reasoning.replies import Reply, ReplyCache, WriterConfig
+from recurrent_depth.reasoning.replies import Reply, ReplyCache
 from recurrent_depth.reasoning.stages import Context, Outcome, Stage, digest, stage
+from recurrent_depth.reasoning.writers import WriterConfig
 
 
 @dataclass(frozen=True)
 class Prices:
-    """What a million tokens cost, in whatever currency; the report multiplies."""
+    """The price of a million tokens, in any currency; the report multiplies.
+
+    Args:
+        tokens_in, tokens_out: of prompts and of replies.
+    """
 
     tokens_in: float = 0.0
     tokens_out: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_at_least("tokens_in", self.tokens_in, 0)
+        check_at_least("tokens_out", self.tokens_out, 0)
 
     def cost(self, replies: list[Reply]) -> dict[str, Any]:
         """Requests, tokens and their cost. A reply that came from the cache was paid for once and counts once."""
@@ -38,13 +46,13 @@ class Teacher(Stage):
     what follows it is the teacher's answer. A reply that the limit of tokens cut is dropped.
 
     Args:
-        writer: the teacher: {url, model, ...} or {model, ...}.
+        writer: the teacher.
         prompt: `{question}` is replaced.
         think_begin, think_end: delimiters in the text of a reply.
         prices: of a million tokens, in and out.
     """
 
-    writer: EndpointConfig | LocalConfig
+    writer: WriterConfig
     prompt: str = "{question}"
     think_begin: str = "<think>"
     think_end: str = "</think>"
@@ -98,7 +106,7 @@ def check_prompt(prompt: str, *names: str) -> None:
     """A prompt must contain each `{name}`."""
     missing = [name for name in names if "{" + name + "}" not in prompt]
     if missing:
-        raise ValueError(f"the prompt lacks {', '.join('{' + name + '}' for name in missing)}: {prompt!r}")
+        raise ValueError(f"prompt is {prompt!r}; it lacks {', '.join('{' + name + '}' for name in missing)}")
 
 
 def fill(prompt: str, **values: str) -> str:

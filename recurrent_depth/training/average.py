@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor
 
 from recurrent_depth.runs import CheckpointError, checkpoints, load_run_model, read_details, run_tokenizer
-from recurrent_depth.training.config import AverageConfig, CheckpointConfig, Method
+from recurrent_depth.training.config import AverageConfig, AverageMethod, CheckpointConfig
 from recurrent_depth.training.parallel import Ranks
 from recurrent_depth.training.saving import CheckpointWriter
 
@@ -37,7 +37,7 @@ def average(config: AverageConfig) -> Path:
     return out
 
 
-def merged(paths: Sequence[Path], method: Method, decay: float) -> dict[str, Tensor]:
+def merged(paths: Sequence[Path], method: AverageMethod, decay: float) -> dict[str, Tensor]:
     """The average over checkpoints, oldest first, in fp32; one checkpoint is in memory beside it."""
     result: dict[str, Tensor] = {}
     for number, path in enumerate(paths):

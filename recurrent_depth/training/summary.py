@@ -44,7 +44,7 @@ def summarise(run: str | Path) -> RunSummary:
 def bytes_per_token(run: str | Path) -> float | None:
     """Of the validation text a run was trained beside; None for generated tasks and sets without a manifest."""
     data = yaml.safe_load((Path(run) / "run.yaml").read_text())["data"]
-    manifest = Path(data["path"]) / "manifest.json" if "path" in data else None
+    manifest = Path(data["packed"]["path"]) / "manifest.json" if data["packed"] else None
     if manifest is None or not manifest.is_file():
         return None
     split = json.loads(manifest.read_text())["splits"]["validation"]

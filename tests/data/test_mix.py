@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recurrent_depth.cli import parse_options
 from recurrent_depth.data.config import FilterConfig, PrepareConfig, SourceConfig
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.mix import chosen_rows, passes, row_copies, rows_of_file
 from recurrent_depth.data.prepare import prepare
 from recurrent_depth.data.tokenizer import load_tokenizer
+from recurrent_depth.parsing import parse_options
 
 CONFIGS = sorted(Path(__file__).parents[2].glob("configs/data/*_mix.yaml"))
 PUBLISHED = {
@@ -30,7 +30,7 @@ PUBLISHED = {
 
 @functools.cache
 def load(path):
-    return parse_options(PrepareConfig, "test", ["--config", str(path), "--out", "out"])
+    return parse_options(PrepareConfig, ["--config", str(path), "--out", "out"])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

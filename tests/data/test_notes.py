@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recurrent_depth.data.config import TaskDataConfig
+from recurrent_depth.data.config import DataConfig, TaskDataConfig
 from recurrent_depth.data.loader import open_source
 from recurrent_depth.data.notes import NOTE, note_id, noted_tokenizer, random_places, with_notes
 from recurrent_depth.data.tasks import TASKS
@@ -45,7 +45,9 @@ def test_the_word_note_is_the_id_that_rows_hold():
 
 
 def test_noted_rows_depend_on_their_number_alone():
-    source = open_source(TaskDataConfig("shell_game", 4, 9, note_densities=(0.0, 0.5)), "train", seed=5, total_steps=10)
+    source = open_source(
+        DataConfig(task=TaskDataConfig("shell_game", 4, 9, note_densities=(0.0, 0.5))), "train", seed=5, total_steps=10
+    )
     many, some = source.batch(0, 20, 9), source.batch(12, 3, 9)
     for index in range(3):
         one, same = some.input_ids[index], many.input_ids[12 + index]
@@ -54,7 +56,9 @@ def test_noted_rows_depend_on_their_number_alone():
         assert source.batch(12 + index, 1, 9).input_ids[0].tolist() == one[: 10 + 2 * int((one == 16).sum())].tolist()
     assert many.input_ids.max() == source.vocab_size - 1
     assert many.input_ids.shape[1] <= source.sequence_length
-    other = open_source(TaskDataConfig("shell_game", 4, 9, note_densities=(0.5,)), "train", seed=5, total_steps=10)
+    other = open_source(
+        DataConfig(task=TaskDataConfig("shell_game", 4, 9, note_densities=(0.5,))), "train", seed=5, total_steps=10
+    )
     assert other.fingerprint() != source.fingerprint()
 
 
@@ -66,4 +70,4 @@ def test_half_of_the_places_are_noted_at_density_one_half():
 
 def test_a_density_above_one_is_refused():
     with pytest.raises(ValueError, match="note_densities"):
-        TaskDataConfig("shell_game", note_densities=(1.5,))
+        DataConfig(task=TaskDataConfig("shell_game", note_densities=(1.5,)))

@@ -14,15 +14,15 @@ import pytest
 import torch
 import yaml
 
-from recurrent_depth.cli import parse_options
 from recurrent_depth.data import rows as rows_module
-from recurrent_depth.data.config import FilterConfig, PackedDataConfig, PrepareConfig
+from recurrent_depth.data.config import DataConfig, FilterConfig, PackedDataConfig, PrepareConfig
 from recurrent_depth.data.encoding import DocumentEncoder
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.loader import open_source
 from recurrent_depth.data.prepare import prepare
 from recurrent_depth.data.sources import read_documents
 from recurrent_depth.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
+from recurrent_depth.parsing import parse_options
 
 TEXTS = [f"Document {i}: " + " ".join(f"word{(i * j) % 97}" for j in range(60)) for i in range(120)]
 
@@ -129,7 +129,7 @@ def test_a_tokenizer_of_full_size(tmp_path):
     files = [file for file in sorted(root.rglob("*.py")) if "site-packages" not in file.parts]
     texts = [json.dumps({"text": file.read_text(errors="replace")}) + "\n" for file in files]
     (tmp_path / "texts.jsonl").write_text("".join(texts))
-    config = parse_options(PrepareConfig, "test", ["--config", str(HUGINN_MIX), "--out", str(tmp_path / "data")])
+    config = parse_options(PrepareConfig, ["--config", str(HUGINN_MIX), "--out", str(tmp_path / "data")])
     assert config.vocab_size == 2**16
     small = dataclasses.replace(
         config, source=[str(tmp_path / "texts.jsonl")], sources=[], category_shares={}, filters=FilterConfig(), files=1,
@@ -206,7 +206,7 @@ class TestPackedSource:
         return [tuple(row) for row in source.batch(first, count, 0).input_ids.tolist()]
 
     def test_an_epoch_has_every_row_once_and_epochs_differ(self, data):
-        source = open_source(PackedDataConfig(str(data)), "train", seed=0, total_steps=1)
+        source = open_source(DataConfig(packed=PackedDataConfig(str(data))), "train", seed=0, total_steps=1)
         n = source.rows_per_epoch
         stored = [tuple(row[:-1]) for row in pq.read_table(data / "train").column("input_ids").to_pylist()]
         first, second = self.rows(source, 0, n), self.rows(source, n, n)
@@ -215,7 +215,7 @@ class TestPackedSource:
         assert first != stored
 
     def test_a_fresh_source_goes_on_where_another_stopped(self, data):
-        config = PackedDataConfig(str(data))
+        config = DataConfig(packed=PackedDataConfig(str(data)))
         source = open_source(config, "train", seed=5, total_steps=1)
         n = source.rows_per_epoch
         order = self.rows(source, 0, n + 16)
@@ -225,11 +225,11 @@ class TestPackedSource:
         assert shares[0] + shares[1] == order[n:]
 
     def test_targets_are_the_next_tokens(self, data):
-        batch = open_source(PackedDataConfig(str(data)), "validation", 0, 1).batch(0, 4, 0)
+        batch = open_source(DataConfig(packed=PackedDataConfig(str(data))), "validation", 0, 1).batch(0, 4, 0)
         assert torch.equal(batch.input_ids[:, 1:], batch.targets[:, :-1])
 
     def test_documents_and_positions(self, data):
-        config = PackedDataConfig(str(data), document_masking=True, restart_positions=True)
+        config = DataConfig(packed=PackedDataConfig(str(data), document_masking=True, restart_positions=True))
         source = open_source(config, "train", 0, 1)
         batch = source.batch(0, source.rows_per_epoch, 0)
         begin = load_tokenizer(data).token_to_id("<|begin_text|>")
@@ -243,30 +243,33 @@ class TestPackedSource:
         (tmp_path / "train").mkdir()
         rows = [[(7 * i + j) % 50 for j in range(4097)] for i in range(3)]
         pq.write_table(pa.table({"input_ids": rows}), tmp_path / "train" / "a.parquet")
-        source = open_source(PackedDataConfig(str(tmp_path)), "train", 0, 1)
+        source = open_source(DataConfig(packed=PackedDataConfig(str(tmp_path))), "train", 0, 1)
         assert source.sequence_length == 4096
         assert sorted(self.rows(source, 0, 3)) == sorted(tuple(row[:-1]) for row in rows)
 
     def test_a_changed_data_set_has_another_fingerprint(self, data, corpus, tmp_path):
-        before = open_source(PackedDataConfig(str(data)), "train", 0, 1).fingerprint()
-        assert open_source(PackedDataConfig(str(data)), "train", 0, 1).fingerprint() == before
+        before = open_source(DataConfig(packed=PackedDataConfig(str(data))), "train", 0, 1).fingerprint()
+        assert open_source(DataConfig(packed=PackedDataConfig(str(data))), "train", 0, 1).fingerprint() == before
         prepare(config_for(corpus, tmp_path / "other", policy="huginn"))
-        assert open_source(PackedDataConfig(str(tmp_path / "other")), "train", 0, 1).fingerprint() != before
+        assert (
+            open_source(DataConfig(packed=PackedDataConfig(str(tmp_path / "other"))), "train", 0, 1).fingerprint()
+            != before
+        )
 
     def test_damage_is_named(self, data):
         file = sorted((data / "train").glob("*.parquet"))[0]
         content = file.read_bytes()
         file.write_bytes(content[: len(content) // 2])
         with pytest.raises(DataError, match=file.name):
-            open_source(PackedDataConfig(str(data)), "train", 0, 1)
+            open_source(DataConfig(packed=PackedDataConfig(str(data))), "train", 0, 1)
 
     def test_another_tokenizer_is_an_error(self, data):
         (data / "tokenizer.json").write_text("{}")
         with pytest.raises(DataError, match="not the tokenizer"):
-            open_source(PackedDataConfig(str(data)), "train", 0, 1).tokenizer_json()
+            open_source(DataConfig(packed=PackedDataConfig(str(data))), "train", 0, 1).tokenizer_json()
 
     def test_missing_folder_and_missing_split(self, data, tmp_path):
         with pytest.raises(DataError, match="does not exist"):
-            open_source(PackedDataConfig(str(tmp_path / "nothing")), "train", 0, 1)
+            open_source(DataConfig(packed=PackedDataConfig(str(tmp_path / "nothing"))), "train", 0, 1)
         with pytest.raises(DataError, match="validation_path"):
-            open_source(PackedDataConfig(str(data / "train")), "validation", 0, 1)
+            open_source(DataConfig(packed=PackedDataConfig(str(data / "train"))), "validation", 0, 1)

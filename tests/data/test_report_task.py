@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recurrent_depth.data.config import TaskDataConfig
+from recurrent_depth.data.config import DataConfig, TaskDataConfig
 from recurrent_depth.data.loader import open_source
 from recurrent_depth.data.report_task import REPORTS
 from recurrent_depth.data.tasks import TASKS
@@ -89,7 +89,9 @@ def test_the_order_of_reading_says_nothing_about_the_order_of_writing():
 
 
 def test_the_loader_grows_the_rows_and_knows_the_longest():
-    config = TaskDataConfig(name="rotation_report", min_length=2, max_length=10, curriculum_fraction=0.5)
+    config = DataConfig(
+        task=TaskDataConfig(name="rotation_report", min_length=2, max_length=10, curriculum_fraction=0.5)
+    )
     source = open_source(config, "train", seed=3, total_steps=40)
     widths = [source.batch(0, 2, step).input_ids.shape[1] for step in range(40)]
     assert widths[0] == 7
@@ -103,8 +105,10 @@ def test_the_loader_grows_the_rows_and_knows_the_longest():
 
 @pytest.mark.parametrize("name", ["rotation_report", "shell_game"])
 def test_mixed_lengths_stay_below_the_curriculum_and_come_again(name):
-    grown = TaskDataConfig(name=name, min_length=2, max_length=9, curriculum_fraction=0.5)
-    mixed = TaskDataConfig(name=name, min_length=2, max_length=9, curriculum_fraction=0.5, mixed_lengths=True)
+    grown = DataConfig(task=TaskDataConfig(name=name, min_length=2, max_length=9, curriculum_fraction=0.5))
+    mixed = DataConfig(
+        task=TaskDataConfig(name=name, min_length=2, max_length=9, curriculum_fraction=0.5, mixed_lengths=True)
+    )
     limit, source = (open_source(config, "train", 3, 400) for config in (grown, mixed))
 
     def widths(source):
@@ -126,7 +130,7 @@ def test_too_many_instructions_name_the_limit():
     with pytest.raises(ValueError, match="20 different instructions"):
         TASK.rows(0, 1, 21, seed=0, split=0)
     with pytest.raises(ValueError, match=r"max_length.*20"):
-        open_source(TaskDataConfig(name="rotation_report", max_length=21), "train", 0, 10)
+        open_source(DataConfig(task=TaskDataConfig(name="rotation_report", max_length=21)), "train", 0, 10)
 
 
 def test_other_tasks_keep_their_rows():

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recurrent_depth.cli import main, parse_options
+from recurrent_depth.cli import main
 from recurrent_depth.data.config import PrepareConfig
 from recurrent_depth.data.job import Job
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.phases import phases
 from recurrent_depth.data.prepare import prepare
 from recurrent_depth.data.sources import read
+from recurrent_depth.parsing import parse_options
 
 WORDS = [a + b + c for a in "bdgklmnprst" for b in "aeiou" for c in ("", "n", "r", "s", "lo", "mi")]
 
@@ -64,7 +65,7 @@ def config_of(options, out, **changes):
     arguments = ["--config", str(options), "--out", str(out)]
     for name, value in changes.items():
         arguments += [f"--{name}", str(value)]
-    return parse_options(PrepareConfig, "test", arguments)
+    return parse_options(PrepareConfig, arguments)
 
 
 @pytest.fixture(scope="module")

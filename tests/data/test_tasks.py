@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from recurrent_depth.data.config import TaskDataConfig
+from recurrent_depth.data.config import DataConfig, TaskDataConfig
 from recurrent_depth.data.loader import open_source
 from recurrent_depth.data.tasks import TASKS, bucket_name
 
@@ -82,7 +82,7 @@ def test_the_tokenizer_reads_what_the_task_writes():
 
 
 def test_the_curriculum_grows_to_its_full_length():
-    config = TaskDataConfig(name="shell_game", min_length=4, max_length=16, curriculum_fraction=0.5)
+    config = DataConfig(task=TaskDataConfig(name="shell_game", min_length=4, max_length=16, curriculum_fraction=0.5))
     source = open_source(config, "train", seed=0, total_steps=100)
     lengths = [source.batch(0, 2, step).input_ids.shape[1] - 1 for step in range(100)]
     assert lengths[0] == 4
@@ -103,4 +103,4 @@ def test_buckets():
 )
 def test_impossible_tasks_name_the_field(wrong, message):
     with pytest.raises(ValueError, match=message):
-        open_source(TaskDataConfig(**wrong), "train", 0, 10)
+        open_source(DataConfig(task=TaskDataConfig(**wrong)), "train", 0, 10)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from recurrent_depth.data.config import ThinkingDataConfig
+from recurrent_depth.data.config import DataConfig, PuzzleDataConfig
 from recurrent_depth.data.loader import open_source
 from recurrent_depth.data.thinking import (
     BEGIN_THINK,
@@ -62,7 +62,9 @@ def words_of(batch, row):
 
 
 def test_labels_of_pretraining_rows():
-    source = open_source(ThinkingDataConfig(("swap", "flip"), 2, 8, 0.0), "train", seed=1, total_steps=1)
+    source = open_source(
+        DataConfig(puzzles=PuzzleDataConfig(("swap", "flip"), 2, 8, 0.0)), "train", seed=1, total_steps=1
+    )
     batch = source.batch(0, 90, 0)
     kinds = set()
     for row in range(90):
@@ -89,13 +91,15 @@ def test_labels_of_pretraining_rows():
 
 
 def test_rows_depend_on_their_number_and_grow_with_the_run():
-    source = open_source(ThinkingDataConfig(("swap",), 2, 10, 0.5), "train", seed=1, total_steps=100)
+    source = open_source(DataConfig(puzzles=PuzzleDataConfig(("swap",), 2, 10, 0.5)), "train", seed=1, total_steps=100)
     many, some = source.batch(0, 30, 80), source.batch(20, 4, 80)
     for index in range(4):
         width = some.input_ids.shape[1]
         assert torch.equal(some.input_ids[index], many.input_ids[20 + index, :width])
     assert source.batch(0, 30, 0).input_ids.shape[1] < many.input_ids.shape[1] <= source.sequence_length
-    held_out = open_source(ThinkingDataConfig(("swap",), 2, 10, 0.5), "validation", seed=1, total_steps=100)
+    held_out = open_source(
+        DataConfig(puzzles=PuzzleDataConfig(("swap",), 2, 10, 0.5)), "validation", seed=1, total_steps=100
+    )
     assert not torch.equal(held_out.batch(0, 4, 0).input_ids[:, :20], some.input_ids[:, :20])
 
 
@@ -110,6 +114,6 @@ def test_impossible_puzzles_are_refused():
     with pytest.raises(ValueError, match="none is used twice"):
         draw_puzzle(np.random.default_rng(0), "flip", 11)
     with pytest.raises(ValueError, match="juggle"):
-        open_source(ThinkingDataConfig(("juggle",)), "train", seed=0, total_steps=1)
+        open_source(DataConfig(puzzles=PuzzleDataConfig(("juggle",))), "train", seed=0, total_steps=1)
     with pytest.raises(ValueError, match="domains is empty"):
-        ThinkingDataConfig(())
+        DataConfig(puzzles=PuzzleDataConfig(()))

@@ -11,7 +11,7 @@ from lm_eval.utils import simple_parse_args_string
 
 from reasoning_rows import puzzles
 from recurrent_depth.cli import main
-from recurrent_depth.data.config import ThinkingDataConfig
+from recurrent_depth.data.config import DataConfig, PuzzleDataConfig
 from recurrent_depth.data.packed import DataError
 from recurrent_depth.data.thinking import WORDS, thinking_tokenizer
 from recurrent_depth.evaluation import EvalConfig, evaluate
@@ -180,7 +180,7 @@ def test_no_questions_and_no_samples_are_refused(examiner):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     model = ModelConfig(n_embd=32, n_heads=2, intermediate_size=64, vocab_size=128, block_size=96, mean_recurrence=3)
-    data = ThinkingDataConfig(("swap",), 2, 4)
+    data = DataConfig(puzzles=PuzzleDataConfig(("swap",), 2, 4))
     return train(small_run(tmp_path_factory.mktemp("budget") / "run", model=model, data=data, steps=6))
 
 

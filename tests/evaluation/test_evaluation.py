@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from recurrent_depth.data.config import TaskDataConfig
+from recurrent_depth.data.config import DataConfig, TaskDataConfig
 from recurrent_depth.data.tasks import TASKS
 from recurrent_depth.evaluation import EvalConfig, evaluate
 from recurrent_depth.evaluation.dense import evaluate_dense, predict
@@ -21,7 +21,7 @@ COLUMNS = ["model", "split", "task", "difficulty", "mode", "metric", "num_steps"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluated") / "run"
-    train(small_run(out, data=TaskDataConfig(name="shell_game", min_length=2, max_length=8)))
+    train(small_run(out, data=DataConfig(task=TaskDataConfig(name="shell_game", min_length=2, max_length=8))))
     return out
 
 

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from lm_eval.tasks import TaskManager
 
-from recurrent_depth.cli import parse_options
 from recurrent_depth.evaluation import EvalConfig, evaluate
 from recurrent_depth.evaluation.table import Published, Result, beside_published
 from recurrent_depth.hf.export import ExportConfig, export
+from recurrent_depth.parsing import parse_options
 from recurrent_depth.training.launch import train
 from support import small_run
 
@@ -25,7 +25,7 @@ GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 def test_protocol_files_parse_and_name_tasks_that_exist():
     manager = TaskManager()
     for file in sorted((ROOT / "configs" / "eval").glob("*.yaml")):
-        config = parse_options(EvalConfig, "eval", ["--config", str(file), "--model", "m", "--out", "o"])
+        config = parse_options(EvalConfig, ["--config", str(file), "--model", "m", "--out", "o"])
         names = [task for group in config.groups for task in group.tasks]
         assert names
         assert all(manager.match_tasks([name]) for name in names), file

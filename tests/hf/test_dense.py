@@ -7,13 +7,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reasoning_rows import puzzles, write_rows
-from recurrent_depth.data.config import PackedDataConfig
+from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.data.loader import open_source
-from recurrent_depth.hf.dense import DenseCommand, as_features, load_dense, optimizer_of, train_dense
+from recurrent_depth.hf.dense import as_features, load_dense, optimizer_of, train_dense
 from recurrent_depth.hf.loading import _fast_tokenizer
 from recurrent_depth.reasoning.config import ReasoningDataConfig
 from recurrent_depth.reasoning.dataset import prepare_reasoning
-from recurrent_depth.training.config import OptimizerConfig, RuntimeConfig
+from recurrent_depth.training.config import DenseConfig, OptimizerConfig, RunConfig, RuntimeConfig
 from recurrent_depth.training.schedule import learning_rate
 
 
@@ -40,7 +40,7 @@ def test_a_llama_sees_the_labels_and_the_borders_of_packed_examples(prepared):
     model = load_dense(str(prepared / "llama")).double().eval()
     for p in model.parameters():
         p.data.mul_(3.0)  # tokens that differ enough for a leak to show
-    batch = open_source(data(prepared), "train", 0, 1).batch(0, 1, 0)
+    batch = open_source(DataConfig(packed=data(prepared)), "train", 0, 1).batch(0, 1, 0)
     features = {name: value[None] for name, value in as_features(batch).items()}
     with torch.no_grad():
         count = (batch.targets != -100).sum().item()
@@ -68,13 +68,14 @@ def test_the_schedule_is_that_of_the_recurrent_recipe():
     assert [group["weight_decay"] for group in optimizer.param_groups] == [config.weight_decay, 0.0]
 
 
-def command(folder, out, **changes):
+def command(folder, out, model="llama", **changes):
     options = {
-        "data": data(folder), "dense": str(folder / "llama"), "steps": 12, "batch_size": 4, "micro_steps": 2,
-        "log_every": 1, "optimizer": OptimizerConfig(name="adamw", lr=3e-3, warmup_steps=2, cooldown_steps=2),
+        "data": DataConfig(packed=data(folder)), "steps": 12, "batch_size": 4, "micro_steps": 2, "log_every": 1,
+        "optimizer": OptimizerConfig(name="adamw", lr=3e-3, warmup_steps=2, cooldown_steps=2),
         "runtime": RuntimeConfig(device="cpu"),
     }  # fmt: skip
-    return DenseCommand(out=str(out), **(options | changes))
+    run = RunConfig(out="unused", **(options | changes))
+    return DenseConfig(run=run, model=str(folder / model), out=str(out))
 
 
 @pytest.mark.slow
@@ -93,6 +94,6 @@ def test_rows_of_another_tokenizer_and_huginn_adam_are_refused(prepared, tmp_pat
     small = LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     LlamaForCausalLM(small).save_pretrained(tmp_path / "small")
     with pytest.raises(ValueError, match="its own tokenizer"):
-        train_dense(command(prepared, tmp_path / "a", dense=str(tmp_path / "small")))
+        train_dense(command(prepared, tmp_path / "a", model=tmp_path / "small"))
     with pytest.raises(ValueError, match="adamw"):
         train_dense(command(prepared, tmp_path / "b", optimizer=OptimizerConfig()))

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from recurrent_depth.cli import main, parse_options
+from recurrent_depth.cli import main
+from recurrent_depth.parsing import parse_options
 from recurrent_depth.reasoning import curate as curate_module
 from recurrent_depth.reasoning.config import CurateConfig, SourceConfig
 from recurrent_depth.reasoning.curate import curate
@@ -189,19 +190,34 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("description", "message"),
         [
-            ({"stage": "filter"}, "unknown stage 'filter'; known are .*quality"),
-            ({"stage": "quality", "filter": []}, "stage quality: unknown option 'filter'; known are filters"),
-            ({"stage": "diverse"}, "stage diverse: size is required"),
-            ({"stage": "diverse", "size": "ten"}, "stage diverse, size: 'ten' must be of type int"),
-            ({"stage": "diverse", "size": True}, "size: True must be of type int"),
+            ({"stage": "filter"}, "'filter' is not a kind of stage; known are .*quality"),
+            (
+                {"stage": "quality", "filter": []},
+                "unknown option stages.quality.filter; did you mean stages.quality.filters",
+            ),
+            ({"stage": "diverse"}, "stages.diverse.size is required"),
+            ({"stage": "diverse", "size": "ten"}, "stages.diverse.size is 'ten'; it must be a whole number"),
+            ({"stage": "diverse", "size": True}, "size is True; it must be a whole number"),
             ({"stage": "diverse", "size": 1, "domains": "all"}, "must be one of uniform, benchmark"),
-            ({"stage": "diverse", "size": 1, "seeds": "AIME"}, "seeds: 'AIME' must be a list"),
-            ({"stage": "diverse", "size": 1, "seeds": ["AIME"]}, r"seeds\[0\]: 'AIME' must be a mapping of source"),
-            ({"stage": "teacher", "writer": {"url": "u"}}, r"writer: the options \['url'\] fit none of: url, model"),
+            ({"stage": "diverse", "size": 1, "seeds": "AIME"}, "seeds is 'AIME'; it must be a list"),
+            (
+                {"stage": "diverse", "size": 1, "seeds": ["AIME"]},
+                r"seeds\[0\] is 'AIME'; it must be a mapping with the fields source",
+            ),
+            (
+                {"stage": "teacher", "writer": {"url": "u"}},
+                "unknown option stages.teacher.writer.url; known are endpoint, local",
+            ),
             ({"stage": "difficulty"}, "give at least one"),
-            ({"stage": "difficulty", "models": [{"name": "a"}]}, r"models\[0\]: attempts of a: give either"),
+            (
+                {"stage": "difficulty", "models": [{"name": "a"}]},
+                r"stages.difficulty.models\[0\].writer, recorded: the attempts of a need exactly one",
+            ),
             ({"stage": "decontaminate"}, "against is empty"),
-            ({"stage": "lengths", "tokenizer": "x", "at_least": 5, "at_most": 4}, "at_most 4 is below at_least 5"),
+            (
+                {"stage": "lengths", "tokenizer": "x", "at_least": 5, "at_most": 4},
+                "at_most is 4; it must be at least 5",
+            ),
         ],
     )
     def test_wrong_recipes_fail_before_any_row_is_read(self, tmp_path, description, message):
@@ -224,7 +240,7 @@ class TestErrors:
 
     def test_two_stages_of_one_name(self):
         stages = [{"stage": "quality"}, {"stage": "quality"}]
-        with pytest.raises(ValueError, match="two stages are called 'quality'"):
+        with pytest.raises(ValueError, match="stages: two are called 'quality'"):
             CurateConfig(out="x", pool=[SourceConfig("a")], stages=stages)
         CurateConfig(out="x", pool=[SourceConfig("a")], stages=[stages[0], {"stage": "quality", "name": "again"}])
 
@@ -238,7 +254,7 @@ class TestErrors:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_parses(path):
-    config = parse_options(CurateConfig, "test", ["--config", str(path), "--out", "x"])
+    config = parse_options(CurateConfig, ["--config", str(path), "--out", "x"])
     assert [build_stage(description) for description in config.stages]
 
 

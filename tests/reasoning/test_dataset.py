@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reasoning_rows import puzzles, write_rows
-from recurrent_depth.data.config import PackedDataConfig
+from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.data.loader import open_source
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.thinking import WORDS, thinking_tokenizer
@@ -59,7 +59,7 @@ def test_packed_examples_do_not_see_each_other(tmp_path):
     """The loss of a packed row is the sum of the losses of its examples alone."""
     config = ReasoningDataConfig(out=str(tmp_path / "data"), block=90, **write_rows(tmp_path / "in", puzzles(40)))
     manifest = prepare_reasoning(config)
-    data = PackedDataConfig(config.out, document_masking=True, restart_positions=True)
+    data = DataConfig(packed=PackedDataConfig(config.out, document_masking=True, restart_positions=True))
     source = open_source(data, "train", seed=0, total_steps=1)
     batch = source.batch(0, 2, 0)
     model = small_model()
@@ -92,7 +92,7 @@ def test_one_example_a_row_when_not_packed(tmp_path):
     config = ReasoningDataConfig(str(tmp_path / "data"), pack=False, **write_rows(tmp_path / "in", puzzles(20)))
     manifest = prepare_reasoning(config)
     assert manifest["splits"]["train"]["rows"] == manifest["splits"]["train"]["documents"]
-    source = open_source(PackedDataConfig(config.out), "train", seed=0, total_steps=1)
+    source = open_source(DataConfig(packed=PackedDataConfig(config.out)), "train", seed=0, total_steps=1)
     assert ((source.batch(0, 5, 0).input_ids == ID["<|begin_think|>"]).sum(1) == 1).all()
     assert source.sequence_length == manifest["sequence_length"] < config.block
 
@@ -112,7 +112,7 @@ def test_examples_longer_than_the_block_are_refused_dropped_or_cut(tmp_path, cap
     cut = prepare_reasoning(ReasoningDataConfig(str(tmp_path / "c"), block=block, when_too_long="cut", **inputs))
     assert cut["not_trained_on"] == {"trace cut to the block": beyond}
     assert sum(cut["splits"][name]["documents"] for name in ("train", "validation")) == 33
-    source = open_source(PackedDataConfig(str(tmp_path / "c"), document_masking=True), "train", 0, 1)
+    source = open_source(DataConfig(packed=PackedDataConfig(str(tmp_path / "c"), document_masking=True)), "train", 0, 1)
     ids = source.batch(0, source.rows_per_epoch, 0).input_ids
     assert (ids == ID["<|end_think|>"]).sum() == cut["splits"]["train"]["documents"]
     assert "longer than the block: " in capsys.readouterr().out
@@ -136,7 +136,7 @@ def test_fine_tuning_runs_through_the_trainer_and_lowers_the_loss(tmp_path):
     config = ReasoningDataConfig(out=str(tmp_path / "data"), block=90, **write_rows(tmp_path / "in", puzzles(60)))
     prepare_reasoning(config)
     model = small_model().config
-    data = PackedDataConfig(config.out, document_masking=True, restart_positions=True)
+    data = DataConfig(packed=PackedDataConfig(config.out, document_masking=True, restart_positions=True))
     run = train(small_run(tmp_path / "run", data=data, model=model, steps=20))
     values = losses(run)
     assert sum(values[-5:]) < 0.8 * sum(values[:5])

@@ -74,7 +74,7 @@ def test_a_judge_that_answers_nonsense_is_counted_and_not_trusted(tmp_path):
 
     model = recorded(tmp_path, "small", {0: "one", 1: "nine", 2: "three"})
     with chat_server(judge) as server:
-        grader = {"judge": {"url": server.url, "model": "judge"}}
+        grader = {"judge": {"writer": {"endpoint": {"url": server.url, "model": "judge"}}}}
         description = {"stage": "difficulty", "models": [model], "grader": grader}
         outcome = run_stage(description, [example(i) for i in range(3)], tmp_path)
     assert ids(outcome.examples) == [1]
@@ -87,7 +87,7 @@ def test_a_judge_that_answers_nonsense_is_counted_and_not_trusted(tmp_path):
 def test_attempts_by_a_server(tmp_path):
     with chat_server(lambda body: {"content": "2"} if "is 1 plus" in asked(body) else 400) as server:
         writer = {"url": server.url, "model": "m", "retries": 0}
-        description = {"stage": "difficulty", "models": [{"name": "far", "writer": writer}]}
+        description = {"stage": "difficulty", "models": [{"name": "far", "writer": {"endpoint": writer}}]}
         with pytest.raises(DataError, match="m: 1 of 2 requests failed"):
             run_stage(description, [example(0), example(1)], tmp_path)
         writer["allowed_failures"] = 1.0
@@ -164,7 +164,7 @@ class TestLocal:
 
     def test_a_stage_with_our_model(self, chat_folder, tmp_path):
         writer = {"model": str(chat_folder), "max_new_tokens": 4, "num_steps": 2}
-        models = [{"name": "ours", "writer": writer, "prompt": "Q: {question}"}]
+        models = [{"name": "ours", "writer": {"local": writer}, "prompt": "Q: {question}"}]
         outcome = run_stage({"stage": "difficulty", "models": models}, [example(i) for i in range(3)], tmp_path)
         assert len(outcome.examples) + len(outcome.drops) == 3
         counts = outcome.facts["ours"]

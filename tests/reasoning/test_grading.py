@@ -52,7 +52,8 @@ def test_a_comparison_without_end_is_given_up_and_the_next_ones_go_on(verdicts):
 def judging(answer, tmp_path, count=1):
     rows = [example(i, trace_answer=f"about {i}") for i in range(count)]
     with chat_server(answer) as server:
-        grader = {"judge": {"url": server.url, "model": "judge", "retries": 0, "allowed_failures": 1.0}}
+        endpoint = {"url": server.url, "model": "judge", "retries": 0, "allowed_failures": 1.0}
+        grader = {"judge": {"writer": {"endpoint": endpoint}}}
         outcome = run_stage({"stage": "grade_traces", "grader": grader, "drop_wrong": True}, rows, tmp_path)
         return outcome, server.requests
 

@@ -23,7 +23,7 @@ class TestDomains:
 
     def test_clusters_find_topics_and_are_named_by_their_words(self, tmp_path):
         (tmp_path / "test.jsonl").write_text(json.dumps({"question": TRAINS.format(1, 2)}) + "\n")
-        labeller = {"clusters": 3, "components": 4, "terms": 4}
+        labeller = {"clusters": {"count": 3, "components": 4, "terms": 4}}
         description = {"stage": "domains", "labeller": labeller, "benchmark": [{"path": "test.jsonl"}]}
         outcome = run_stage(description, list(self.ROWS), tmp_path, seed=1)
         by_topic = [{row.domain for row in outcome.examples[topic::3]} for topic in range(3)]
@@ -38,12 +38,12 @@ class TestDomains:
 
     def test_more_clusters_than_rows(self, tmp_path):
         with pytest.raises(DataError, match="30 rows cannot form 31 clusters"):
-            run_stage({"stage": "domains", "labeller": {"clusters": 31}}, list(self.ROWS), tmp_path)
+            run_stage({"stage": "domains", "labeller": {"clusters": {"count": 31}}}, list(self.ROWS), tmp_path)
 
     def test_questions_without_words(self, tmp_path):
         rows = [example(i, question=f"{i} + 1?") for i in range(4)]
         with pytest.raises(DataError, match="too few words"):
-            run_stage({"stage": "domains", "labeller": {"clusters": 2}}, rows, tmp_path)
+            run_stage({"stage": "domains", "labeller": {"clusters": {"count": 2}}}, rows, tmp_path)
 
     def test_given_labels(self, tmp_path):
         rows = [example(0, domain="algebra"), example(1), example(2, domain="algebra")]
@@ -62,7 +62,7 @@ class TestDomains:
 
         with chat_server(name) as server:
             writer = {"url": server.url, "model": "m", "retries": 0, "allowed_failures": 0.3}
-            labeller = {"names": ["algebra", "geometry"], "writer": writer}
+            labeller = {"model": {"names": ["algebra", "geometry"], "writer": {"endpoint": writer}}}
             outcome = run_stage({"stage": "domains", "labeller": labeller}, [example(i) for i in range(4)], tmp_path)
         assert [row.domain for row in outcome.examples] == ["algebra", "geometry"]
         assert reasons(outcome) == {2: "no domain", 3: "no domain"}

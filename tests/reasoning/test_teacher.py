@@ -18,7 +18,7 @@ def lacking(count):
 
 def stage(url, **options):
     writer = {"url": url, "model": "teacher", "retries": 0, **options.pop("writer", {})}
-    return {"stage": "teacher", "writer": writer, "prompt": "Solve: {question}", **options}
+    return {"stage": "teacher", "writer": {"endpoint": writer}, "prompt": "Solve: {question}", **options}
 
 
 WRITER = {"system": "Be brief", "max_tokens": 77, "temperature": None, "extra": {"reasoning_effort": "high"}}
@@ -162,7 +162,7 @@ class TestCache:
 
 def test_a_prompt_without_the_question_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"lacks \{question\}"):
-        run_stage({"stage": "teacher", "writer": {"url": "x", "model": "m"}, "prompt": "Go"}, lacking(1), tmp_path)
+        run_stage(stage("http://localhost", prompt="Go"), lacking(1), tmp_path)
 
 
 def test_braces_of_latex_survive_the_prompt(tmp_path):

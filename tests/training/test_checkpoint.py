@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from recurrent_depth.data.config import PackedDataConfig
+from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.runs import CheckpointError, checkpoints, find_checkpoint, load_run_model
 from recurrent_depth.training.config import CheckpointConfig, OptimizerConfig
 from recurrent_depth.training.launch import train
@@ -98,7 +98,7 @@ def write_rows(folder, first):
 
 def test_packed_rows_that_changed_are_refused(tmp_path):
     write_rows(tmp_path / "data", 0)
-    config = small_run(tmp_path / "run", data=PackedDataConfig(str(tmp_path / "data")))
+    config = small_run(tmp_path / "run", data=DataConfig(packed=PackedDataConfig(str(tmp_path / "data"))))
     train(dataclasses.replace(config, max_hours=1e-9))
     write_rows(tmp_path / "data", 1)
     with pytest.raises(CheckpointError, match="accept-changed-data"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recurrent_depth.data.config import TaskDataConfig
+from recurrent_depth.data.config import DataConfig, TaskDataConfig
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.runs import CheckpointError, load_run_model
 from recurrent_depth.training.initialise import load_weights
@@ -33,7 +33,9 @@ def test_a_huginn_folder_is_a_start(tmp_path):
     raw = json.loads((FIXTURE / "config.json").read_text())
     names = {field.name for field in dataclasses.fields(ModelConfig)} - {"state_init"}
     config = ModelConfig(**{name: raw[name] for name in names & set(raw)})
-    run = small_run(tmp_path / "run", model=config, data=TaskDataConfig(name="shell_game", max_length=8))
+    run = small_run(
+        tmp_path / "run", model=config, data=DataConfig(task=TaskDataConfig(name="shell_game", max_length=8))
+    )
     model = build_model(config, run.runtime, ONE_RANK, seed=0)
     load_weights(model, str(FIXTURE))
     stored = load_file(FIXTURE / "model.safetensors")
