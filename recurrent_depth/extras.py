@@ -2,8 +2,10 @@
 
 from importlib.util import find_spec
 
+from recurrent_depth.errors import UserError
 
-class MissingPackageError(ValueError):
+
+class MissingPackageError(UserError):
     """A command needs a package that is not installed."""
 
 

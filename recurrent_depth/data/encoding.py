@@ -34,7 +34,7 @@ class DocumentEncoder:
     def _ids(self, document: Document, encodings: Iterator) -> np.ndarray:
         if document.turns and not self.marks:
             check_chat_tokens(self.tokenizer)
-            self.marks = {token: self.tokenizer.token_to_id(token) for token in chat.CHAT_TOKENS}
+            self.marks = {token: int(self.tokenizer.token_to_id(token) or 0) for token in chat.CHAT_TOKENS}
         ids: list[int] = []
         for text, special in _pieces(document):
             ids += [self.marks[text]] if special else next(encodings).ids

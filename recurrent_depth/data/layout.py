@@ -2,12 +2,14 @@
 
 from typing import Literal
 
+from recurrent_depth.errors import UserError
+
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 Split = Literal["train", "validation"]
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Data that cannot be prepared or trained on; the message names the file and what to do."""
 
 

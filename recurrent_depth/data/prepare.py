@@ -11,8 +11,6 @@ from collections import Counter
 from contextlib import ExitStack
 from typing import Any
 
-from rich.console import Console
-
 from recurrent_depth.data.config import PrepareConfig, SlurmConfig
 from recurrent_depth.data.encoding import check_chat_tokens
 from recurrent_depth.data.executors import check_executor, datatrove_executors, run_here
@@ -22,9 +20,10 @@ from recurrent_depth.data.layout import MANIFEST, DataError, ResumableError
 from recurrent_depth.data.records import describe_counts
 from recurrent_depth.data.report import summary
 from recurrent_depth.data.sources import SUFFIXES
-from recurrent_depth.data.tokenizer import check_vocab_size, load_tokenizer
+from recurrent_depth.data.tokenizer import load_tokenizer
 from recurrent_depth.data.work import JOB_FILE
 from recurrent_depth.files import FolderInUseError, check_new_folder, explain_full_disk, output_folder, write_json
+from recurrent_depth.terminal import print_line
 
 __all__ = ["PrepareConfig", "SlurmConfig", "prepare"]
 
@@ -62,16 +61,14 @@ def prepare(config: PrepareConfig) -> dict[str, Any] | None:
         return None
     shutil.rmtree(job.work.folder)
     manifest = json.loads((job.out / MANIFEST).read_text())
-    _print(summary(job.out, manifest))
+    print_line(summary(job.out, manifest))
     return manifest
 
 
 def _check(job: Job) -> None:
     """Raise for what cannot work, before anything is written."""
     config = job.config
-    if config.tokenizer is None:
-        check_vocab_size(config.vocab_size)
-    else:
+    if config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
         if any(source.chat_formatted for source in job.sources):
             check_chat_tokens(tokenizer)
@@ -81,13 +78,13 @@ def _check(job: Job) -> None:
 
 
 def _announce(job: Job, new: bool) -> None:
-    sources = f"{len(job.sources):,} source{'s' if len(job.sources) > 1 else ''}"
+    sources = f"{len(job.sources):,} source{'s' if len(job.sources) > 1 else ''} in {len(job.parts):,} parts"
     start = "prepare" if new else "prepare, continued"
-    _print(f"{start}: {sources} in {len(job.parts):,} parts -> {job.out}, rows of {job.config.sequence_length} tokens")
+    print_line(f"{start}: {sources} -> {job.out}, rows of {job.config.sequence_length:,} tokens")
     for source, skipped in zip(job.sources, job.skipped, strict=True):
         if skipped:
-            others = describe_counts(Counter(skipped))
-            _print(f"warning: {source.address}: files that are not read: {others}; prepare reads {', '.join(SUFFIXES)}")
+            kinds = describe_counts(Counter(skipped))
+            print_line(f"warning: {source.address}: not read are {kinds}; prepare reads {', '.join(SUFFIXES)}")
 
 
 def _take_folder(job: Job, stack: ExitStack) -> None:
@@ -137,7 +134,7 @@ def _run(job: Job) -> bool:
     executors = datatrove_executors(job)
     if job.config.executor == "slurm":
         executors[-1].run()  # launches those it depends on first
-        _print(
+        print_line(
             f"submitted to Slurm; when all jobs have ended, {job.out} exists and the same command cleans up "
             f"(logs: {job.work.folder / 'logs'})"
         )
@@ -145,7 +142,3 @@ def _run(job: Job) -> bool:
     for executor in executors:
         executor.run()
     return False
-
-
-def _print(text: str) -> None:
-    Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)

@@ -14,10 +14,13 @@ from recurrent_depth.data.packing import Packer, PackingCounts, Row
 ROWS_PER_GROUP = 1000
 
 
-def row_schema(vocab_size: int) -> pa.Schema:
-    """Columns of packed rows: 16-bit ids while the vocabulary fits."""
-    ids = pa.uint16() if vocab_size <= 2**16 else pa.int32()
-    return pa.schema([("input_ids", pa.list_(ids)), ("doc_starts", pa.list_(pa.int32()))])
+def row_schema(vocab_size: int, labels: bool = False) -> pa.Schema:
+    """Return the columns of packed rows: 16-bit ids while the vocabulary fits."""
+    columns = {"input_ids": pa.uint16() if vocab_size <= 2**16 else pa.int32()}
+    if labels:
+        columns["labels"] = pa.int32()
+    columns["doc_starts"] = pa.int32()
+    return pa.schema([(name, pa.list_(kind)) for name, kind in columns.items()])
 
 
 def row_batch(rows: Sequence[Row], schema: pa.Schema) -> pa.RecordBatch:

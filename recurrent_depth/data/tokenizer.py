@@ -5,7 +5,9 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from recurrent_depth.checks import check_at_least
 from recurrent_depth.data.chat import BEGIN_HEADER, BEGIN_TEXT, END_HEADER, END_TURN, THINK_TOKENS
+from recurrent_depth.data.config import SMALLEST_VOCABULARY
 from recurrent_depth.data.layout import TOKENIZER, DataError
 
 SPECIAL_TOKENS = (
@@ -24,9 +26,6 @@ SPECIAL_TOKENS = (
 )
 """Ids 0 to 31 of every tokenizer trained here: Huginn's, the delimiters of reasoning, and spares."""
 
-SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
-"""Special tokens and single bytes."""
-
 LONGEST_WORD = 1000
 """Characters of a word that BPE is trained on. Training time grows with the square of it: 100,000 letters take 6 s."""
 
@@ -36,7 +35,7 @@ _OTHERS = bytes(ord("a") if byte < 128 and chr(byte).isalnum() else ord(" ") for
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE of `vocab_size` entries, special tokens included. It can encode any text."""
-    check_vocab_size(vocab_size)
+    check_at_least("vocab_size", vocab_size, SMALLEST_VOCABULARY)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,12 +47,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(_without_long_words(texts), trainer)
     return tokenizer
-
-
-def check_vocab_size(vocab_size: int) -> None:
-    """Raise unless a vocabulary of this size has room for the special tokens and all bytes."""
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise ValueError(f"vocab_size is {vocab_size}; bytes and special tokens alone need {SMALLEST_VOCABULARY}")
 
 
 def _without_long_words(texts: Iterable[str]) -> Iterator[str]:

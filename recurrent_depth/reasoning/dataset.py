@@ -1,9 +1,6 @@
 """Rows of question, trace and answer -> packed rows for fine-tuning, with the loss on the reply alone."""
 
 import hashlib
-import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from recurrent_depth.data.packed import MANIFEST, DataError
+from recurrent_depth.data.layout import MANIFEST, TOKENIZER, DataError
+from recurrent_depth.data.rows import row_schema, write_parquet
 from recurrent_depth.data.tokenizer import load_tokenizer
+from recurrent_depth.files import atomic_folder, check_new_folder, file_hash, write_json, write_text
 from recurrent_depth.model.loss import IGNORE_INDEX
 from recurrent_depth.reasoning.config import ReasoningDataConfig
 from recurrent_depth.reasoning.format import Formatter, encode
 from recurrent_depth.reasoning.pool import Example, load_pool
-from recurrent_depth.runs import file_hash
-
-ROWS_PER_GROUP = 1000
+from recurrent_depth.terminal import print_line
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,9 @@ def tokenize_all(config: ReasoningDataConfig, tokenizer: Any) -> tuple[list[tupl
             f"longest has {max(too_long)}); raise block, or choose --when-too-long drop or cut"
         )
     if not kept:
-        raise DataError(f"no example is left of {len(examples) + len(lacking)} ({dict(counts)}); mend rows or block")
+        raise DataError(
+            f"no example is left of {len(examples) + len(lacking)} ({dict(counts)}); fix rows or raise block"
+        )
     return kept, counts
 
 
@@ -134,22 +132,14 @@ def _row(members: list[Tokens], length: int, pad: int) -> FineTuningRow:
 
 def prepare_reasoning(config: ReasoningDataConfig) -> dict[str, Any]:
     """Write the rows of `config`; returns the manifest."""
-    out = Path(config.out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists; choose another --out or remove it")
+    check_new_folder(config.out)
     tokenizer = load_tokenizer(config.tokenizer)
+    print_line(f"prepare-reasoning: {len(config.rows)} sources -> {config.out}")
     examples, counts = tokenize_all(config, tokenizer)
     splits = _split(examples, config.validation_share)
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        manifest = _write_all(config, tokenizer, splits, counts, temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    os.replace(temporary, out)
-    print(_summary(out, manifest))
+    with atomic_folder(config.out) as folder:
+        manifest = _write_all(config, tokenizer, splits, counts, folder)
+    print_line(_summary(config.out, manifest))
     return manifest
 
 
@@ -176,7 +166,7 @@ def _write_all(
     counts: Counter[str],
     folder: Path,
 ) -> dict[str, Any]:
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_text(folder / TOKENIZER, tokenizer.to_str(pretty=True))
     pad = tokenizer.token_to_id("<|pad|>") or 0
     longest = max(len(tokens.ids) for members in splits.values() for tokens in members)
     length = config.block if config.pack else longest
@@ -188,7 +178,7 @@ def _write_all(
     manifest = {
         "format": 1,
         "vocab_size": tokenizer.get_vocab_size(),
-        "tokenizer_sha256": file_hash(folder / "tokenizer.json"),
+        "tokenizer_sha256": file_hash(folder / TOKENIZER),
         "sequence_length": max(length, longest) - 1,
         "policy": "whole examples, packed" if config.pack else "one example a row",
         "sources": [asdict(source) for source in config.rows],
@@ -197,7 +187,7 @@ def _write_all(
         "splits": reports,
         "content": {file.relative_to(folder).as_posix(): file_hash(file) for file in sorted(folder.rglob("*.parquet"))},
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    write_json(folder / MANIFEST, manifest)
     return manifest
 
 
@@ -214,14 +204,12 @@ def _report(members: list[Tokens], rows: list[FineTuningRow]) -> dict[str, Any]:
 
 def _write(folder: Path, rows: list[FineTuningRow], vocab_size: int) -> None:
     folder.mkdir()
-    ids = pa.uint16() if vocab_size <= 2**16 else pa.int32()
-    columns = {"input_ids": ids, "labels": pa.int32(), "doc_starts": pa.int32()}
-    schema = pa.schema([(name, pa.list_(kind)) for name, kind in columns.items()])
-    table = pa.table({name: [getattr(row, name) for row in rows] for name in columns}, schema=schema)
-    pq.write_table(table, folder / "part-00000.parquet", compression="zstd", row_group_size=ROWS_PER_GROUP)
+    schema = row_schema(vocab_size, labels=True)
+    table = pa.table({name: [getattr(row, name) for row in rows] for name in schema.names}, schema=schema)
+    write_parquet(table, folder / "part-00000.parquet")
 
 
-def _summary(out: Path, manifest: dict[str, Any]) -> str:
+def _summary(out: str, manifest: dict[str, Any]) -> str:
     train, held_out = manifest["splits"]["train"], manifest["splits"]["validation"]
     lines = [
         f"{out}: {train['documents']} examples in {train['rows']} rows of {manifest['sequence_length'] + 1} tokens, "

@@ -7,9 +7,10 @@ from typing import Any
 
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.records import line_number, read_jsonl
+from recurrent_depth.files import file_hash
 from recurrent_depth.reasoning.grading import Grader, GraderConfig, Item, RuleGrader, Verdict, count_verdicts
 from recurrent_depth.reasoning.pool import Example
-from recurrent_depth.reasoning.stages import Context, Outcome, Stage, existing, file_digest, stage
+from recurrent_depth.reasoning.stages import Context, Outcome, Stage, existing, stage
 from recurrent_depth.reasoning.teacher import ask, check_prompt, fill
 from recurrent_depth.reasoning.writers import WriterConfig
 
@@ -38,7 +39,7 @@ class Attempts:
     def fingerprint(self, context: Context) -> Any:
         if self.writer is not None:
             return [self.name, self.prompt, self.writer.fingerprint()]
-        return [self.name, file_digest(existing(self.recorded or "", context.root))]
+        return [self.name, file_hash(existing(self.recorded or "", context.root))]
 
     def texts(self, examples: list[Example], context: Context) -> list[str | None]:
         """One attempt a row; None where there is none."""

@@ -48,7 +48,7 @@ class Clusters:
             check_at_least(name, getattr(self, name), 1)
 
     def fingerprint(self) -> Any:
-        return ["clusters", needed_version("scikit-learn")]
+        return ["clusters", needed_version("sklearn", "scikit-learn")]
 
     def label(self, pool: Sequence[str], others: Sequence[str], context: Context) -> tuple[list[str | None], ...]:
         from sklearn.cluster import KMeans

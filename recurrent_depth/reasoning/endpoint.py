@@ -8,6 +8,7 @@ from typing import Any
 
 from recurrent_depth.checks import check_at_least, check_fraction, check_not_empty, check_positive
 from recurrent_depth.data.layout import DataError
+from recurrent_depth.extras import require
 from recurrent_depth.reasoning.replies import Reply, ReplyCache, progress
 from recurrent_depth.reasoning.stages import digest
 
@@ -62,6 +63,10 @@ class EndpointConfig:
         """What decides the answers: the model's name and the request, not where and how fast it is asked."""
         return {name: value for name, value in asdict(self).items() if name in _DECIDING}
 
+    def check(self) -> None:
+        """Raise if a package is missing."""
+        require("openai", "recurrent-depth[curate]", "a model behind a server")
+
     def open(self) -> "EndpointWriter":
         return EndpointWriter(self)
 
@@ -73,10 +78,8 @@ class EndpointWriter:
     """Asks a server, `concurrency` prompts at a time."""
 
     def __init__(self, config: EndpointConfig) -> None:
-        try:
-            from openai import OpenAI
-        except ModuleNotFoundError as error:
-            raise DataError("a model behind a server needs: pip install 'recurrent-depth[curate]'") from error
+        from openai import OpenAI
+
         self.config = config
         self.client = OpenAI(
             base_url=config.url,

@@ -53,7 +53,7 @@ class RuleGrader:
         check_positive("timeout_s", self.timeout_s)
 
     def fingerprint(self) -> Any:
-        return ["rule", asdict(self), needed_version("math-verify")]
+        return ["rule", asdict(self), needed_version("math_verify", "math-verify")]
 
     def grade(self, items: Sequence[Item], context: Context | None = None) -> list[Verdict]:
         with Checker(self.timeout_s) as checker:

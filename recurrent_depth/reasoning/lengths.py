@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from recurrent_depth.checks import check_at_least, check_not_empty
+from recurrent_depth.extras import require
+from recurrent_depth.files import file_hash
+from recurrent_depth.hub import check_folder_or_hub_name
 from recurrent_depth.reasoning.local import model_fingerprint
 from recurrent_depth.reasoning.pool import Example
-from recurrent_depth.reasoning.stages import Context, Outcome, Stage, file_digest, stage
+from recurrent_depth.reasoning.stages import Context, Outcome, Stage, stage
 from recurrent_depth.runs import is_run, run_tokenizer
 
 
@@ -32,7 +35,11 @@ class Lengths(Stage):
 
     def inputs(self, context: Context) -> list[Any]:
         file = _tokenizer_file(self.tokenizer)
-        return [model_fingerprint(self.tokenizer) if file is None else file_digest(file)]
+        if file is not None:
+            return [file_hash(file)]
+        require("transformers", "recurrent-depth[curate]", f"the tokenizer {self.tokenizer}")
+        check_folder_or_hub_name(self.tokenizer, "tokenizer")
+        return [model_fingerprint(self.tokenizer)]
 
     def apply(self, examples: list[Example], context: Context) -> Outcome:
         lengths = count_tokens([example.trace for example in examples], self.tokenizer)

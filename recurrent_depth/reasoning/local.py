@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from recurrent_depth.checks import check_at_least, check_not_empty, check_num_steps
+from recurrent_depth.extras import require
+from recurrent_depth.files import file_hash
+from recurrent_depth.hub import check_folder_or_hub_name
 from recurrent_depth.reasoning.replies import Reply, ReplyCache, progress
-from recurrent_depth.reasoning.stages import digest, file_digest
+from recurrent_depth.reasoning.stages import digest
 from recurrent_depth.runs import find_checkpoint, is_run
 
 
@@ -50,6 +53,12 @@ class LocalConfig:
         options = {name: value for name, value in asdict(self).items() if name not in ("device", "model")}
         return [options, model_fingerprint(self.model)]
 
+    def check(self) -> None:
+        """Raise if the model or a package is missing."""
+        require("transformers", "recurrent-depth[curate]", "a model in this process")
+        if not is_run(self.model):
+            check_folder_or_hub_name(self.model)
+
     def open(self) -> "LocalWriter":
         return LocalWriter(self)
 
@@ -57,10 +66,10 @@ class LocalConfig:
 def model_fingerprint(model: str) -> Any:
     """Hashes of a model's files (a checkpoint lists its own), or the hub name."""
     if is_run(model):
-        return file_digest(find_checkpoint(model) / "checkpoint.json")
+        return file_hash(find_checkpoint(model) / "checkpoint.json")
     if Path(model).is_dir():
         files = sorted(file for file in Path(model).rglob("*") if file.is_file())
-        return [[file.relative_to(model).as_posix(), file_digest(file)] for file in files]
+        return [[file.relative_to(model).as_posix(), file_hash(file)] for file in files]
     return model
 
 

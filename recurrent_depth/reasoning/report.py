@@ -1,7 +1,6 @@
 """The report of a curated set: Markdown and HTML with the funnel, domains, lengths and examples, for a person."""
 
 import base64
-import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import jinja2
 
+from recurrent_depth.files import atomic_file, write_text
 from recurrent_depth.reasoning.pool import Drop, Example
 
 EXAMPLES = 3
@@ -32,9 +32,7 @@ def write_report(out: Path, manifest: dict[str, Any], examples: Sequence[Example
         "dropped": _one_a_reason(drops),
     }
     for template, file in (("report.md.jinja", "report.md"), ("report.html.jinja", "report.html")):
-        temporary = out / f"{file}.tmp"
-        temporary.write_text(_template(template).render(**page), encoding="utf-8")
-        os.replace(temporary, out / file)
+        write_text(out / file, _template(template).render(**page))
 
 
 def _template(name: str) -> jinja2.Template:
@@ -117,9 +115,8 @@ def _histogram(pool: Sequence[Example], selected: Sequence[Example], file: Path)
     axes.set_xlabel("tokens of a trace")
     axes.set_ylabel("share of rows")
     axes.legend()
-    temporary = file.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, file)
+    with atomic_file(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
     return file
 
 

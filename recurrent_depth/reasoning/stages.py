@@ -6,13 +6,15 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
 from recurrent_depth.data.layout import DataError
+from recurrent_depth.extras import require
+from recurrent_depth.files import file_hash
 from recurrent_depth.parsing import build
 from recurrent_depth.reasoning.config import SourceConfig
 from recurrent_depth.reasoning.pool import Drop, Example, source_files
@@ -115,27 +117,26 @@ def digest_examples(examples: Sequence[Example]) -> str:
     return content.hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def source_inputs(sources: Sequence[SourceConfig], root: Path) -> list[Any]:
-    """Sources with the hashes of their files."""
-    return [[asdict(source), [file_digest(file) for file in source_files(source, root)]] for source in sources]
+    """Return sources with the hashes of their files."""
+    inputs = []
+    for source in sources:
+        files = source_files(source, root)
+        if not files:
+            require("datasets", "recurrent-depth[curate]", f"the data set {source.path}")
+        inputs.append([asdict(source), [file_hash(file) for file in files]])
+    return inputs
 
 
-def needed_version(package: str) -> str:
-    """The version of a package that a stage cannot do without."""
-    try:
-        return version(package)
-    except PackageNotFoundError as error:
-        raise DataError(f"this stage needs {package}: pip install 'recurrent-depth[curate]'") from error
+def needed_version(module: str, package: str) -> str:
+    """Return the version of a package that a stage cannot do without."""
+    require(module, "recurrent-depth[curate]", "this stage of the curation")
+    return version(package)
 
 
 def existing(path: str, root: Path) -> Path:
     """A file below `root`; one that does not exist is an error."""
     file = root / path
     if not file.is_file():
-        raise DataError(f"{file} does not exist; mend the path, or --root, the folder of relative paths")
+        raise DataError(f"{file} does not exist; fix the path, or --root, the folder of relative paths")
     return file

@@ -25,8 +25,10 @@ class WriterConfig:
         one_section(self)
 
     def fingerprint(self) -> Any:
-        """Return plain JSON that changes when its answers may change."""
-        return one_section(self)[1].fingerprint()
+        """Return plain JSON that changes when its answers may change. Raise if the model or a package is missing."""
+        chosen = one_section(self)[1]
+        chosen.check()
+        return chosen.fingerprint()
 
     def open(self) -> Writer:
         """Load the model, or prepare the client."""

@@ -15,6 +15,7 @@ from recurrent_depth.data.layout import DataError, ResumableError
 from recurrent_depth.data.prepare import prepare
 from recurrent_depth.data.sources import read_documents
 from recurrent_depth.data.tokenizer import train_tokenizer
+from recurrent_depth.errors import UserError
 
 TEXTS = [f"Document {i}: " + " ".join(f"word{(i * j) % 97}" for j in range(60)) for i in range(60)]
 
@@ -71,10 +72,6 @@ def test_prepare_refuses_conversations_without_chat_tokens(corpus, tmp_path):
     refused(tmp_path, config, r"lacks <\|begin_header\|>, <\|end_header\|>, which conversations need")
 
 
-def test_prepare_refuses_a_vocabulary_smaller_than_bytes(corpus, tmp_path):
-    refused(tmp_path, config_for(corpus, tmp_path / "data", vocab_size=100), "vocab_size is 100")
-
-
 @pytest.mark.parametrize("name", ["data.unfinished", "data.unfinished/notes"])
 def test_prepare_leaves_a_foreign_unfinished_folder_alone(corpus, tmp_path, name):
     (tmp_path / "data.unfinished").mkdir()
@@ -113,7 +110,7 @@ def test_prepare_names_a_damaged_job_file(corpus, tmp_path, content):
 def test_prepare_names_what_is_not_installed(corpus, tmp_path, monkeypatch, missing, changes, message):
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setenv("PATH", "")
-    refused(tmp_path, config_for(corpus, tmp_path / "data", **changes), message)
+    refused(tmp_path, config_for(corpus, tmp_path / "data", **changes), message, UserError)
 
 
 def test_prepare_names_the_package_for_hub_data_sets(tmp_path, monkeypatch):
@@ -206,7 +203,7 @@ class TestTextFiles:
         report, terminal = (tmp_path / "data" / "report.md").read_text(), capsys.readouterr().err
         assert "1 of 61 documents hold bytes that are not UTF-8" in report
         assert "not read: 1 .py, 1 .rst" in report
-        assert "files that are not read: 1 .py, 1 .rst" in terminal
+        assert "not read are 1 .py, 1 .rst" in terminal
         assert "1 of 61 documents hold bytes that are not UTF-8" in terminal
 
     def test_replacement_characters_of_a_text_are_not_damage(self, folder, tmp_path):

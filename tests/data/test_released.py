@@ -13,7 +13,7 @@ from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.loader import open_source
 from recurrent_depth.model.config import ModelConfig
-from recurrent_depth.training.config import ValidationConfig
+from recurrent_depth.training.config import OptimizerConfig, ValidationConfig
 from recurrent_depth.training.launch import train
 from support import losses, small_run
 
@@ -52,7 +52,8 @@ def run_config(tmp_path, path):
     )  # fmt: skip
     return small_run(
         tmp_path / "run", data=DataConfig(packed=PackedDataConfig(path)), model=model, steps=2, batch_size=1,
-        micro_steps=1, validation=ValidationConfig(every=2, rows=1, num_steps=(1,)),
+        micro_steps=1, optimizer=OptimizerConfig(cooldown_steps=1),
+        validation=ValidationConfig(every=2, rows=1, num_steps=(1,)),
     )  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def options(tmp_path_factory):
 def config_of(options, out, **changes):
     arguments = ["--config", str(options), "--out", str(out)]
     for name, value in changes.items():
-        arguments += [f"--{name}", str(value)]
+        arguments += [f"--{name}", json.dumps(value)]
     return parse_options(PrepareConfig, arguments)
 
 

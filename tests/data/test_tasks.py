@@ -99,7 +99,7 @@ def test_buckets():
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"name": "chess"}, "data.name"), ({"name": "shell_game", "min_length": 9, "max_length": 4}, "min_length")],
+    [({"name": "chess"}, "data.task.name"), ({"name": "shell_game", "min_length": 9, "max_length": 4}, "min_length")],
 )
 def test_impossible_tasks_name_the_field(wrong, message):
     with pytest.raises(ValueError, match=message):

@@ -45,7 +45,7 @@ def test_tokenizer_learns_no_words_of_unbounded_length(run):
 
 
 def test_tokenizer_with_too_few_entries_is_refused():
-    with pytest.raises(ValueError, match="vocab_size is 100; bytes and special tokens alone need 288"):
+    with pytest.raises(ValueError, match="vocab_size is 100; it must be at least 288"):
         train_tokenizer(TEXTS, 100)
 
 

@@ -13,8 +13,10 @@ import pytest
 import yaml
 
 from recurrent_depth.cli import main
+from recurrent_depth.data.layout import DataError
+from recurrent_depth.errors import UserError
+from recurrent_depth.files import FolderInUseError, folder_lock
 from recurrent_depth.parsing import parse_options
-from recurrent_depth.reasoning import curate as curate_module
 from recurrent_depth.reasoning.config import CurateConfig, SourceConfig
 from recurrent_depth.reasoning.curate import curate
 from recurrent_depth.reasoning.pool import COLUMNS, read_examples
@@ -112,18 +114,14 @@ def test_text_of_the_data_cannot_break_the_report(data, tmp_path, chat_folder):
     assert {line.replace(r"\|", "").count("|") for line in lines if line.startswith("|")} <= {5, 6}
 
 
-def test_stages_run_once_and_changes_repeat_only_what_they_touch(data, tmp_path, chat_folder, monkeypatch):
-    ran = []
-    monkeypatch.setattr(curate_module, "write_report", lambda *_: None)
-    original = curate_module._keep_outcome
-    monkeypatch.setattr(
-        curate_module, "_keep_outcome", lambda o, place: (ran.append(place.name[:-17]), original(o, place))
-    )
+def test_stages_run_once_and_changes_repeat_only_what_they_touch(data, tmp_path, chat_folder):
+    cache = tmp_path / "cache" / "stages"
 
     def run(out="out", stages=STAGES, **changes):
-        ran.clear()
+        before = set(cache.iterdir()) if cache.exists() else set()
         curate(recipe(data, tmp_path / out, chat_folder, stages, cache=str(tmp_path / "cache"), **changes))
-        return list(ran), contents(tmp_path / out)
+        new = {place.name[:-17] for place in set(cache.iterdir()) - before}
+        return [description["stage"] for description in stages if description["stage"] in new], contents(tmp_path / out)
 
     everything = [description["stage"] for description in STAGES]
     first = run()
@@ -237,6 +235,76 @@ class TestErrors:
                 curate(recipe(data, tmp_path / "out", chat_folder, [{"stage": "forgetful"}]))
         finally:
             del STAGES_KNOWN["forgetful"]
+
+    @pytest.mark.parametrize(
+        ("missing", "description", "message"),
+        [
+            (
+                "sklearn",
+                {"stage": "domains", "labeller": {"clusters": {}}},
+                r"pip install 'recurrent-depth\[curate\]'",
+            ),
+            ("math_verify", {"stage": "grade_traces"}, r"math_verify.*pip install 'recurrent-depth\[curate\]'"),
+            (
+                "openai",
+                {"stage": "teacher", "writer": {"endpoint": {"url": "http://u", "model": "m"}}},
+                "package openai",
+            ),
+            ("transformers", {"stage": "teacher", "writer": {"local": {"model": "a/b"}}}, "package transformers"),
+            ("transformers", {"stage": "lengths", "tokenizer": "a/b"}, "package transformers"),
+            ("datasets", {"stage": "decontaminate", "against": [{"path": "a/b"}]}, "package datasets"),
+            ("", {"stage": "decontaminate", "against": [{"path": "none.jsonl"}]}, r"none\.jsonl does not exist"),
+            ("", {"stage": "teacher", "writer": {"local": {"model": "no/folder"}}}, "there is no folder 'no/folder'"),
+            ("", {"stage": "lengths", "tokenizer": "nothing.json"}, r"nothing\.json does not exist"),
+            ("", {"stage": "difficulty", "models": [{"name": "a", "recorded": "none.jsonl"}]}, r"none\.jsonl does not"),
+        ],
+    )
+    def test_what_a_stage_lacks_is_said_before_the_first_runs(
+        self, data, tmp_path, chat_folder, monkeypatch, missing, description, message
+    ):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        if missing:
+            monkeypatch.setitem(sys.modules, missing, None)
+        with pytest.raises((UserError, OSError), match=message):
+            curate(recipe(data, tmp_path / "new" / "out", chat_folder, [STAGES[0], description]))
+        assert not (tmp_path / "new").exists()
+
+    @pytest.mark.parametrize("content", [None, "import nothing_at_all", "1 / 0"])
+    def test_a_module_that_cannot_be_imported_is_named(self, data, tmp_path, chat_folder, monkeypatch, content):
+        monkeypatch.chdir(tmp_path)
+        name = f"own_stages_{content and len(content)}"
+        if content:
+            (tmp_path / f"{name}.py").write_text(content)
+        with pytest.raises(DataError, match=f"imports: '{name}' cannot be imported"):
+            curate(recipe(data, tmp_path / "out", chat_folder, imports=[name]))
+        assert not (tmp_path / "out").exists()
+
+    def test_a_missing_pool_leaves_no_folder(self, tmp_path):
+        config = CurateConfig(out=str(tmp_path / "new" / "out"), pool=[SourceConfig("nowhere.jsonl")])
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            curate(config)
+        assert not (tmp_path / "new").exists()
+
+    def test_a_second_run_into_the_same_folder_is_refused(self, data, tmp_path, chat_folder):
+        (tmp_path / "out").mkdir()
+        with folder_lock(tmp_path / "out"), pytest.raises(FolderInUseError, match="is in use by process"):
+            curate(recipe(data, tmp_path / "out", chat_folder))
+
+    def test_a_damaged_outcome_in_the_cache_is_named(self, data, tmp_path, chat_folder):
+        config = recipe(data, tmp_path / "out", chat_folder, STAGES[:2])
+        curate(config)
+        for file in ("kept.parquet", "dropped.parquet", "facts.json"):
+            for place in (tmp_path / "out" / "cache" / "stages").iterdir():
+                content = (place / file).read_bytes()
+                (place / file).write_bytes(content[: len(content) // 2])
+                with pytest.raises(DataError, match="is damaged"):
+                    curate(config)
+                (place / file).write_bytes(content)
+
+    def test_surrogates_in_a_pool_are_replaced(self, data, tmp_path, chat_folder):
+        (data / "pool.jsonl").write_text('{"question": "a\\ud800?", "answer": "1", "trace": "x"}\n')
+        curate(recipe(data, tmp_path / "out", chat_folder, [{"stage": "quality"}]))
+        assert [row.question for row in read_examples(tmp_path / "out")] == ["a??"]
 
     def test_two_stages_of_one_name(self):
         stages = [{"stage": "quality"}, {"stage": "quality"}]

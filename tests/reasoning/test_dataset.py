@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from reasoning_rows import puzzles, write_rows
 from recurrent_depth.data.config import DataConfig, PackedDataConfig
-from recurrent_depth.data.loader import open_source
 from recurrent_depth.data.layout import DataError
+from recurrent_depth.data.loader import open_source
 from recurrent_depth.data.thinking import WORDS, thinking_tokenizer
 from recurrent_depth.reasoning.config import ReasoningDataConfig, ThinkingFormat
 from recurrent_depth.reasoning.dataset import Tokens, lay_out, prepare_reasoning, tokenize
@@ -115,7 +115,7 @@ def test_examples_longer_than_the_block_are_refused_dropped_or_cut(tmp_path, cap
     source = open_source(DataConfig(packed=PackedDataConfig(str(tmp_path / "c"), document_masking=True)), "train", 0, 1)
     ids = source.batch(0, source.rows_per_epoch, 0).input_ids
     assert (ids == ID["<|end_think|>"]).sum() == cut["splits"]["train"]["documents"]
-    assert "longer than the block: " in capsys.readouterr().out
+    assert "longer than the block: " in capsys.readouterr().err
 
 
 def test_rows_without_fields_are_counted(tmp_path):
