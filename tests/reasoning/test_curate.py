@@ -1,5 +1,6 @@
 """The whole recipe: funnel, dropped rows, report, caching, a killed run, and the shipped recipes."""
 
+import errno
 import json
 import os
 import signal
@@ -300,6 +301,16 @@ class TestErrors:
                 with pytest.raises(DataError, match="is damaged"):
                     curate(config)
                 (place / file).write_bytes(content)
+
+    def test_full_disk_leaves_no_folder(self, data, tmp_path, chat_folder, monkeypatch):
+        def full(*_, **__):
+            raise OSError(errno.ENOSPC, "full")
+
+        monkeypatch.setattr(pq, "write_table", full)
+        with pytest.raises(OSError, match=r"No space left on device while writing .*out; free some space"):
+            curate(recipe(data, tmp_path / "new" / "out", chat_folder, STAGES[:2]))
+        assert not (tmp_path / "new" / "out" / "manifest.json").exists()
+        assert not list((tmp_path / "new").rglob("*.tmp"))
 
     def test_surrogates_in_a_pool_are_replaced(self, data, tmp_path, chat_folder):
         (data / "pool.jsonl").write_text('{"question": "a\\ud800?", "answer": "1", "trace": "x"}\n')

@@ -1,5 +1,8 @@
 """Rows for fine-tuning: the loss where it belongs, nothing cut in silence, nothing seen across examples."""
 
+import errno
+
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -128,6 +131,25 @@ def test_rows_without_fields_are_counted(tmp_path):
 def test_a_pool_of_which_nothing_is_left_is_an_error(tmp_path):
     inputs = write_rows(tmp_path / "in", [{"question": "cup1 swap01", "answer": "cup0"}])
     with pytest.raises(DataError, match=r"no example is left of 1 .*no trace"):
+        prepare_reasoning(ReasoningDataConfig(str(tmp_path / "data"), **inputs))
+
+
+def test_full_disk_leaves_no_folder(tmp_path, monkeypatch):
+    inputs = write_rows(tmp_path / "in", puzzles(10))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(OSError, match=r"No space left on device while writing .*data; free some space"):
+        prepare_reasoning(ReasoningDataConfig(str(tmp_path / "new" / "data"), **inputs))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_existing_rows_are_not_overwritten(tmp_path):
+    inputs = write_rows(tmp_path / "in", puzzles(10))
+    prepare_reasoning(ReasoningDataConfig(str(tmp_path / "data"), **inputs))
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
         prepare_reasoning(ReasoningDataConfig(str(tmp_path / "data"), **inputs))
 
 
