@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from recurrent_depth.errors import UserError
 from recurrent_depth.files import LOCK_FILE
 from recurrent_depth.help import help_text, usage
 from recurrent_depth.parsing import SHIPPED, OptionError, parse_options, shipped_configs
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as of shells: 128 + SIGINT."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ VERBS = {
         extra="data",
     ),
     "prepare-reasoning": Verb(
-        "turn questions with traces and answers into rows for fine-tuning",
+        "turn questions with traces into rows for fine-tuning",
         "recurrent_depth.reasoning.config:ReasoningDataConfig",
         "recurrent_depth.reasoning.dataset:prepare_reasoning",
         "recurrent-depth prepare-reasoning --config data/s1.yaml --tokenizer HUGINN_FOLDER --out data/s1",
@@ -160,7 +164,7 @@ def _overview() -> str:
 
 def _config_line(path: Path) -> str:
     first = (SHIPPED / path).read_text(encoding="utf-8").splitlines()[0]
-    return f"{path!s:<40} {first.removeprefix('# ')}"
+    return f"{path!s:<40} {textwrap.shorten(first.removeprefix('# '), 78, placeholder=' ...')}"
 
 
 def run_verb(verb: Verb, prog: str, arguments: list[str]) -> int:
@@ -183,7 +187,7 @@ def run_verb(verb: Verb, prog: str, arguments: list[str]) -> int:
             function(options)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except Exception as error:
         if shown:
             traceback.print_exc()
@@ -208,8 +212,9 @@ def _check_extra(verb: Verb, prog: str) -> None:
 
 def _explained(error: Exception, verb: Verb, prog: str) -> str:
     """What to print of an error: its message if it is made for users, or where the traceback was written."""
-    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("recurrent_depth"):
-        return f"{prog} needs the package {error.name}: pip install 'recurrent-depth[{verb.extra}]'"
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else "recurrent_depth"
+    if package != "recurrent_depth":
+        return f"{prog} needs the package {package}: pip install 'recurrent-depth[{verb.extra}]'"
     if isinstance(error, UserError | ValueError | OSError):
         return str(error)
     with tempfile.NamedTemporaryFile("w", prefix="recurrent-depth-", suffix=".txt", delete=False) as file:
@@ -232,5 +237,15 @@ def _no_empty_output(options: Any) -> Iterator[None]:
         raise
 
 
+def console() -> None:
+    """Entry point of the console script. After Ctrl-C it does not wait for threads that still work."""
+    status = main()
+    if status == INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

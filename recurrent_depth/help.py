@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, is_dataclass
 from typing import Any, Literal, get_args, get_origin
 
+from recurrent_depth.building import flag
 from recurrent_depth.parsing import Option, options_of
 
 _KINDS = {int: "INT", float: "NUMBER", str: "TEXT", bool: "true|false"}
@@ -19,7 +20,7 @@ def help_text(prog: str, cls: type, example: str) -> str:
 def usage(prog: str, cls: type) -> str:
     """Return one line: the required options, and that there are others."""
     options = [option for option in options_of(cls) if option.is_required and "." not in option.name]
-    needed = [f"{_flag(option)} {_metavar(option)}" for option in options]
+    needed = [f"{flag(option.name)} {_metavar(option)}" for option in options]
     return " ".join([prog, *needed, "[--config FILE]", "[--OPTION VALUE ...]"])
 
 
@@ -45,7 +46,7 @@ def argument_parser(prog: str, cls: type, example: str) -> argparse.ArgumentPars
         elif "." not in option.name:
             _add(group, option)
     for section in sections:
-        group = parser.add_argument_group(f"{_flag(section)} FILE, or single fields of it", section.text)
+        group = parser.add_argument_group(f"{flag(section.name)} FILE, or single fields of it", section.text)
         for option in _shown(cls):
             if option.name.rpartition(".")[0] == section.name and option not in sections:
                 _add(group, option)
@@ -64,11 +65,7 @@ def _shown(cls: type) -> list[Option]:
 
 def _add(group: Any, option: Option) -> None:
     text = f"{option.text.rstrip('.')} ({_default(option)})"
-    group.add_argument(_flag(option), metavar=_metavar(option), help=text.replace("%", "%%"))
-
-
-def _flag(option: Option) -> str:
-    return "--" + option.name.replace("_", "-")
+    group.add_argument(flag(option.name), metavar=_metavar(option), help=text.replace("%", "%%"))
 
 
 def _summary(cls: type) -> str:

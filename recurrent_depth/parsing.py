@@ -4,42 +4,30 @@
 
 A field is a number, text, true or false, one of several words (Literal), a list, a mapping, or another dataclass (a
 section). A section is a mapping, or the name of a YAML file that holds one, relative to the file that names it. Where
-one of several kinds is meant, a section has an optional field for each kind. Imports nothing heavy: options are parsed
-and explained without torch.
+one of several kinds is meant, a section has an optional field for each kind. Two marks of a field are read here, as in
+`field(default_factory=list, metadata={"literal": True})`:
+
+    literal   a list of texts that may contain commas: on the command line the option is given once for each text
+    file      a section that is a file of another command: its fields are not listed in the help
+
+Imports nothing heavy: options are parsed and explained without torch.
 """
 
 import difflib
-import math
-import re
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from recurrent_depth.errors import UserError
+from recurrent_depth.building import OptionError, Typed, build, flag, from_yaml, nearest, without_none, yaml_fault
 
 T = TypeVar("T")
 
 SHIPPED = Path(__file__).parent / "configs"
 """Configurations that come with the package; `--config pretrain/small-text.yaml` finds one by its path in here."""
-
-
-class OptionError(UserError, ValueError):
-    """An option that does not exist or has a wrong value; the message names it and what is allowed."""
-
-
-class Typed(str):
-    """Text from the command line. For a list or a mapping it is YAML; in a file these are YAML already."""
-
-
-def texts() -> Any:
-    """Return the field of a list of texts that may contain commas: on the command line one option for each text."""
-    return field(default_factory=list, metadata={"literal": True})
 
 
 @dataclass(frozen=True)
@@ -75,7 +63,7 @@ def options_of(cls: type, prefix: str = "") -> Iterator[Option]:
     """Yield every option of a dataclass; those of a section follow it."""
     hints, described = get_type_hints(cls), field_texts(cls)
     for entry in fields(cls):
-        hint = _without_none(hints[entry.name])
+        hint = without_none(hints[entry.name])
         yield Option(prefix + entry.name, hint, entry, described.get(entry.name, ""))
         if is_dataclass(hint):
             yield from options_of(hint, f"{prefix}{entry.name}.")  # type: ignore[arg-type]
@@ -102,17 +90,6 @@ def field_texts(cls: type) -> dict[str, str]:
     return found
 
 
-def _without_none(hint: Any) -> Any:
-    """The type X of `X | None`."""
-    if get_origin(hint) not in (Union, UnionType):
-        return hint
-    (kind,) = (part for part in get_args(hint) if part is not NoneType)
-    return kind
-
-
-# -- arguments and files -------------------------------------------------------------------------------------------
-
-
 def parse_options(cls: type[T], arguments: Sequence[str]) -> T:
     """Return the options of `--config FILE` and `--section.field VALUE`; given fields override those of files.
 
@@ -137,8 +114,8 @@ def parse_options(cls: type[T], arguments: Sequence[str]) -> T:
             continue
         path, option = _find_option(options, name)
         if not equals:
-            flag = option.hint is bool and (not rest or rest[0].startswith("--"))
-            text = "true" if flag else _next_value(rest, argument)
+            alone = option.hint is bool and (not rest or rest[0].startswith("--"))
+            text = "true" if alone else _next_value(rest, argument)
         _set(changes, path, option, text)
     return build(cls, _merged(values, changes))
 
@@ -157,20 +134,8 @@ def _find_option(options: Mapping[str, Option], name: str) -> tuple[list[str], O
         option = options.get(".".join(path[:length]))
         if option is not None and (length == len(typed) or get_origin(option.hint) is dict):
             return path, option
-    near = _nearest(name.replace("-", "_"), list(options))
-    raise OptionError(f"unknown option --{name}" + (f"; did you mean {_flag(near)}?" if near else ""))
-
-
-def _nearest(name: str, known: Sequence[str]) -> str | None:
-    """The known name that was probably meant: one of the same section, or one of any section with that last part."""
-    section, _, last = name.rpartition(".")
-    lasts = {option: option.rpartition(".")[2] for option in known}
-    beside = [option for option in known if option.rpartition(".")[0] == section]
-    for names, cutoff in ((beside, 0.6), (known, 0.8)):
-        similar = [option for option in names if difflib.get_close_matches(last, [lasts[option]], cutoff=cutoff)]
-        if similar:
-            return difflib.get_close_matches(name, similar, 1, cutoff=0)[0]
-    return None
+    near = nearest(name.replace("-", "_"), list(options))
+    raise OptionError(f"unknown option --{name}" + (f"; did you mean {flag(near)}?" if near else ""))
 
 
 def _set(changes: dict[str, Any], path: list[str], option: Option, text: str) -> None:
@@ -180,7 +145,8 @@ def _set(changes: dict[str, Any], path: list[str], option: Option, text: str) ->
         changes[part] = dict(inner) if isinstance(inner, Mapping) else {}
         changes = changes[part]
     before, name = changes.get(path[-1]), ".".join(path)
-    if option.is_list and text != "null":
+    literal = "literal" in option.field.metadata
+    if option.is_list and (text != "null" or literal):
         changes[path[-1]] = [*(before if isinstance(before, list) else []), *_entries(option, name, text)]
     elif option.is_section and text != "null":
         changes[path[-1]] = _merged(_section(option.hint, name, text), before if isinstance(before, Mapping) else {})
@@ -194,16 +160,16 @@ def _entries(option: Option, name: str, text: str) -> list[Any]:
     if "literal" in option.field.metadata:
         return [Typed(text)]
     if text.startswith("["):
-        return _yaml(text, name)
+        return from_yaml(text, name)
     if is_dataclass(kind) or get_origin(kind) is dict:
-        return [_yaml(text, name)]
+        return [from_yaml(text, name)]
     return [Typed(part.strip()) for part in text.split(",") if part.strip()]
 
 
 def _section(cls: type, name: str, text: str) -> dict[str, Any]:
     """The fields of a section that is given as `{field: value}` or as a file."""
     if text.startswith("{"):
-        return _expanded(cls, _yaml(text, name), Path())
+        return _expanded(cls, from_yaml(text, name), Path())
     file = find_config(text, name)
     return _expanded(cls, read_yaml(file), file.parent)
 
@@ -212,7 +178,7 @@ def _expanded(cls: type, values: dict[str, Any], folder: Path) -> dict[str, Any]
     """The values, with sections that are files read from there."""
     result = dict(values)
     for name, hint in get_type_hints(cls).items():
-        hint, value = _without_none(hint), values.get(name)
+        hint, value = without_none(hint), values.get(name)
         if not is_dataclass(hint):
             continue
         if isinstance(value, str):
@@ -255,143 +221,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_bytes())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise OptionError(f"{file} is not YAML ({_yaml_fault(error)}); correct it") from error
+        raise OptionError(f"{file} is not YAML ({yaml_fault(error)}); correct it") from error
     if not isinstance(content, dict | NoneType):
         kind = "a list" if isinstance(content, list) else "a single value"
         raise OptionError(f"{file} holds {kind}; it must hold options, one a line: `name: value`")
     return content or {}
-
-
-def _yaml(text: str, name: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise OptionError(f"{name} is {text!r}, which is not YAML ({_yaml_fault(error)})") from error
-
-
-def _yaml_fault(error: Exception) -> str:
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    reason = (problem or str(error) or type(error).__name__).splitlines()[0]
-    return reason if mark is None else f"line {mark.line + 1}: {reason}"
-
-
-# -- from values to dataclasses ------------------------------------------------------------------------------------
-
-
-def build(cls: type[T], values: Any, where: str = "") -> T:
-    """Return an instance of a dataclass from a mapping of its fields.
-
-    Args:
-        cls: the dataclass; its `__post_init__` may raise a ValueError that begins with the name of a field.
-        values: mapping of names to plain values.
-        where: name of the section, for messages.
-
-    Raises:
-        OptionError: naming the field, what was given, and what is allowed.
-    """
-    names = [entry.name for entry in fields(cls)]  # type: ignore[arg-type]
-    prefix = where and where + "."
-    if not isinstance(values, Mapping):
-        raise OptionError(f"{where} is {_shown(values)}; it must be a mapping with the fields {', '.join(names)}")
-    for name in values:
-        if name not in names:
-            near = _nearest(str(name), names)
-            advice = f"did you mean {prefix}{near}?" if near else f"known are {', '.join(names)}"
-            raise OptionError(f"unknown option {prefix}{name}; {advice}")
-    for entry in fields(cls):  # type: ignore[arg-type]
-        if entry.default is MISSING and entry.default_factory is MISSING and entry.name not in values:
-            given = f"; give {_flag(prefix + entry.name)}, or {entry.name}: in the file of --config"
-            raise OptionError(f"{prefix}{entry.name} is required{given}")
-    hints = get_type_hints(cls)
-    converted = {name: _convert(hints[name], value, prefix + name) for name, value in values.items()}
-    try:
-        return cls(**converted)
-    except ValueError as error:
-        raise OptionError(_placed(names, where, str(error))) from error
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _placed(names: list[str], where: str, message: str) -> str:
-    """The message of a class about one of its fields, with the section before it."""
-    first = re.match(r"\w*", message)
-    if not where:
-        return message
-    return f"{where}.{message}" if first and first[0] in names else f"{where}: {message}"
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """The value as the type says, or an error."""
-    kind, origin = _without_none(hint), get_origin(_without_none(hint))
-    if kind is not hint and (value is None or (isinstance(value, Typed) and value == "null")):
-        return None
-    if kind is Any:
-        return _plain(_yaml(value, where) if isinstance(value, Typed) else value, where)
-    if is_dataclass(kind):
-        return build(kind, value, where)  # type: ignore[arg-type]
-    if origin is Literal:
-        _checked(value in get_args(kind), value, where, "one of " + ", ".join(map(str, get_args(kind))))
-        return str(value) if isinstance(value, str) else value
-    if origin is dict:
-        values = _yaml(value, where) if isinstance(value, Typed) else value
-        _checked(isinstance(values, Mapping), values, where, "a mapping, as {key: value}")
-        return {str(key): _convert(get_args(kind)[1], entry, f"{where}.{key}") for key, entry in values.items()}
-    if origin in (list, tuple):
-        return _sequence(kind, value, where)
-    return _scalar(kind, value, where)
-
-
-def _sequence(kind: Any, value: Any, where: str) -> Any:
-    _checked(isinstance(value, list | tuple), value, where, "a list, as [first, second]")
-    kinds = get_args(kind)
-    if get_origin(kind) is tuple and kinds[-1] is not Ellipsis:
-        _checked(len(value) == len(kinds), value, where, f"a list of {len(kinds)} entries")
-    else:
-        kinds = (kinds[0],) * len(value)
-    entries = [_convert(k, entry, f"{where}[{n}]") for n, (k, entry) in enumerate(zip(kinds, value, strict=True))]
-    return tuple(entries) if get_origin(kind) is tuple else entries
-
-
-def _scalar(kind: type, value: Any, where: str) -> Any:
-    if kind is str:
-        return str(_checked(isinstance(value, str), value, where, "text; put it in quotes"))
-    if kind is bool:
-        value = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
-        return _checked(isinstance(value, bool), value, where, "true or false")
-    number = _number(value)
-    if kind is float:
-        return float(_checked(number is not None and not math.isnan(number), value, where, "a number"))
-    whole = number is not None and math.isfinite(number) and number == int(number)
-    return int(_checked(whole, number if whole else value, where, "a whole number"))
-
-
-def _number(value: Any) -> int | float | None:
-    """A number, or the number that a text means: `1e-5` is text in YAML, and `.inf` is YAML's infinity."""
-    if isinstance(value, str):
-        for kind in (int, float):
-            with suppress(ValueError):
-                return kind(value.replace(".inf", "inf").replace(".nan", "nan"))
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _plain(value: Any, where: str, above: tuple[int, ...] = ()) -> Any:
-    """Any value of a file; one that contains itself (by YAML's anchors) is an error."""
-    if id(value) in above:
-        raise OptionError(f"{where} contains itself; write the values out")
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry, where, (*above, id(value))) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_plain(entry, where, (*above, id(value))) for entry in value]
-    return value
-
-
-def _checked(right: bool, value: Any, where: str, allowed: str) -> Any:
-    if not right:
-        raise OptionError(f"{where} is {_shown(value)}; it must be {allowed}")
-    return value
-
-
-def _shown(value: Any) -> str:
-    return repr(str(value)) if isinstance(value, str) else reprlib.repr(value)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from recurrent_depth.data.config import DataConfig
 from recurrent_depth.data.loader import Batch, Source, open_source
+from recurrent_depth.hub import check_folder_or_hub_name
 from recurrent_depth.training.config import DenseConfig, OptimizerConfig, RunConfig
 from recurrent_depth.training.schedule import learning_rate
 
@@ -54,6 +55,7 @@ def train_dense(config: DenseConfig) -> Path:
     run, out = config.run, Path(config.out)
     if out.exists() and any(out.iterdir()) and not config.resume:
         raise FileExistsError(f"{out} is not empty; continue with --resume true or choose another out")
+    check_folder_or_hub_name(config.model)
     source = open_source(DataConfig(packed=config.rows), "train", run.seed, run.steps)
     model = load_dense(config.model)
     if source.vocab_size > model.config.vocab_size:

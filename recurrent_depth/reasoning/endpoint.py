@@ -102,9 +102,12 @@ class EndpointWriter:
             else:
                 failed[key] = reply
 
-        with ThreadPoolExecutor(self.config.concurrency) as threads:
+        threads = ThreadPoolExecutor(self.config.concurrency)
+        try:
             for _ in progress(threads.map(ask, wanted.keys(), wanted.values()), len(wanted), self.config.model):
                 pass
+        finally:  # after Ctrl-C nothing more is asked, and replies that are under way are not waited for
+            threads.shutdown(wait=False, cancel_futures=True)
         self._check(failed, len(wanted))
         return [failed[key] if key in failed else cache.replies[key] for key in keys]
 

@@ -107,7 +107,8 @@ class Quality(Stage):
     def __post_init__(self) -> None:
         unknown = sorted(set(self.filters) - set(FILTERS))
         if unknown or not self.filters:
-            raise ValueError(f"filters {unknown or 'are empty'}; known are {', '.join(sorted(FILTERS))}")
+            given = f"names {unknown}" if unknown else "is empty"
+            raise ValueError(f"filters {given}; known are {', '.join(sorted(FILTERS))}")
 
     def apply(self, examples: list[Example], context: Context) -> Outcome:
         outcome = Outcome([])

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from recurrent_depth.building import OptionError, build
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.extras import require
 from recurrent_depth.files import file_hash
-from recurrent_depth.parsing import build
 from recurrent_depth.reasoning.config import SourceConfig
 from recurrent_depth.reasoning.pool import Drop, Example, source_files
 
@@ -100,7 +100,7 @@ def build_stage(description: Mapping[str, Any]) -> Stage:
     options = {name: value for name, value in description.items() if name not in ("stage", "name")}
     kind = description.get("stage")
     if kind not in STAGES:
-        raise ValueError(f"stages: {kind!r} is not a kind of stage; known are {', '.join(sorted(STAGES))}")
+        raise OptionError(f"stages: {kind!r} is not a kind of stage; known are {', '.join(sorted(STAGES))}")
     return build(STAGES[kind], options, f"stages.{description.get('name', kind)}")
 
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from recurrent_depth.runs import CheckpointError, checkpoints, load_run_model, read_details, run_tokenizer
+from recurrent_depth.runs import CheckpointError, checkpoints, is_run, load_run_model, read_details, run_tokenizer
 from recurrent_depth.training.config import AverageConfig, AverageMethod, CheckpointConfig
 from recurrent_depth.training.parallel import Ranks
 from recurrent_depth.training.saving import CheckpointWriter
@@ -20,6 +20,8 @@ def average(config: AverageConfig) -> Path:
     run, out = Path(config.model), Path(config.out)
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another --out")
+    if not is_run(run):
+        raise CheckpointError(f"model: {str(run)!r} is not a run folder; give the `out` of recurrent-depth train")
     chosen = checkpoints(run)[::-1][:: config.every][: config.last][::-1]
     if len(chosen) < 2:
         raise CheckpointError(

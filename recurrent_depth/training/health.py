@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recurrent_depth.errors import UserError
 from recurrent_depth.training.config import HealthConfig
 
 
@@ -33,7 +34,7 @@ def state_metrics(states: list[Tensor]) -> dict[str, float]:
     return {"token_correlation": correlation, "state_norm": norm, "relative_residual": residual}
 
 
-class TrainingAborted(RuntimeError):
+class TrainingAborted(UserError, RuntimeError):
     """The run cannot succeed as it is configured."""
 
 
