@@ -17,7 +17,7 @@ from typing import Any
 
 from recurrent_depth.errors import UserError
 from recurrent_depth.files import LOCK_FILE
-from recurrent_depth.help import help_text, usage
+from recurrent_depth.help import completion_script, help_text, usage
 from recurrent_depth.parsing import SHIPPED, OptionError, parse_options, shipped_configs
 
 INTERRUPTED = 130
@@ -147,6 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"recurrent-depth {importlib.metadata.version('recurrent-depth')}")
     elif name == "configs":
         print("\n".join(map(_config_line, shipped_configs())))
+    elif name == "completion":
+        return _print_completion(*arguments[:1])
     elif name in VERBS:
         return run_verb(VERBS[name], f"recurrent-depth {name}", arguments)
     else:
@@ -155,9 +157,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _print_completion(shell: str = "bash") -> int:
+    try:
+        print(completion_script(shell, {name: _load(verb.options) for name, verb in VERBS.items()}))
+    except (ValueError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def _overview() -> str:
     lines = [f"  {name:<18} {verb.summary}" for name, verb in VERBS.items()]
     lines.append(f"  {'configs':<18} list the configurations that come with the package")
+    lines.append(f"  {'completion':<18} print a script for completion with TAB: bash, zsh, tcsh")
     more = "recurrent-depth VERB --help explains every option; recurrent-depth --version"
     return "\n".join(["usage: recurrent-depth VERB [--config FILE] [--OPTION VALUE ...]", "", *lines, "", more])
 

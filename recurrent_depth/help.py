@@ -1,9 +1,10 @@
-"""The text of `recurrent-depth VERB --help`, from the docstrings, types and defaults of option dataclasses."""
+"""Help and shell completion, from the docstrings, types and defaults of option dataclasses."""
 
 import argparse
 import shutil
 from collections.abc import Mapping
 from dataclasses import MISSING, is_dataclass
+from importlib.util import find_spec
 from typing import Any, Literal, get_args, get_origin
 
 from recurrent_depth.building import flag
@@ -14,7 +15,27 @@ _KINDS = {int: "INT", float: "NUMBER", str: "TEXT", bool: "true|false"}
 
 def help_text(prog: str, cls: type, example: str) -> str:
     """Return the help of one command: usage, summary, example, and every option with type, unit and default."""
-    return argument_parser(prog, cls, example).format_help()
+    return argument_parser(prog, cls, example).format_help().rstrip()
+
+
+def completion_script(shell: str, verbs: Mapping[str, type]) -> str:
+    """Return a script that completes verbs, options and their values, for bash, zsh or tcsh.
+
+    Args:
+        shell: name of the shell.
+        verbs: option dataclass of each verb.
+    """
+    if find_spec("shtab") is None:
+        raise ModuleNotFoundError("completion needs the package shtab: pip install shtab")
+    import shtab
+
+    if shell not in shtab.SUPPORTED_SHELLS:
+        raise ValueError(f"{shell!r} is not a shell that is known here; give {', '.join(shtab.SUPPORTED_SHELLS)}")
+    parser = argparse.ArgumentParser("recurrent-depth", add_help=False)
+    parsers = parser.add_subparsers()
+    for name, cls in verbs.items():
+        parsers.add_parser(name, parents=[argument_parser(name, cls, "")], add_help=False, help=_summary(cls))
+    return shtab.complete(parser, shell)
 
 
 def usage(prog: str, cls: type) -> str:
@@ -31,8 +52,8 @@ def argument_parser(prog: str, cls: type, example: str) -> argparse.ArgumentPars
         prog,
         usage=usage(prog, cls),
         description=_summary(cls) + f"\n\nexample:\n  {example}",
-        epilog="Dashes and underscores in names are the same; null is no value. Options given here override those of "
-        "the file, where names have underscores and a section is indented below its name.",
+        epilog="Dashes and underscores in names are the same; null is no value. Options given here override those\n"
+        "of the file, where names have underscores and a section is indented below its name.",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=width),
         add_help=False,
         allow_abbrev=False,
@@ -65,7 +86,8 @@ def _shown(cls: type) -> list[Option]:
 
 def _add(group: Any, option: Option) -> None:
     text = f"{option.text.rstrip('.')} ({_default(option)})"
-    group.add_argument(flag(option.name), metavar=_metavar(option), help=text.replace("%", "%%"))
+    choices = get_args(option.hint) if get_origin(option.hint) is Literal else None
+    group.add_argument(flag(option.name), metavar=_metavar(option), choices=choices, help=text.replace("%", "%%"))
 
 
 def _summary(cls: type) -> str:
@@ -86,7 +108,7 @@ def _kind(hint: Any) -> str:
     if origin is Literal:
         return "|".join(map(str, parts))
     if origin in (list, tuple):
-        kind = _kind(parts[0])
+        kind = "{...}" if is_dataclass(parts[0]) else _kind(parts[0])
         return "{...}" if kind == "{...}" else f"{kind},{kind},..."
     if origin is dict:
         return "{...}"

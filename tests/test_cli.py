@@ -135,6 +135,16 @@ def test_overview_fits_a_screen_and_names_every_verb(capsys):
     assert capsys.readouterr().out == overview
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_script_knows_verbs_and_options(shell, capsys):
+    pytest.importorskip("shtab")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(text in script for text in ("train-dense", "--optimizer.warmup-steps", "mi300x"))
+    assert main(["completion", "fish-and-chips"]) == 1
+    assert "'fish-and-chips' is not a shell" in capsys.readouterr().err
+
+
 def test_version_is_printed(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("recurrent-depth ")
@@ -250,6 +260,29 @@ def test_missing_package_names_the_extra(error, capsys, tmp_path, monkeypatch):
     package = "lm_eval" if error else "no_such_package"
     expected = f"error: recurrent-depth act needs the package {package}: pip install 'recurrent-depth[eval]'\n"
     assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "package", "extra"),
+    [
+        (["curate", "--out", "set", "--pool", "{path: rows.jsonl}"], "matplotlib", "curate"),
+        (
+            ["train-dense", "--run", "finetune/s1.yaml", "--model", "m", "--out", "o"],
+            "accelerate",
+            "hf",
+        ),
+        (["train", "--config", str(SHELL_GAME), "--out", "o", "--init-from", "folder"], "transformers", "hf"),
+    ],
+)
+def test_verb_without_its_extra_says_so_before_it_begins(arguments, package, extra, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(arguments) == 1
+    verb = f"recurrent-depth {arguments[0]}"
+    expected = f"error: {verb} needs the package {package}: pip install 'recurrent-depth[{extra}]'\n"
+    assert capsys.readouterr().err == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_missing_module_of_our_own_is_unexpected(capsys):

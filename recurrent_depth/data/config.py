@@ -52,7 +52,8 @@ class TaskDataConfig:
 
     Args:
         name: shell_game, permutation_automaton, modular_arithmetic or rotation_report.
-        min_length, max_length: instructions of a row at the start and at the end of the length curriculum.
+        min_length: instructions of a row at the start of the length curriculum.
+        max_length: instructions of a row at its end.
         curriculum_fraction: share of the run's training steps over which the length grows; 0 starts at max_length.
         mixed_lengths: every training step draws a length between min_length and that of the curriculum. Rows of one
             length teach one length.
@@ -129,8 +130,8 @@ class SourceConfig:
         address: python-stdlib, a file (.txt, .md, .jsonl, .parquet) or a folder of them, or the name of a Hugging Face
             data set, which is streamed.
         subset: configuration of a Hugging Face data set.
-        split: its split.
-        revision: its commit or tag; pin it where a preparation runs for days.
+        split: of the data set.
+        revision: commit or tag of the data set; pin it where a preparation runs for days.
         fields: where rows keep their text (see recurrent_depth.data.documents).
         chat_formatted: rows are conversations, written in Huginn's chat format.
         weight: passes over the source relative to the others of its category (see recurrent_depth.data.mix).
@@ -173,8 +174,9 @@ class FilterConfig:
         exact_duplicates: keep one of all documents with the same text.
         near_duplicates: keep one of all documents whose sets of 5-word shingles resemble each other (MinHash with
             `buckets` bands of `hashes_per_bucket` hashes).
-        buckets, hashes_per_bucket: 14 and 8 find a pair of similarity 0.8 with a probability of 92%, and one of 0.6
-            with 21%.
+        buckets: bands of the MinHash. 14 bands of 8 hashes find a pair of similarity 0.8 with a probability of 92%,
+            and one of 0.6 with 21%.
+        hashes_per_bucket: hashes of a band; more of them find fewer pairs.
         evaluation_sets: sources whose text must not be trained on.
         ngram_words: a document that shares this many words in a row with an evaluation set is dropped; 8 and 13 are
             usual.

@@ -15,7 +15,7 @@ class FinetuningConfig:
     """The fine-tuning whose memory is planned.
 
     Args:
-        shape: of the model: tiny, small, huginn-3.5b.
+        shape: shape of the model: tiny, small, huginn-3.5b.
         backprop_depth: iterations with gradient (k).
         checkpointing: what the backward pass recomputes: nothing, each iteration (`step`), or each block.
         lora_rank: rank of LoRA on every linear layer.

@@ -156,12 +156,12 @@ class CurateConfig:
         out: folder; it gets examples.parquet, dropped.parquet, manifest.json, report.md and report.html.
         pool: where rows come from, as {path: train.jsonl, answer_format: gsm8k}.
         stages: the stages in order, each as {stage: quality, option: value}; `name` tells two of one kind apart.
-        seed: of every random choice.
+        seed: number that fixes every random choice.
         root: folder of relative data paths.
         cache: folder of stage outputs and answers of models; null takes OUT/cache. Recipes that share it share work.
         imports: modules that register your own stages or filters, for example my_stages.
-        title: of the report.
-        note: a sentence for its reader, for example the licence of the data.
+        title: title of the report.
+        note: a sentence in the report, for example the licence of the data.
     """
 
     out: str

@@ -34,7 +34,7 @@ class OptimizerConfig:
         weight_decay: decay of matrices; norms and biases have none. For `huginn` it is multiplied by lr / peak lr, not
             by lr.
         eps: epsilon of adamw, nadamw and muon; `huginn` has none.
-        momentum: of `muon`.
+        momentum: momentum of `muon`.
         gradient_clip: largest global gradient norm; .inf for no clipping.
         schedule: after the warm-up: `trapezoid` (hold, then decay over cooldown_steps), `constant`, or `linear` and
             `cosine` decay to the end of the run.
@@ -204,7 +204,7 @@ class SpikeConfig:
         window: how many losses the median is taken of; the guard waits until it has that many.
         margin: training steps that must lie between the checkpoint and the spike, since a spike often begins before it
             shows.
-        max_rewinds: of one run; another spike aborts it.
+        max_rewinds: how often one run may go back; another spike aborts it.
     """
 
     factor: float | None = None
@@ -231,7 +231,7 @@ class RunConfig:
         batch_size: rows of one training step, over all ranks.
         micro_steps: parts into which a training step is split (gradient accumulation); each draws its own depth. Rows
             of a part are shared among the ranks, so the number of ranks changes neither data nor depths.
-        seed: of weights, data order, depths and initial states.
+        seed: number that fixes weights, data order, depths and initial states.
         log_every: training steps between lines of metrics.jsonl.
         max_hours: save and stop after so many hours; null for no limit.
         slurm_margin_minutes: under Slurm, save and stop so many minutes before the job's end (SLURM_JOB_END_TIME).
@@ -382,7 +382,7 @@ class AverageConfig:
         out: new run folder with the merged weights; it evaluates, exports and starts other runs (init_from).
         method: `ema` gives every checkpoint `decay` of the weight of the next newer one (the oldest one the rest),
             `uniform` the mean.
-        decay: of `ema`.
+        decay: weight of a checkpoint relative to the next newer one, for `ema`.
         last: how many checkpoints are merged; null for all.
         every: take every n-th checkpoint, counted back from the newest.
     """
