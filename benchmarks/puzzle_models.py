@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from recurrent_depth.data.config import DataConfig, PackedDataConfig
-from recurrent_depth.data.thinking import Puzzle, draw_puzzle, thinking_tokenizer
+from recurrent_depth.data.tasks.puzzles import Puzzle, draw_puzzle, thinking_tokenizer
 from recurrent_depth.evaluation.budgets import Examiner, Question
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.parsing import parse_options

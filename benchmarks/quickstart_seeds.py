@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from common import write_result
 from recurrent_depth.data.loader import curriculum
-from recurrent_depth.data.tasks import TASKS
+from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation.dense import evaluate_dense
 from recurrent_depth.model.flops import training_flops
 from recurrent_depth.model.recurrence import sample_depth

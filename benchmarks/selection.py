@@ -20,10 +20,10 @@ import numpy as np
 from puzzle_models import Row, draw, each_base, examiner, fine_tune, options_of, row_of
 
 from common import interval, kept, write_result
-from recurrent_depth.data.thinking import DOMAINS, Puzzle, draw_puzzle, thinking_tokenizer
+from recurrent_depth.data.tasks.puzzles import DOMAINS, Puzzle, draw_puzzle, thinking_tokenizer
 from recurrent_depth.evaluation.budgets import Examiner
 from recurrent_depth.reasoning.config import CurateConfig, SourceConfig
-from recurrent_depth.reasoning.curate import curate
+from recurrent_depth.reasoning.curation.command import curate
 from recurrent_depth.reasoning.pool import read_examples
 from recurrent_depth.runs import load_run_model
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from recurrent_depth.data.thinking import draw_puzzle, thinking_tokenizer
+from recurrent_depth.data.tasks.puzzles import draw_puzzle, thinking_tokenizer
 from recurrent_depth.reasoning.config import SourceConfig
 
 

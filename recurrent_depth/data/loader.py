@@ -16,9 +16,9 @@ from torch import Tensor
 
 from recurrent_depth.data.config import DataConfig, PuzzleDataConfig, TaskDataConfig
 from recurrent_depth.data.layout import Split
-from recurrent_depth.data.notes import noted_tokenizer, random_places, with_notes
-from recurrent_depth.data.report_task import LESSONS, REPORTS, ReportTask
-from recurrent_depth.data.tasks import TASKS, StateTask
+from recurrent_depth.data.tasks.notes import noted_tokenizer, random_places, with_notes
+from recurrent_depth.data.tasks.report import LESSONS, REPORTS, ReportTask
+from recurrent_depth.data.tasks.state import TASKS, StateTask
 from recurrent_depth.model.random import LENGTH_STREAM, generator
 
 GENERATED: dict[str, StateTask | ReportTask] = {**TASKS, **REPORTS}
@@ -125,7 +125,7 @@ def open_source(config: DataConfig, split: Split, seed: int, total_steps: int) -
     if config.task is not None:
         return TaskSource(config.task, split, seed, total_steps)
     if config.puzzles is not None:
-        from recurrent_depth.data.thinking import ThinkingSource
+        from recurrent_depth.data.tasks.puzzles import ThinkingSource
 
         return ThinkingSource(config.puzzles, split, seed, total_steps)
     from recurrent_depth.data.packed import PackedSource

@@ -17,14 +17,14 @@ from recurrent_depth.evaluation.table import Result
 
 if TYPE_CHECKING:
     from recurrent_depth.evaluation.sweep import EvalConfig
-    from recurrent_depth.reasoning.answers import Checker
+    from recurrent_depth.reasoning.curation.answers import Checker
 
 GRADE_TIMEOUT_S = 5.0
 
 
 def evaluate_budgets(config: "EvalConfig", name: str, out: Path) -> list[Result]:
     """Run the grid and the comparisons; writes grid.csv, grid.md, grid.png and frontier.png."""
-    from recurrent_depth.reasoning.answers import Checker
+    from recurrent_depth.reasoning.curation.answers import Checker
 
     assert config.questions is not None
     with Checker(GRADE_TIMEOUT_S) as checker:

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from recurrent_depth.data.tasks import StateTask, bucket_name
+from recurrent_depth.data.tasks.state import StateTask, bucket_name
 from recurrent_depth.evaluation.table import Result
 from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.model.transformer import RecurrentDepthModel

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from recurrent_depth.data.tasks import BUCKETS, StateTask
+from recurrent_depth.data.tasks.state import BUCKETS, StateTask
 from recurrent_depth.evaluation.dense import VALIDATION_SPLIT
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from recurrent_depth.data.tasks import TASKS
+from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation.budget_sweep import evaluate_budgets
 from recurrent_depth.evaluation.budgets import budget_label
 from recurrent_depth.evaluation.controls import ControlsConfig

@@ -11,7 +11,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from recurrent_depth.data.layout import MANIFEST, TOKENIZER, DataError
-from recurrent_depth.data.rows import row_schema, write_parquet
+from recurrent_depth.data.preparation.rows import row_schema, write_parquet
 from recurrent_depth.data.tokenizer import load_tokenizer
 from recurrent_depth.files import atomic_folder, check_new_folder, file_hash, write_json, write_text
 from recurrent_depth.model.loss import IGNORE_INDEX

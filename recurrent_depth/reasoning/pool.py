@@ -35,7 +35,7 @@ class Example:
         id: unique in the pool.
         source: name of the source it came from.
         question: as put to a model.
-        trace: the reasoning; empty where the pool has none (see recurrent_depth.reasoning.teacher).
+        trace: the reasoning; empty where the pool has none (see recurrent_depth.reasoning.curation.teacher).
         answer: the reference answer.
         trace_answer: the answer that the trace's author reached, where it is known.
         trace_correct: whether that agrees with the reference; None: not graded.

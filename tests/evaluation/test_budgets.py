@@ -13,7 +13,7 @@ from reasoning_rows import puzzles
 from recurrent_depth.cli import main
 from recurrent_depth.data.config import DataConfig, PuzzleDataConfig
 from recurrent_depth.data.packed import DataError
-from recurrent_depth.data.thinking import WORDS, thinking_tokenizer
+from recurrent_depth.data.tasks.puzzles import WORDS, thinking_tokenizer
 from recurrent_depth.evaluation import EvalConfig, evaluate
 from recurrent_depth.evaluation.budgets import Attempt, Attempts, Examiner, Question
 from recurrent_depth.evaluation.controls import ControlsConfig, best_of, majority, run_controls

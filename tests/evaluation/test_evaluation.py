@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from recurrent_depth.data.config import DataConfig, TaskDataConfig
-from recurrent_depth.data.tasks import TASKS
+from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation import EvalConfig, evaluate
 from recurrent_depth.evaluation.dense import evaluate_dense, predict
 from recurrent_depth.evaluation.report import ReportConfig, report

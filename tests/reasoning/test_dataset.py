@@ -12,7 +12,7 @@ from reasoning_rows import puzzles, write_rows
 from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.loader import open_source
-from recurrent_depth.data.thinking import WORDS, thinking_tokenizer
+from recurrent_depth.data.tasks.puzzles import WORDS, thinking_tokenizer
 from recurrent_depth.reasoning.config import ReasoningDataConfig, ThinkingFormat
 from recurrent_depth.reasoning.dataset import Tokens, lay_out, prepare_reasoning, tokenize
 from recurrent_depth.reasoning.format import Formatter

@@ -3,7 +3,7 @@
 import pytest
 
 from recurrent_depth.data.layout import DataError
-from recurrent_depth.data.thinking import conversation, thinking_tokenizer
+from recurrent_depth.data.tasks.puzzles import conversation, thinking_tokenizer
 from recurrent_depth.data.tokenizer import train_tokenizer
 from recurrent_depth.hf.loading import _fast_tokenizer
 from recurrent_depth.reasoning.config import ThinkingFormat

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from reasoning.rows import example
+from reasoning.curation.rows import example
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.reasoning.config import SourceConfig
 from recurrent_depth.reasoning.pool import COLUMNS, SCHEMA, load_pool, read_examples, split_gsm8k, to_table
