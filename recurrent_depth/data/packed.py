@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from recurrent_depth.data.batch import Batch
 from recurrent_depth.data.config import PackedDataConfig
 from recurrent_depth.data.layout import MANIFEST, TOKENIZER, DataError, Split
-from recurrent_depth.data.loader import Batch
 
 _CACHED_GROUPS = 2  # rows are read in order, so the one in use and the next
 
@@ -32,6 +32,7 @@ class PackedSource:
     def __init__(self, config: PackedDataConfig, split: Split, seed: int) -> None:
         self.config, self.seed = config, seed
         self.folder = _folder(config, split)
+        self.name = config.path
         self.files = sorted(self.folder.glob("*.parquet"))
         if not self.files:
             raise DataError(f"{self.folder} holds no parquet files; run recurrent-depth prepare --out {config.path}")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.evaluation.scaling import Cell
 from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.model.transformer import RecurrentDepthModel

@@ -12,8 +12,8 @@ from lm_eval.utils import simple_parse_args_string
 from reasoning_rows import puzzles
 from recurrent_depth.cli import main
 from recurrent_depth.data.config import DataConfig, PuzzleDataConfig
-from recurrent_depth.data.packed import DataError
-from recurrent_depth.data.tasks.puzzles import WORDS, thinking_tokenizer
+from recurrent_depth.data.layout import DataError
+from recurrent_depth.data.tasks.puzzles import WORDS, puzzle_tokenizer
 from recurrent_depth.evaluation import EvalConfig, evaluate
 from recurrent_depth.evaluation.budgets import Attempt, Attempts, Examiner, Question
 from recurrent_depth.evaluation.controls import ControlsConfig, best_of, majority, run_controls
@@ -38,7 +38,7 @@ def exact(questions, answers):
 def examiner():
     model = lively_model(vocab_size=128, block_size=48)
     questions = [Question(row["question"], row["answer"]) for row in puzzles(9)]
-    return Examiner(model, Formatter(thinking_tokenizer(), ThinkingFormat()), questions, exact, 3, batch_size=4)
+    return Examiner(model, Formatter(puzzle_tokenizer(), ThinkingFormat()), questions, exact, 3, batch_size=4)
 
 
 def test_every_question_is_asked_as_if_alone_and_everything_is_counted(examiner):
@@ -71,7 +71,7 @@ class Scripted(Examiner):
 
 
 def replies(*texts):
-    tokenizer = thinking_tokenizer()
+    tokenizer = puzzle_tokenizer()
     return [tokenizer.encode(text).ids for text in texts]
 
 

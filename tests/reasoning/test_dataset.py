@@ -12,7 +12,7 @@ from reasoning_rows import puzzles, write_rows
 from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.loader import open_source
-from recurrent_depth.data.tasks.puzzles import WORDS, thinking_tokenizer
+from recurrent_depth.data.tasks.puzzles import WORDS, puzzle_tokenizer
 from recurrent_depth.reasoning.config import ReasoningDataConfig, ThinkingFormat
 from recurrent_depth.reasoning.dataset import Tokens, lay_out, prepare_reasoning, tokenize
 from recurrent_depth.reasoning.format import Formatter
@@ -24,7 +24,7 @@ ID = {word: index for index, word in enumerate(WORDS)}
 
 
 def test_the_loss_is_on_the_reply_and_not_on_forced_words():
-    formatter = Formatter(thinking_tokenizer(), ThinkingFormat())
+    formatter = Formatter(puzzle_tokenizer(), ThinkingFormat())
     example = Example("0", "s", "cup1 swap01", "swap01 cup0 Wait swap01 cup0", "cup0")
     tokens = tokenize(formatter, example, unlearned=["Wait"])
     words = [WORDS[i] for i in tokens.ids]

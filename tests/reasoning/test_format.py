@@ -3,7 +3,7 @@
 import pytest
 
 from recurrent_depth.data.layout import DataError
-from recurrent_depth.data.tasks.puzzles import conversation, thinking_tokenizer
+from recurrent_depth.data.tasks.puzzles import conversation, puzzle_tokenizer
 from recurrent_depth.data.tokenizer import train_tokenizer
 from recurrent_depth.hf.loading import _fast_tokenizer
 from recurrent_depth.reasoning.config import ThinkingFormat
@@ -44,7 +44,7 @@ def test_prompt_and_reply_are_the_whole_chat(chat_tokenizer):
 
 
 def test_puzzles_are_pretrained_in_the_same_layout():
-    formatter = Formatter(thinking_tokenizer(), ThinkingFormat())
+    formatter = Formatter(puzzle_tokenizer(), ThinkingFormat())
     parts = formatter.example("cup1 swap01", "swap01 cup0", "cup0")
     words = [formatter.tokenizer.id_to_token(token) for part in parts for token in part]
     assert words == conversation(["cup1", "swap01"], ["swap01", "cup0"], "cup0")
@@ -57,7 +57,7 @@ def test_a_delimiter_of_several_tokens_is_refused(tokenizer, delimiter):
 
 
 def test_an_unknown_word_is_no_delimiter():
-    tokenizer = thinking_tokenizer()  # maps what it does not know to one token, padding
+    tokenizer = puzzle_tokenizer()  # maps what it does not know to one token, padding
     assert len(tokenizer.encode("</think>").ids) == 1
     with pytest.raises(DataError, match="none of its own"):
         Formatter(tokenizer, ThinkingFormat(end_think="</think>"))

@@ -1,27 +1,22 @@
-"""Questions that can be thought through on paper: where is the ball after these moves?
+"""Puzzles with traces of thinking: where is the ball after these moves?
 
 A question names a cup and then moves (`cup3 swap01 swap24`); its trace repeats every move with the cup after it
-(`swap01 cup3 swap24 cup3`); the answer is the last cup. A model may answer from its steps (the hidden axis), from its
-trace (the visible one), or from a trace that was cut. No move occurs twice in a question, so that the next move is
-found by looking up the last one. Domains are kinds of moves.
+(`swap01 cup3 swap24 cup3`); the answer is the last cup. A model may answer from its iterations (hidden), from its trace
+(visible), or from a trace that was cut. No move occurs twice in a question, so the next move is found by looking up the
+last one. Domains are kinds of moves.
 """
 
-import hashlib
 import itertools
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from recurrent_depth.data.chat import ASSISTANT, BEGIN_TEXT, THINK_TOKENS, pieces
-from recurrent_depth.data.config import PuzzleDataConfig
-from recurrent_depth.data.loader import Batch, Split, curriculum
+from recurrent_depth.data.tasks.state import word_tokenizer
 from recurrent_depth.data.tokenizer import SPECIAL_TOKENS
 from recurrent_depth.model.loss import IGNORE_INDEX
-from recurrent_depth.model.random import THINKING_STREAM, generator
 
 CUPS = 6
 WAIT = "Wait"
@@ -29,7 +24,7 @@ BEGIN_THINK, END_THINK, BEGIN_ANSWER, END_ANSWER = THINK_TOKENS
 
 
 def _cycle(cups: Sequence[int]) -> tuple[int, ...]:
-    """The move that takes each cup of `cups` to the place of the next, as a table of places."""
+    """Return the move that takes each cup of `cups` to the place of the next, as a table of places."""
     moved = dict(zip(cups, [*cups[1:], cups[0]], strict=True))
     return tuple(moved.get(cup, cup) for cup in range(CUPS))
 
@@ -67,15 +62,11 @@ WORDS = (
 """The vocabulary in the order of ids."""
 
 _IDS = {word: index for index, word in enumerate(WORDS)}
-_PAD = _IDS["<|pad|>"]
 
 
-def thinking_tokenizer() -> Tokenizer:
-    """Words to ids; the special tokens of every tokenizer here come first."""
-    tokenizer = Tokenizer(models.WordLevel(dict(_IDS), unk_token="<|pad|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    return tokenizer
+def puzzle_tokenizer() -> Tokenizer:
+    """Return the tokenizer of words between spaces; the special tokens of every trained tokenizer come first."""
+    return word_tokenizer(WORDS, SPECIAL_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -96,17 +87,17 @@ class Puzzle:
         return self.cups[-1]
 
     def steps(self, first: int, last: int) -> list[str]:
-        """Words of the trace for moves first ... last - 1: each move and the cup after it."""
+        """Return the words of the trace for moves first ... last - 1: each move and the cup after it."""
         pairs = zip(self.moves[first:last], self.cups[first:last], strict=True)
         return [word for pair in pairs for word in pair]
 
 
 def draw_puzzle(rng: np.random.Generator, domain: str, length: int) -> Puzzle:
-    """A random question of `length` different moves."""
+    """Return a random question of `length` different moves."""
     tables = DOMAINS[domain]
     names = list(tables)
     if not 1 <= length <= len(names):
-        raise ValueError(f"{length} moves: the domain {domain} has {len(names)}, and none is used twice")
+        raise ValueError(f"length is {length}; the domain {domain} has {len(names)} moves, and none is used twice")
     moves = tuple(names[i] for i in rng.permutation(len(names))[:length])
     start = cup = int(rng.integers(CUPS))
     cups = []
@@ -123,61 +114,22 @@ def conversation(question: Sequence[str], trace: Sequence[str], answer: str) -> 
     return [BEGIN_TEXT, *(word for text, _ in pieces(turns) for word in text.split())]
 
 
-class ThinkingSource:
-    """Puzzles with traces that are whole, cut anywhere, or empty: a stateless source for pretraining.
+def puzzle_row(rng: np.random.Generator, domain: str, length: int) -> tuple[list[int], list[int]]:
+    """Return input_ids and aligned labels of one random puzzle whose trace is whole, cut anywhere, or empty.
 
     Labels: the next word of the reply, but not the end of a trace that was cut (or the model would learn to stop at
-    random); inside the question, the cup after every move, which teaches the hidden axis.
+    random); inside the question, the cup after every move, which teaches to answer without a trace.
     """
-
-    def __init__(self, config: PuzzleDataConfig, split: Split, seed: int, total_steps: int) -> None:
-        unknown = [domain for domain in config.domains if domain not in DOMAINS]
-        if unknown:
-            raise ValueError(f"data.puzzles.domains names {unknown}; known are {', '.join(DOMAINS)}")
-        most = min(len(DOMAINS[domain]) for domain in config.domains)
-        if config.max_length > most:
-            raise ValueError(
-                f"data.puzzles.max_length is {config.max_length}; it must be at most {most}, since no move of "
-                f"{', '.join(config.domains)} is used twice"
-            )
-        self.config, self.split, self.seed, self.total_steps = config, split, seed, total_steps
-        self.vocab_size = len(WORDS)
-        longest = conversation(["_"] * (1 + config.max_length), ["_"] * 2 * config.max_length, "_")
-        self.sequence_length = len(longest) - 1
-
-    def fingerprint(self) -> str:
-        content = {"config": asdict(self.config), "moves": DOMAINS, "seed": self.seed}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-    def tokenizer_json(self) -> str | None:
-        return thinking_tokenizer().to_str(pretty=True)
-
-    def batch(self, first_row: int, count: int, step: int) -> Batch:
-        most = curriculum(self.config, step, self.total_steps, self.split)
-        rows = [self._row(number, most) for number in range(first_row, first_row + count)]
-        width = max(len(ids) for ids, _ in rows)
-        input_ids = torch.full((count, width), _PAD)
-        targets = torch.full((count, width), IGNORE_INDEX)
-        for index, (ids, labels) in enumerate(rows):
-            input_ids[index, : len(ids)] = torch.tensor(ids)
-            targets[index, : len(labels)] = torch.tensor(labels)
-        return Batch(input_ids, targets)
-
-    def _row(self, number: int, most: int) -> tuple[list[int], list[int]]:
-        """Ids and aligned labels of one row, the last word being a label only."""
-        rng = generator(self.seed, THINKING_STREAM, int(self.split == "validation"), number)
-        domain = self.config.domains[int(rng.integers(len(self.config.domains)))]
-        fewest = min(self.config.min_length, most)
-        puzzle = draw_puzzle(rng, domain, int(rng.integers(fewest, most + 1)))
-        whole = puzzle.steps(0, len(puzzle.moves))
-        written = (len(whole), int(rng.integers(len(whole))), 0)[int(rng.integers(3))]
-        words = conversation(puzzle.question, whole[:written], puzzle.answer)
-        ids = [_IDS[word] for word in words]
-        think = words.index(BEGIN_THINK)
-        labels = [IGNORE_INDEX] * think + ids[think + 1 :]
-        if written < len(whole):
-            labels[think + written] = IGNORE_INDEX
-        first_move = words.index(puzzle.moves[0])
-        for offset, cup in enumerate(puzzle.cups):
-            labels[first_move + offset] = _IDS[cup]
-        return ids[:-1], labels
+    puzzle = draw_puzzle(rng, domain, length)
+    whole = puzzle.steps(0, len(puzzle.moves))
+    written = (len(whole), int(rng.integers(len(whole))), 0)[int(rng.integers(3))]
+    words = conversation(puzzle.question, whole[:written], puzzle.answer)
+    ids = [_IDS[word] for word in words]
+    think = words.index(BEGIN_THINK)
+    labels = [IGNORE_INDEX] * think + ids[think + 1 :]
+    if written < len(whole):
+        labels[think + written] = IGNORE_INDEX
+    first_move = words.index(puzzle.moves[0])
+    for offset, cup in enumerate(puzzle.cups):
+        labels[first_move + offset] = _IDS[cup]
+    return ids[:-1], labels

@@ -24,6 +24,7 @@ from recurrent_depth.files import (
     atomic_folder,
     explain_full_disk,
     file_hash,
+    json_hash,
     output_folder,
     write_json,
 )
@@ -34,7 +35,6 @@ from recurrent_depth.reasoning.curation.stages import (
     Outcome,
     Stage,
     build_stage,
-    digest,
     digest_examples,
     source_inputs,
 )
@@ -78,7 +78,7 @@ def curate(config: CurateConfig) -> dict[str, Any]:
     print_line(f"curate: {len(sources)} sources, {len(stages)} stages -> {out}")
     examples, drops = load_pool(config.pool, root)
     with output_folder(out), explain_full_disk(out):
-        steps = [_step("load", "load", {}, Outcome(examples, drops), digest(sources))]
+        steps = [_step("load", "load", {}, Outcome(examples, drops), json_hash(sources))]
         for (name, stage), context, own_inputs in zip(stages, contexts, inputs, strict=True):
             context = replace(context, facts={step.name: step.facts for step in steps if step.facts})
             outcome, key = _run(stage, own_inputs, examples, context, cache / "stages")
@@ -118,14 +118,14 @@ def _import(modules: list[str]) -> None:
 
 def _seed(seed: int, name: str) -> int:
     """Of a stage: it does not change when other stages are put in or taken out."""
-    return int(digest([seed, name])[:8], 16)
+    return int(json_hash([seed, name])[:8], 16)
 
 
 def _run(
     stage: Stage, inputs: list[Any], examples: list[Example], context: Context, folder: Path
 ) -> tuple[Outcome, str]:
     """Return the stage's outcome, from the cache if the same was done before, and the key it is kept by."""
-    key = digest(
+    key = json_hash(
         [
             FORMAT, stage.kind, context.stage, asdict(stage), inputs, context.seed,
             digest_examples(examples), context.facts,

@@ -9,8 +9,8 @@ from typing import Any
 from recurrent_depth.checks import check_at_least, check_fraction, check_not_empty, check_positive
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.extras import require
+from recurrent_depth.files import json_hash
 from recurrent_depth.reasoning.curation.replies import Reply, ReplyCache, progress
-from recurrent_depth.reasoning.curation.stages import digest
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class EndpointWriter:
 
     def write(self, prompts: Sequence[str], cache: ReplyCache) -> list[Reply]:
         """One reply a prompt, kept as they come. Those that failed carry their error, if so many are allowed to."""
-        keys = [digest([self.config.fingerprint(), prompt]) for prompt in prompts]
+        keys = [json_hash([self.config.fingerprint(), prompt]) for prompt in prompts]
         wanted = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if cache.get(key) is None}
         failed: dict[str, Reply] = {}
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from recurrent_depth.checks import check_at_least, check_not_empty, check_num_steps
 from recurrent_depth.extras import require
-from recurrent_depth.files import file_hash
+from recurrent_depth.files import file_hash, json_hash
 from recurrent_depth.hub import check_folder_or_hub_name
 from recurrent_depth.reasoning.curation.replies import Reply, ReplyCache, progress
-from recurrent_depth.reasoning.curation.stages import digest
 from recurrent_depth.runs import find_checkpoint, is_run
 
 
@@ -89,10 +88,10 @@ class LocalWriter:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.stop_ids = _stop_ids(self.tokenizer, config.stop)
-        self.fingerprint = digest(config.fingerprint())
+        self.fingerprint = json_hash(config.fingerprint())
 
     def write(self, prompts: Sequence[str], cache: ReplyCache) -> list[Reply]:
-        keys = [digest([self.fingerprint, prompt]) for prompt in prompts]
+        keys = [json_hash([self.fingerprint, prompt]) for prompt in prompts]
         batches = list(_batches(dict(zip(keys, map(self._encode, prompts), strict=True)), self.config.batch_size))
         for batch in progress(batches, len(batches), self.config.model):
             if any(cache.get(key) is None for key in batch):

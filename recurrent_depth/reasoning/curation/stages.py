@@ -104,11 +104,6 @@ def build_stage(description: Mapping[str, Any]) -> Stage:
     return build(STAGES[kind], options, f"stages.{description.get('name', kind)}")
 
 
-def digest(value: Any) -> str:
-    """A hash of plain JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def digest_examples(examples: Sequence[Example]) -> str:
     """A hash of rows, their order included."""
     content = hashlib.sha256()

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from recurrent_depth.checks import check_at_least
+from recurrent_depth.files import json_hash
 from recurrent_depth.reasoning.curation.replies import Reply, ReplyCache
-from recurrent_depth.reasoning.curation.stages import Context, Outcome, Stage, digest, stage
+from recurrent_depth.reasoning.curation.stages import Context, Outcome, Stage, stage
 from recurrent_depth.reasoning.curation.writers import WriterConfig
 from recurrent_depth.reasoning.pool import Example
 
@@ -98,7 +99,7 @@ def ask(writer: WriterConfig, prompts: list[str], context: Context) -> list[Repl
     """The replies of a model, those that the cache holds included. Without prompts the model is not loaded."""
     if not prompts:
         return []
-    name = digest(writer.fingerprint())[:12]
+    name = json_hash(writer.fingerprint())[:12]
     return writer.open().write(prompts, ReplyCache(context.cache / f"{context.stage}-{name}.jsonl"))
 
 

@@ -5,7 +5,7 @@ import torch
 
 from recurrent_depth.data.config import DataConfig, TaskDataConfig
 from recurrent_depth.data.loader import open_source
-from recurrent_depth.data.tasks.notes import NOTE, note_id, noted_tokenizer, random_places, with_notes
+from recurrent_depth.data.tasks.notes import NOTE, NotedTask, note_id, random_places, with_notes
 from recurrent_depth.data.tasks.state import TASKS
 
 TASK = TASKS["permutation_automaton"]
@@ -40,7 +40,7 @@ def test_notes_stand_where_they_were_put_and_tell_the_state():
 
 
 def test_the_word_note_is_the_id_that_rows_hold():
-    text = noted_tokenizer(TASK).decode([note_id(TASK)], skip_special_tokens=False)
+    text = NotedTask(TASK, (0.5,)).tokenizer().decode([note_id(TASK)], skip_special_tokens=False)
     assert text == NOTE
 
 

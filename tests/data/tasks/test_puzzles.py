@@ -16,7 +16,7 @@ from recurrent_depth.data.tasks.puzzles import (
     WORDS,
     conversation,
     draw_puzzle,
-    thinking_tokenizer,
+    puzzle_tokenizer,
 )
 
 
@@ -104,7 +104,7 @@ def test_rows_depend_on_their_number_and_grow_with_the_run():
 
 
 def test_the_tokenizer_reads_every_word_as_one_token():
-    tokenizer = thinking_tokenizer()
+    tokenizer = puzzle_tokenizer()
     words = conversation(["cup1", "swap01"], ["swap01", "cup0", "Wait"], "cup0")
     assert tokenizer.encode(" ".join(words)).tokens == words
     assert [tokenizer.token_to_id(word) for word in WORDS] == list(range(len(WORDS)))
