@@ -1,4 +1,4 @@
-"""Imports inside the package go one way: each part may import the parts that are named here, and nothing in a circle."""
+"""Imports inside the package go one way: each part may import the parts that are named here, none in a circle."""
 
 import ast
 from graphlib import TopologicalSorter

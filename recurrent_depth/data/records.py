@@ -7,7 +7,7 @@ the line.
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def skipped_files(folder: Path, suffixes: Sequence[str]) -> Counter[str]:
     return Counter(file.suffix or "no ending" for file in visible if file.suffix not in suffixes)
 
 
-def describe_counts(counts: Counter[str], most: int = 4) -> str:
+def describe_counts(counts: Mapping[str, int], most: int = 4) -> str:
     """Return `480 .rst, 20 .py, ...`, the most frequent first."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     listed = [f"{count:,} {name}" for name, count in ordered[:most]]

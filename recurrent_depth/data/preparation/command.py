@@ -1,4 +1,4 @@
-"""`recurrent-depth prepare`: documents -> tokens -> packed parquet rows, with a manifest.
+"""`recurrent-depth prepare`: documents become tokens, tokens become packed parquet rows with a manifest.
 
 The work is done in a folder beside `out` whose name ends in `.unfinished`. After a kill at any moment the same command
 continues it, and the result is the same to the last bit.
@@ -7,7 +7,6 @@ continues it, and the result is the same to the last bit.
 import json
 import shutil
 import time
-from collections import Counter
 from contextlib import ExitStack
 from typing import Any
 
@@ -83,7 +82,7 @@ def _announce(job: Job, new: bool) -> None:
     print_line(f"{start}: {sources} -> {job.out}, rows of {job.config.sequence_length:,} tokens")
     for source, skipped in zip(job.sources, job.skipped, strict=True):
         if skipped:
-            kinds = describe_counts(Counter(skipped))
+            kinds = describe_counts(skipped)
             print_line(f"warning: {source.address}: not read are {kinds}; prepare reads {', '.join(SUFFIXES)}")
 
 

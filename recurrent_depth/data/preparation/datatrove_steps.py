@@ -1,4 +1,4 @@
-"""Our tasks as a step of datatrove; imported only where datatrove is installed."""
+"""A task of ours as a step of datatrove. Imported only if datatrove is installed."""
 
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
@@ -8,7 +8,7 @@ from recurrent_depth.data.preparation.phases import run_task
 
 
 class TaskStep(PipelineStep):
-    """A task of a phase: datatrove's rank is its number."""
+    """Runs a task of a phase; datatrove's rank is its number."""
 
     type = "prepare"
 
@@ -18,6 +18,6 @@ class TaskStep(PipelineStep):
         super().__init__()
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        """Run the task; there are no documents to hand on."""
+        """Run the task. There are no documents to pass on."""
         run_task(self.job, self.phase, rank)
         return None

@@ -1,4 +1,4 @@
-"""Documents: plain text or a conversation, made from the fields of a row."""
+"""Documents: plain text or a conversation, made from the fields of a record."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 from recurrent_depth.data.records import without_surrogates
 
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-"""Names of roles that data sets use beside system, user and assistant."""
+"""Names that data sets use for roles besides system, user and assistant."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Document:
 
     Attributes:
         text: the whole text; of a conversation, its messages one after the other.
-        origin: file or data set it was read from.
+        origin: the file or data set that it was read from.
         turns: (role, message) of a conversation; empty for plain text.
         not_utf8: the file holds bytes that are not UTF-8; each became U+FFFD.
     """
@@ -28,7 +28,7 @@ class Document:
 
 
 class FieldError(ValueError):
-    """A row without the fields that its source names."""
+    """A record without the fields that its source names."""
 
 
 def document_from(record: Mapping[str, Any], fields: Sequence[str], chat_formatted: bool, origin: str) -> Document:

@@ -1,4 +1,4 @@
-"""How the tasks of a preparation are run: here, in processes, or by datatrove on many machines."""
+"""Run the tasks of a preparation: on this machine, in processes, or by datatrove on many machines."""
 
 import multiprocessing
 import os
@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -58,9 +59,9 @@ def _run_in_processes(job: Job, phase: Phase, waiting: list[int], advance: Any) 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["recurrent_depth.data.preparation.phases"])
     workers = min(job.config.workers, len(waiting))
-    with ProcessPoolExecutor(workers, context, initializer=_enter, initargs=(job, os.getpid())) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_start_process, initargs=(job, os.getpid())) as pool:
         try:
-            for done in as_completed([pool.submit(_run, phase.name, task) for task in waiting]):
+            for done in as_completed([pool.submit(_run_task, phase.name, task) for task in waiting]):
                 done.result()
                 advance()
         except BrokenProcessPool as error:
@@ -79,16 +80,17 @@ def _run_in_processes(job: Job, phase: Phase, waiting: list[int], advance: Any) 
 _job: Job | None = None
 
 
-def _enter(job: Job, parent: int) -> None:
-    """In a new process: remember the job, use one core, and end when the process that began it is gone."""
+def _start_process(job: Job, parent: int) -> None:
+    """In a new process: remember the job, use one core, and end when the parent process is gone."""
     global _job
     _job = job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _watch(parent: int) -> None:
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone."""
     while True:
         time.sleep(0.2)
         try:
@@ -97,46 +99,32 @@ def _watch(parent: int) -> None:
             os._exit(1)
 
 
-def _run(phase: str, task: int) -> None:
+def _run_task(phase: str, task: int) -> None:
     assert _job is not None
     run_task(_job, phase, task)
 
 
 def datatrove_executors(job: Job) -> "list[PipelineExecutor]":
-    """One executor of datatrove for each phase, in order; each waits for the one before.
+    """Return datatrove's executor of each phase, in order; each waits for the one before.
 
     They keep their logs and completions beside the results of the tasks.
     """
     from recurrent_depth.data.preparation.datatrove_steps import TaskStep
 
+    config, slurm = job.config, job.config.slurm
+    kind = {"slurm": "Slurm", "ray": "Ray"}.get(config.executor, "Local")
+    executor = getattr(import_module(f"datatrove.executor.{kind.lower()}"), f"{kind}PipelineExecutor")
+    shared: dict[str, Any] = {}
+    if config.executor in ("slurm", "ray"):
+        shared |= {"cpus_per_task": slurm.cpus_per_task, "mem_per_cpu_gb": slurm.mem_per_cpu_gb}
+    if config.executor == "slurm":
+        shared |= {"partition": slurm.partition, "time": slurm.time, "qos": slurm.qos or ""}
+        shared["env_command"] = slurm.environment or None
     executors: list[PipelineExecutor] = []
     for phase in phases(job):
-        options: dict[str, Any] = {
-            "pipeline": [TaskStep(job, phase.name)],
-            "tasks": phase.tasks,
-            "workers": min(job.config.workers, phase.tasks),
-            "logging_dir": str(job.work.path("logs", phase.name)),
-        }
-        if executors and job.config.executor == "slurm":  # the others are run one after the other
-            options["depends"] = executors[-1]
-        executors.append(_executor(job, phase.name, options))
+        options = shared | {"tasks": phase.tasks, "workers": min(config.workers, phase.tasks)}
+        if config.executor == "slurm":  # the others are run one after the other
+            options |= {"job_name": f"prepare-{phase.name}", "depends": executors[-1] if executors else None}
+        steps, logs = [TaskStep(job, phase.name)], str(job.work.path("logs", phase.name))
+        executors.append(executor(pipeline=steps, logging_dir=logs, **options))
     return executors
-
-
-def _executor(job: Job, name: str, options: dict[str, Any]) -> "PipelineExecutor":
-    slurm = job.config.slurm
-    resources = {"cpus_per_task": slurm.cpus_per_task, "mem_per_cpu_gb": slurm.mem_per_cpu_gb}
-    if job.config.executor == "slurm":
-        from datatrove.executor.slurm import SlurmPipelineExecutor
-
-        return SlurmPipelineExecutor(
-            **options, **resources, partition=slurm.partition, time=slurm.time, qos=slurm.qos or "",
-            env_command=slurm.environment or None, job_name=f"prepare-{name}",
-        )  # fmt: skip
-    if job.config.executor == "ray":
-        from datatrove.executor.ray import RayPipelineExecutor
-
-        return RayPipelineExecutor(**options, **resources)
-    from datatrove.executor.local import LocalPipelineExecutor
-
-    return LocalPipelineExecutor(**options)

@@ -1,4 +1,4 @@
-"""What is to be prepared: the options, and the parts into which they cut the sources."""
+"""What is to be prepared: the options, and the parts into which the sources are cut."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Job:
 
     @classmethod
     def plan(cls, config: PrepareConfig) -> Job:
-        """Look at all sources and cut them into parts; reads no text."""
+        """Look at all sources and cut them into parts. Reads no text."""
         sources = config.all_sources
         parts = [Part(n, slices) for n, source in enumerate(sources) for slices in cut(source, config.part_bytes)]
         return cls(config, sources, parts, [dict(skipped_files(source)) for source in sources])
@@ -53,7 +53,7 @@ class Job:
 
     @property
     def work(self) -> Work:
-        """The folder beside it where unfinished work lies."""
+        """The folder of unfinished work, beside the finished one."""
         return Work(self.out.with_name(self.out.name + ".unfinished"))
 
     @property
@@ -62,7 +62,7 @@ class Job:
         return max(1, round(self.config.files * self.config.validation_share))
 
     def identity(self) -> dict[str, Any]:
-        """All that the result depends on, as JSON has it."""
+        """Return all that the result depends on, as plain JSON."""
         how = ("out", "executor", "workers", "slurm", "restart")
         options = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in how}
         return {"options": options, "parts": [dataclasses.asdict(part) for part in self.parts]}

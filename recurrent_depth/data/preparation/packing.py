@@ -1,12 +1,15 @@
 """From documents to rows of equal length. Pure functions: the same on a laptop and on a cluster."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from recurrent_depth.data.config import Policy
+
+WINDOW = 64
+"""Documents that wait for a place with the policy `best-fit`."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Row:
 
 @dataclass
 class PackingCounts:
-    """What became of the tokens.
+    """Tokens in and outside of rows.
 
     Attributes:
         kept: in rows.
@@ -31,11 +34,6 @@ class PackingCounts:
     rests: int = 0
     unfilled: int = 0
 
-    @property
-    def dropped(self) -> int:
-        """All that is in no row."""
-        return self.rests + self.unfilled
-
 
 @dataclass
 class Packer:
@@ -44,9 +42,9 @@ class Packer:
     Args:
         length: tokens of a row (a training row of T tokens needs T + 1).
         policy: `concat` cuts documents at row ends and continues them in the next row (only the last, unfilled row is
-            dropped); `huginn` drops the rest of a document at a row end; `best-fit` keeps some documents
-            waiting and puts the longest that fits into the open row; where none fits, the shortest is cut at the row's
-            end and goes on in the next row.
+            dropped). `huginn` drops the rest of a document at a row end. `best-fit` keeps documents waiting and puts
+            the longest that fits into the open row; if none fits, the shortest is cut at the row's end and continues in
+            the next row.
     """
 
     length: int
@@ -58,57 +56,47 @@ class Packer:
     _waiting: list[np.ndarray] = field(default_factory=list)
 
     def add(self, document: ArrayLike) -> Iterator[Row]:
-        """Pack the token ids of one document; yields the rows that became full."""
+        """Pack the token ids of one document; yield the rows that became full."""
         ids = np.asarray(document)
-        if self.policy == "best-fit":
-            yield from self._add_best_fit(ids)
-        elif len(ids):
+        if self.policy != "best-fit":
             yield from self._place(ids)
-
-    def _place(self, ids: np.ndarray) -> Iterator[Row]:
-        """Put a document at the end of the open row, and what does not fit into the next rows."""
-        self._starts.append(self._filled)
-        while len(ids):
-            room = self.length - self._filled
-            piece, ids = ids[:room], ids[room:]
-            self._pieces.append(piece)
-            self._filled += len(piece)
-            if self._filled == self.length:
-                yield self._take()
-                if self.policy == "huginn":
-                    self.counts.rests += len(ids)
-                    return
-
-    def _take(self) -> Row:
-        row = Row(np.concatenate(self._pieces), self._starts)
-        self.counts.kept += self.length
-        self._pieces, self._filled, self._starts = [], 0, []
-        return row
-
-    def _add_best_fit(self, ids: np.ndarray, window: int = 64) -> Iterator[Row]:
-        """Keep up to `window` documents waiting; the longest that fits the open row goes next."""
+            return
         self._waiting.append(ids)
-        if len(self._waiting) >= window:
-            yield from self._place_one()
+        if len(self._waiting) >= WINDOW:
+            yield from self._place_best()
 
-    def _place_one(self) -> Iterator[Row]:
+    def finish(self) -> Iterator[Row]:
+        """Place waiting documents; what does not fill a row is dropped and counted."""
+        while self._waiting:
+            yield from self._place_best()
+        self.counts.unfilled += self._filled
+        self._pieces, self._filled, self._starts = [], 0, []
+
+    def _place_best(self) -> Iterator[Row]:
+        """Place the longest waiting document that fits the open row, or the shortest of all."""
         room = self.length - self._filled
         sizes = [len(ids) for ids in self._waiting]
         fitting = [size for size in sizes if size <= room]
         chosen = self._waiting.pop(sizes.index(max(fitting) if fitting else min(sizes)))
         yield from self._place(chosen)
 
-    def finish(self) -> Iterator[Row]:
-        """Place what waits; what does not fill a row is dropped and counted."""
-        while self._waiting:
-            yield from self._place_one()
-        self.counts.unfilled += self._filled
+    def _place(self, ids: np.ndarray) -> Iterator[Row]:
+        """Put a document at the end of the open row, and what does not fit into the next rows."""
+        if len(ids):
+            self._starts.append(self._filled)
+        while len(ids):
+            room = self.length - self._filled
+            piece, ids = ids[:room], ids[room:]
+            self._pieces.append(piece)
+            self._filled += len(piece)
+            if self._filled == self.length:
+                yield self._take_row()
+                if self.policy == "huginn":
+                    self.counts.rests += len(ids)
+                    return
+
+    def _take_row(self) -> Row:
+        row = Row(np.concatenate(self._pieces), self._starts)
+        self.counts.kept += self.length
         self._pieces, self._filled, self._starts = [], 0, []
-
-
-def pack(documents: Iterable[ArrayLike], length: int, policy: Policy = "concat") -> tuple[list[Row], PackingCounts]:
-    """All rows of a set of documents, and the counts of tokens kept and dropped."""
-    packer = Packer(length, policy)
-    rows = [row for document in documents for row in packer.add(document)]
-    rows.extend(packer.finish())
-    return rows, packer.counts
+        return row

@@ -1,7 +1,7 @@
-"""The tasks of a preparation, in phases: within a phase they are independent, and a phase waits for the one before it.
+"""The tasks of a preparation, in phases: tasks of a phase are independent, and a phase waits for the one before it.
 
-A task is a function of the job, its number and the results of earlier phases. It writes its files whole, then its
-result, so a task that was killed is run again and one that was finished is not.
+A task is a function of the job, its number and the results of earlier phases. It writes whole files, then its result,
+so a task that was killed is run again and one that has finished is not.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,21 +23,28 @@ from recurrent_depth.data.decontamination import NgramIndex
 from recurrent_depth.data.layout import TOKENIZER, DataError, Split
 from recurrent_depth.data.preparation.documents import Document
 from recurrent_depth.data.preparation.encoding import DocumentEncoder
-from recurrent_depth.data.preparation.filters import HASH_RANGES, Duplicates, counted, evaluation_ngrams
+from recurrent_depth.data.preparation.filters import (
+    HASH_RANGES,
+    REASONS,
+    Duplicates,
+    check_encoding,
+    distinct_documents,
+    documents_of,
+    evaluation_ngrams,
+    kept_documents,
+)
 from recurrent_depth.data.preparation.job import Job
 from recurrent_depth.data.preparation.mix import passes, row_copies, rows_of_file
 from recurrent_depth.data.preparation.report import write_report
 from recurrent_depth.data.preparation.rows import RowFile, row_schema, take_rows, write_parquet
-from recurrent_depth.data.preparation.sources import read
 from recurrent_depth.data.preparation.work import Result
 from recurrent_depth.data.tokenizer import load_tokenizer, train_tokenizer
 from recurrent_depth.files import atomic_file, file_hash, write_json, write_text
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
-MOST_NOT_UTF8 = 0.1
-"""Share of the documents of a source that may hold other bytes than UTF-8; each such byte becomes U+FFFD."""
 
-_BATCH_CHARACTERS = 50_000
+BATCH_CHARACTERS = 50_000
+"""Documents encoded together: enough for the tokenizer's threads, few enough for the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +53,11 @@ class Phase:
 
     name: str
     tasks: int
-    run: Callable[[Job, int], Result]
+    run: Callable[[Job, int], Result | None]
 
 
 def phases(job: Job) -> list[Phase]:
-    """All phases in order."""
+    """Return all phases in order."""
     filters, parts = job.config.filters, len(job.parts)
     steps = [Phase("tokenizer", 1, make_tokenizer)]
     if filters.evaluation_sets:
@@ -58,11 +65,11 @@ def phases(job: Job) -> list[Phase]:
     if filters.any:
         steps.append(Phase("scan", parts, scan_part))
     if filters.exact_duplicates:
-        steps.append(Phase("exact", HASH_RANGES, compare_hashes))
+        steps.append(Phase("exact", HASH_RANGES, lambda job, task: Duplicates(job).compare_hashes(task)))
     if filters.near_duplicates:
         steps.append(Phase("sign", parts, sign_part))
-        steps.append(Phase("match", filters.buckets, compare_signatures))
-        steps.append(Phase("cluster", 1, cluster))
+        steps.append(Phase("match", filters.buckets, lambda job, task: Duplicates(job).compare_signatures(task)))
+        steps.append(Phase("cluster", 1, lambda job, _: Duplicates(job).cluster()))
     steps.append(Phase("pack", parts, pack_part))
     steps.append(Phase("mix", 1, plan_mix))
     steps.append(Phase("write", job.config.files + job.validation_files, write_file))
@@ -74,82 +81,7 @@ def run_task(job: Job, phase: str, task: int) -> None:
     """Run one task unless its result is there."""
     if not job.work.done(phase, task) and not job.finished:
         step = next(step for step in phases(job) if step.name == phase)
-        job.work.store(phase, task, step.run(job, task))
-
-
-# Documents of a part, and what is left out
-
-
-def _documents(job: Job, part: int, counts: Counter[str]) -> Iterator[Document]:
-    """The documents of a part that hold text."""
-    source = job.sources[job.parts[part].source]
-    for document in read(source, job.parts[part].slices):
-        counts["read"] += 1
-        counts["not_utf8"] += document.not_utf8
-        if document.text.strip():
-            yield document
-        else:
-            counts["empty"] += 1
-
-
-def _check_encoding(source: str, counts: Mapping[str, int]) -> None:
-    """Raise if many files of a source are not UTF-8: their text would be damaged."""
-    if counts["not_utf8"] > MOST_NOT_UTF8 * counts["read"]:
-        raise DataError(
-            f"source {source}: {counts['not_utf8']:,} of {counts['read']:,} files are not UTF-8; convert them, for "
-            "example with iconv -f LATIN1 -t UTF-8, or leave them out"
-        )
-
-
-def _clean(job: Job, part: int, counts: Counter[str]) -> Iterator[Document]:
-    """Those that share no n-gram with an evaluation set, as the scan found."""
-    if not job.config.filters.any:
-        yield from _documents(job, part, counts)
-        return
-    scanned = job.work.result("scan", part)
-    contaminated = set(scanned["contaminated"])
-    number = -1
-    for number, document in enumerate(_documents(job, part, counts)):
-        if number in contaminated:
-            counts["contaminated"] += 1
-        else:
-            yield document
-    if scanned["documents"] != number + 1:
-        name = job.sources[job.parts[part].source].name
-        raise DataError(f"source {name} changed while it was prepared; remove {job.work.folder} and start again")
-
-
-def _without_copies(job: Job, part: int, counts: Counter[str]) -> Iterator[Document]:
-    documents = _clean(job, part, counts)
-    if not job.config.filters.exact_duplicates:
-        return documents
-    documents = counted(documents, counts, "before_exact")
-    return _duplicates(job).without_exact(documents, part)
-
-
-def _kept(job: Job, part: int, counts: Counter[str]) -> Iterator[Document]:
-    """The documents to train on."""
-    documents = counted(_without_copies(job, part, counts), counts, "before_near")
-    if job.config.filters.near_duplicates:
-        documents = _duplicates(job).without_near(documents, part)
-    return counted(documents, counts, "kept")
-
-
-def _dropped(counts: Counter[str], exact_duplicates: bool) -> dict[str, int]:
-    copies = counts["before_exact"] - counts["before_near"] if exact_duplicates else 0
-    return {
-        "empty": counts["empty"],
-        "contaminated": counts["contaminated"],
-        "exact_duplicate": copies,
-        "near_duplicate": counts["before_near"] - counts["kept"],
-    }
-
-
-def _duplicates(job: Job) -> Duplicates:
-    return Duplicates(job.config.filters, job.work.folder / "duplicates")
-
-
-# Tasks
+        job.work.store(phase, task, step.run(job, task) or {})
 
 
 def make_tokenizer(job: Job, _: int) -> Result:
@@ -168,18 +100,18 @@ def _sample(job: Job) -> Iterator[str]:
     for number, wanted in enumerate(_sample_sizes(job)):
         parts = [index for index, part in enumerate(job.parts) if part.source == number]
         counts = Counter[str]()
-        documents = itertools.chain.from_iterable(_documents(job, part, counts) for part in parts)
+        documents = itertools.chain.from_iterable(documents_of(job, part, counts) for part in parts)
         for document in itertools.islice(documents, wanted):
             found = True
             yield document.text
-        _check_encoding(job.sources[number].name, counts)
+        check_encoding(job.sources[number].name, counts)
     if not found:
         names = ", ".join(source.address for source in job.sources)
         raise DataError(f"{names}: no text found; name a source with at least one document")
 
 
 def _sample_sizes(job: Job) -> list[int]:
-    """Documents of each source to train a tokenizer on: at least one, and in proportion to its part of the mix."""
+    """Return the documents of each source to train a tokenizer on: at least one, and in proportion to its share."""
     shares = job.config.category_shares or {source.category: 1.0 for source in job.sources}
     weights: dict[str, float] = {}
     for source in job.sources:
@@ -205,42 +137,23 @@ def scan_part(job: Job, part: int) -> Result:
     contaminated: list[int] = []
 
     def clean() -> Iterator[Document]:
-        for number, document in enumerate(_documents(job, part, counts)):
+        for number, document in enumerate(documents_of(job, part, counts)):
             if index is not None and index.overlap(document.text) is not None:
                 contaminated.append(number)
             else:
                 yield document
 
     if job.config.filters.exact_duplicates:
-        _duplicates(job).hash_part(clean(), part)
+        Duplicates(job).hash_part(clean(), part)
     else:
         for _ in clean():
             pass
     return {"documents": counts["read"] - counts["empty"], "contaminated": contaminated}
 
 
-def compare_hashes(job: Job, hash_range: int) -> Result:
-    """Find exact duplicates among all parts."""
-    _duplicates(job).compare_hashes(hash_range)
-    return {}
-
-
-def sign_part(job: Job, part: int) -> Result:
+def sign_part(job: Job, part: int) -> None:
     """Write MinHash signatures of a part."""
-    _duplicates(job).sign_part(_without_copies(job, part, Counter()), part)
-    return {}
-
-
-def compare_signatures(job: Job, bucket: int) -> Result:
-    """Find near duplicates among all parts."""
-    _duplicates(job).compare_signatures(bucket)
-    return {}
-
-
-def cluster(job: Job, _: int) -> Result:
-    """Choose which near duplicates to drop."""
-    _duplicates(job).cluster()
-    return {}
+    Duplicates(job).sign_part(distinct_documents(job, part, Counter()), part)
 
 
 def pack_part(job: Job, part: int) -> Result:
@@ -252,13 +165,13 @@ def pack_part(job: Job, part: int) -> Result:
             for split in SPLITS
         }
         encoder = DocumentEncoder(_tokenizer(_tokenizer_file(job), job.work.result("tokenizer")["sha256"]))
-        for batch in _batches(_kept(job, part, counts)):
+        for batch in _batches(kept_documents(job, part, counts)):
             for document, ids in zip(batch, encoder.encode(batch), strict=True):
                 content = document.text.encode()
                 held_out = _held_out(document.origin, content, job.config.validation_share)
                 splits["validation" if held_out else "train"].add(ids, len(content))
         reports = {name: split.finish() for name, split in splits.items()}
-    dropped = _dropped(counts, job.config.filters.exact_duplicates)
+    dropped = {reason: counts[reason] for reason in REASONS}
     return {"read": counts["read"], "not_utf8": counts["not_utf8"], "dropped": dropped, "splits": reports}
 
 
@@ -291,13 +204,13 @@ class _SplitOfPart:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents to encode together: enough for the tokenizer's threads, little enough for the processor's cache."""
+    """Yield documents to encode together."""
     batch: list[Document] = []
     characters = 0
     for document in documents:
         batch.append(document)
         characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS:
+        if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
@@ -315,14 +228,14 @@ def plan_mix(job: Job, _: int) -> Result:
     packed = [job.work.result("pack", part) for part in range(len(job.parts))]
     for number, source in enumerate(job.sources):
         own = [result for part, result in zip(job.parts, packed, strict=True) if part.source == number]
-        _check_encoding(source.name, {name: sum(result[name] for result in own) for name in ("read", "not_utf8")})
+        check_encoding(source.name, {name: sum(result[name] for result in own) for name in ("read", "not_utf8")})
     rows: dict[str, list[int]] = {split: [part["splits"][split]["rows"] for part in packed] for split in SPLITS}
     for split in SPLITS:
         if not sum(rows[split]):
             tokens = sum(result["splits"][split]["tokens_unfilled"] for result in packed)
             raise DataError(
                 f"the {split} split has {tokens} tokens, too few for one row of {config.sequence_length + 1}; add "
-                "text, lower --sequence_length or change --validation_share"
+                "text, lower --sequence-length or change --validation-share"
             )
     by_source = [0] * len(job.sources)
     for part, count in zip(job.parts, rows["train"], strict=True):
@@ -356,16 +269,12 @@ def write_file(job: Job, task: int) -> Result:
     return {"file": f"{name}/{target.name}", "sha256": file_hash(target)}
 
 
-def finish(job: Job, _: int) -> Result:
+def finish(job: Job, _: int) -> None:
     """Add tokenizer, manifest and report, and give the folder its name."""
     folder = job.work.folder / "finished"
     write_text(folder / TOKENIZER, _tokenizer_file(job).read_text(encoding="utf-8"))
     write_report(job, folder)
     os.replace(folder, job.out)
-    return {}
-
-
-# Files
 
 
 def _row_file(job: Job, part: int, split: str) -> Path:
@@ -382,7 +291,7 @@ def _ngrams_file(job: Job) -> Path:
 
 @lru_cache(maxsize=1)
 def _tokenizer(file: Path, sha256: str) -> Tokenizer:
-    return load_tokenizer(file)  # once a process, as long as the content stays
+    return load_tokenizer(file)  # once per process, as long as the content stays
 
 
 @lru_cache(maxsize=1)

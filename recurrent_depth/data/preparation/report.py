@@ -14,14 +14,14 @@ REPORT = "report.md"
 
 
 def write_report(job: Job, folder: Path) -> None:
-    """Write both into the folder."""
+    """Write manifest and report into a folder."""
     manifest = make_manifest(job)
     write_text(folder / REPORT, report_text(manifest))
     write_json(folder / MANIFEST, manifest)
 
 
 def make_manifest(job: Job) -> dict[str, Any]:
-    """Counts of every source, split and category, and the hash of every file."""
+    """Return the counts of every source, split and category, and the hash of every file."""
     config = job.config
     tokenizer = job.work.result("tokenizer")
     written = [job.work.result("write", task) for task in range(config.files + job.validation_files)]
@@ -93,53 +93,52 @@ def _split(sources: dict[str, dict[str, Any]], split: str) -> dict[str, Any]:
 
 
 def report_text(manifest: dict[str, Any]) -> str:
-    """The manifest as Markdown."""
-    train = manifest["splits"]["train"]
+    """Return the manifest as Markdown."""
+    train, held_out = manifest["splits"]["train"], manifest["splits"]["validation"]
     total = sum(train["tokens_by_source"].values())
+    categories = sorted(manifest["categories"].items(), key=lambda item: -item[1]["tokens"])
     lines = [
         "# Prepared data",
         "",
         f"Rows of {manifest['sequence_length'] + 1:,} tokens, vocabulary {manifest['vocab_size']:,}, packing policy "
-        f"`{manifest['policy']}`. {train['rows']:,} rows to train on and {manifest['splits']['validation']['rows']:,} "
-        "held out.",
+        f"`{manifest['policy']}`. {train['rows']:,} training rows, {held_out['rows']:,} held-out rows.",
         "",
-        "| category | tokens to train on | share |",
-        "|---|---:|---:|",
-        *(
-            f"| {name} | {counts['tokens']:,} | {counts['share']:.2%} |"
-            for name, counts in sorted(manifest["categories"].items(), key=lambda item: -item[1]["tokens"])
+        *_table(
+            ["category", "training tokens", "share"],
+            [[name, f"{counts['tokens']:,}", f"{counts['share']:.2%}"] for name, counts in categories],
+            words=1,
         ),
         "",
-        "Tokens to train on count a row each time it is taken; tokens not packed are the rests that the policy drops "
-        "and the last, unfilled rows, of one pass over both splits.",
+        "A row counts once for each time it is taken. Tokens not packed are those that the policy drops at row ends "
+        "and those of the last, unfilled rows, in one pass over both splits.",
         "",
-        "| source | category | licence | machine-generated | passes | documents | "
-        + " | ".join(reason.replace("_", " ") for reason in REASONS)
-        + " | tokens not packed | tokens to train on | share |",
-        "|---|---|---|---|" + "---:|" * (5 + len(REASONS)),
     ]
+    names = ["source", "category", "licence", "machine-generated", "passes", "documents"]
+    names += [*(reason.replace("_", " ") for reason in REASONS), "tokens not packed", "training tokens", "share"]
+    rows = []
     for name, source in manifest["sources"].items():
-        splits = source["splits"].values()
-        not_packed = sum(counts["tokens_cut"] + counts["tokens_unfilled"] for counts in splits)
+        not_packed = sum(counts["tokens_cut"] + counts["tokens_unfilled"] for counts in source["splits"].values())
         tokens = train["tokens_by_source"][name]
-        dropped = " | ".join(f"{source['documents_dropped'][reason]:,}" for reason in REASONS)
-        generated = "yes" if source["machine_generated"] else "no"
-        lines.append(
-            f"| {name} | {source['category']} | {source['licence']} | {generated} | "
-            f"{source['passes']:.3g} | {source['documents_read']:,} | {dropped} | {not_packed:,} | {tokens:,} | "
-            f"{tokens / total:.2%} |"
-        )
-    return "\n".join([*lines, *_faults(manifest)]) + "\n"
+        rows.append([name, source["category"], source["licence"], "yes" if source["machine_generated"] else "no"])
+        rows[-1] += [f"{source['passes']:.3g}", f"{source['documents_read']:,}"]
+        rows[-1] += [f"{source['documents_dropped'][reason]:,}" for reason in REASONS]
+        rows[-1] += [f"{not_packed:,}", f"{tokens:,}", f"{tokens / total:.2%}"]
+    lines += _table(names, rows, words=4)
+    return "\n".join([*lines, *_warnings(manifest)]) + "\n"
 
 
-def _faults(manifest: dict[str, Any]) -> list[str]:
+def _table(names: list[str], rows: list[list[str]], words: int) -> list[str]:
+    """Return the lines of a Markdown table; the columns after the first `words` are numbers."""
+    rule = ["---"] * words + ["---:"] * (len(names) - words)
+    return ["| " + " | ".join(cells) + " |" for cells in (names, rule, *rows)]
+
+
+def _warnings(manifest: dict[str, Any]) -> list[str]:
     """Return lines about files that were not read, or not read well."""
     lines = []
     for name, source in manifest["sources"].items():
         if source["files_skipped"]:
-            lines.append(
-                f"- {name}: files of other kinds, not read: {describe_counts(Counter(source['files_skipped']))}"
-            )
+            lines.append(f"- {name}: files of other kinds, not read: {describe_counts(source['files_skipped'])}")
         if source["documents_not_utf8"]:
             lines.append(
                 f"- {name}: {source['documents_not_utf8']:,} of {source['documents_read']:,} documents hold bytes that "
@@ -149,14 +148,14 @@ def _faults(manifest: dict[str, Any]) -> list[str]:
 
 
 def summary(folder: Path, manifest: dict[str, Any]) -> str:
-    """A few lines for the terminal."""
+    """Return a few lines for the terminal."""
     lines = [str(folder)]
     for name, split in manifest["splits"].items():
         tokens = split["tokens_kept"] + split["tokens_dropped"]
         lines.append(
             f"{name}: {split['documents']:,} documents, {split['rows']:,} rows, {split['tokens_kept']:,} tokens "
-            f"packed, {split['tokens_dropped']:,} dropped, {split['bytes'] / max(tokens, 1):.2f} bytes a token"
+            f"packed, {split['tokens_dropped']:,} dropped, {split['bytes'] / max(tokens, 1):.2f} bytes/token"
         )
     for name, counts in manifest["categories"].items() if len(manifest["categories"]) > 1 else ():
         lines.append(f"  {name}: {counts['share']:.2%} of the training tokens")
-    return "\n".join([*lines, *_faults(manifest)[1:]])
+    return "\n".join([*lines, *_warnings(manifest)[1:]])

@@ -1,4 +1,4 @@
-"""Packed rows in files: one Arrow file per part while a set is prepared, parquet when it is done."""
+"""Packed rows in files: one Arrow file per part while a set is prepared, parquet when it is finished."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ def row_schema(vocab_size: int, labels: bool = False) -> pa.Schema:
 
 
 def row_batch(rows: Sequence[Row], schema: pa.Schema) -> pa.RecordBatch:
-    """Rows as an Arrow batch."""
+    """Return rows as an Arrow batch."""
     ids = np.concatenate([row.input_ids for row in rows])
     ends = np.cumsum([0, *(len(row.input_ids) for row in rows)])
     kind = schema.field("input_ids").type.value_type
@@ -34,7 +34,7 @@ def row_batch(rows: Sequence[Row], schema: pa.Schema) -> pa.RecordBatch:
 
 
 class RowFile:
-    """Packs documents and writes rows as they become full; memory stays at one group of rows."""
+    """Packs documents and writes rows as they become full; at most one group of rows is held in memory."""
 
     def __init__(self, file: Path, length: int, policy: Policy, schema: pa.Schema) -> None:
         self.schema, self.packer = schema, Packer(length, policy)
@@ -47,7 +47,7 @@ class RowFile:
         self._keep(self.packer.add(ids))
 
     def finish(self) -> PackingCounts:
-        """Write what is left; returns what became of the tokens."""
+        """Write what is left; return the counts of tokens kept and dropped."""
         self._keep(self.packer.finish())
         self._write(self.waiting)
         self.writer.close()
@@ -66,14 +66,14 @@ class RowFile:
 
 
 def take_rows(file: Path, numbers: np.ndarray) -> pa.Table:
-    """Some rows of an Arrow file, by number; the file is mapped, so only these are read."""
+    """Return some rows of an Arrow file, by number. The file is mapped, so only these are read."""
     try:
         with pa.memory_map(str(file)) as content:
             return pa.ipc.open_file(content).read_all().take(numbers)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file} is damaged ({error}); begin anew with --restart true") from error
+        raise DataError(f"{file} is damaged ({error}); use --restart true to start over") from error
 
 
 def write_parquet(table: pa.Table, file: Path) -> None:
-    """Rows as they are trained on."""
+    """Write rows in the form that training reads."""
     pq.write_table(table, file, compression="zstd", row_group_size=ROWS_PER_GROUP)

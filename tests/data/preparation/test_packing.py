@@ -1,12 +1,19 @@
-"""Packing against what must hold of every token."""
+"""Packing, by properties that hold for every token."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recurrent_depth.data.preparation.packing import pack
+from recurrent_depth.data.preparation.packing import Packer
 
 documents_of = st.lists(st.integers(1, 40), max_size=30)
+
+
+def pack(documents, length, policy):
+    """All rows of some documents, and the counts of tokens."""
+    packer = Packer(length, policy)
+    rows = [row for document in documents for row in packer.add(document)]
+    return [*rows, *packer.finish()], packer.counts
 
 
 def numbered(lengths):
@@ -16,17 +23,17 @@ def numbered(lengths):
 
 @pytest.mark.parametrize("policy", ["concat", "best-fit", "huginn"])
 @given(lengths=documents_of, row=st.integers(2, 17))
-def test_every_token_is_kept_once_or_counted_as_dropped(policy, lengths, row):
+def test_packing_keeps_every_token_once_or_counted_as_dropped(policy, lengths, row):
     rows, counts = pack(numbered(lengths), row, policy)
     kept = [token for r in rows for token in r.input_ids]
     assert all(len(r.input_ids) == row for r in rows)
     assert len(kept) == len(set(kept)) == counts.kept
-    assert counts.kept + counts.dropped == sum(lengths)
+    assert counts.kept + counts.rests + counts.unfilled == sum(lengths)
 
 
 @pytest.mark.parametrize("policy", ["concat", "best-fit", "huginn"])
 @given(lengths=documents_of, row=st.integers(2, 17))
-def test_document_starts_mark_first_tokens(policy, lengths, row):
+def test_packed_document_starts_mark_first_tokens(policy, lengths, row):
     rows, _ = pack(numbered(lengths), row, policy)
     for r in rows:
         firsts = [place for place, token in enumerate(r.input_ids) if token % 1000 == 0]
@@ -36,12 +43,13 @@ def test_document_starts_mark_first_tokens(policy, lengths, row):
 
 
 @given(lengths=documents_of, row=st.integers(2, 17))
-def test_concat_drops_only_the_last_row(lengths, row):
+def test_concat_packing_drops_only_the_last_row(lengths, row):
     _, counts = pack(numbered(lengths), row, "concat")
-    assert counts.dropped == sum(lengths) % row
+    assert counts.rests == 0
+    assert counts.unfilled == sum(lengths) % row
 
 
 @given(lengths=documents_of, row=st.integers(2, 17))
-def test_huginn_never_continues_a_document_in_the_next_row(lengths, row):
+def test_huginn_packing_never_continues_a_document_in_the_next_row(lengths, row):
     rows, _ = pack(numbered(lengths), row, "huginn")
     assert all(r.doc_starts[:1] == [0] for r in rows)

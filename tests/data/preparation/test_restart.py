@@ -150,7 +150,7 @@ def test_a_source_that_lost_lines_meanwhile_is_noticed(options, tmp_path, monkey
         patch.setattr("recurrent_depth.data.preparation.phases.sign_part", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare(config)
-    monkeypatch.setattr("recurrent_depth.data.preparation.phases.read", shorter)
+    monkeypatch.setattr("recurrent_depth.data.preparation.filters.read", shorter)
     with pytest.raises(DataError, match="source first changed while it was prepared"):
         prepare(config)
 
