@@ -25,7 +25,7 @@ from recurrent_depth.reasoning.curation.command import curate
 from recurrent_depth.reasoning.curation.grading import Item, RuleGrader
 from recurrent_depth.reasoning.curation.local import LocalConfig
 from recurrent_depth.reasoning.curation.replies import ReplyCache
-from recurrent_depth.reasoning.curation.teacher import fill
+from recurrent_depth.reasoning.curation.writers import fill
 from recurrent_depth.reasoning.pool import load_pool, read_examples
 from recurrent_depth.training.summary import summarise
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "recurrent_depth"
-PRIMITIVES = {"building", "checks", "errors", "extras", "files", "hub", "terminal"}
+PRIMITIVES = {"building", "checks", "devices", "errors", "extras", "files", "hub", "terminal"}
 ALLOWED = {
     "data": {"data", "model"},
     "reasoning": {"reasoning", "data", "generation", "hf", "model", "runs"},

@@ -1,4 +1,4 @@
-"""Rows of a question, a reasoning trace and an answer: their columns, and how they are read from several sources."""
+"""Examples (a question, a reasoning trace, an answer): their columns, and how they are read from several sources."""
 
 import itertools
 import re
@@ -29,19 +29,19 @@ _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 @dataclass(frozen=True)
 class Example:
-    """One row. `recurrent-depth curate` writes these columns as parquet.
+    """One row of a pool. `recurrent-depth curate` writes these columns as parquet.
 
     Attributes:
         id: unique in the pool.
-        source: name of the source it came from.
-        question: as put to a model.
-        trace: the reasoning; empty where the pool has none (see recurrent_depth.reasoning.curation.teacher).
+        source: name of the source it was read from.
+        question: as given to a model.
+        trace: the reasoning; empty if the pool has none (the stage `teacher` asks for it).
         answer: the reference answer.
-        trace_answer: the answer that the trace's author reached, where it is known.
-        trace_correct: whether that agrees with the reference; None: not graded.
-        domain: label of the domain; None: not labelled.
-        trace_tokens: length of the trace in tokens; None: not measured.
-        picked: why the row was selected ("seed", "uniform", "benchmark", "random", "longest"); None: no selection.
+        trace_answer: the answer that the trace's author reached, if known.
+        trace_correct: whether that agrees with the reference; None if not graded.
+        domain: label of the domain; None if not labelled.
+        trace_tokens: length of the trace in tokens; None if not measured.
+        picked: why the row was selected ("seed", "uniform", "benchmark", "random", "longest"); None without selection.
     """
 
     id: str
@@ -71,7 +71,12 @@ COLUMNS = tuple(field.name for field in fields(Example))
 
 @dataclass(frozen=True)
 class Drop:
-    """A row that left the pool, the stage that dropped it, and why (`reason` is counted, `detail` is for a reader)."""
+    """A dropped row, the stage that dropped it, and why.
+
+    Attributes:
+        reason: a few words, counted in the report.
+        detail: what a reader should see, for example an excerpt.
+    """
 
     example: Example
     stage: str
@@ -80,10 +85,10 @@ class Drop:
 
 
 def load_pool(sources: Sequence[SourceConfig], root: Path = Path()) -> tuple[list[Example], list[Drop]]:
-    """All rows of all sources, in order, and those that lack a question or an answer.
+    """Return all rows of all sources, in order, and those that lack a question or an answer.
 
     Raises:
-        DataError: for a source of which no row can be used, and for ids that occur twice.
+        DataError: if no row of a source can be used, or an id occurs twice.
     """
     kept: list[Example] = []
     drops: list[Drop] = []
@@ -94,7 +99,7 @@ def load_pool(sources: Sequence[SourceConfig], root: Path = Path()) -> tuple[lis
     seen: set[str] = set()
     for example in kept:
         if example.id in seen:
-            raise DataError(f"the id {example.id!r} occurs twice; give sources different names, or map no id")
+            raise DataError(f"the id {example.id!r} occurs twice; give the sources different names, or do not map id")
         seen.add(example.id)
     return kept, drops
 
@@ -119,7 +124,7 @@ def _load_source(source: SourceConfig, root: Path) -> tuple[list[Example], list[
 
 
 def _example(source: SourceConfig, number: int, record: Mapping[str, Any]) -> tuple[Example, str | None]:
-    """The row, and what it lacks if it lacks something."""
+    """Return the row, and what it lacks (None if it is complete)."""
     values = {name: lookup(record, source.fields.get(name, name)) for name in (*REQUIRED, *OPTIONAL)}
     question, answer, trace = (_text(values[name]) for name in ("question", "answer", "trace"))
     fault = next((f"no {name}" for name in REQUIRED if not _text(values[name])), None)
@@ -141,7 +146,7 @@ def _example(source: SourceConfig, number: int, record: Mapping[str, Any]) -> tu
 
 
 def split_gsm8k(answer: str, keep_calculator_marks: bool = False) -> tuple[str, str]:
-    """(trace, final answer) of a GSM8K answer; the final answer is empty where `####` is missing."""
+    """Return trace and final answer of a GSM8K answer; the final answer is empty if `####` is missing."""
     trace, mark, final = answer.rpartition("####")
     if not mark:
         return answer.strip(), ""
@@ -150,7 +155,7 @@ def split_gsm8k(answer: str, keep_calculator_marks: bool = False) -> tuple[str, 
 
 
 def lookup(record: Mapping[str, Any], path: str) -> Any:
-    """The value at `path`: a field, or `field.0.inner` through lists and objects; None where there is none."""
+    """Return the value at `path`: a field, or `field.0.inner` through lists and objects; None if there is none."""
     if path in record:
         return record[path]
     value: Any = record
@@ -165,7 +170,7 @@ def lookup(record: Mapping[str, Any], path: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    """Text and numbers as text; anything else counts as missing."""
+    """Return text and numbers as text; anything else counts as missing."""
     if isinstance(value, str):
         return without_surrogates(value).strip()
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
@@ -189,7 +194,7 @@ def _all_records(source: SourceConfig, root: Path) -> Iterator[Record]:
 
 
 def to_table(examples: Sequence[Example]) -> pa.Table:
-    """Rows as a table of `SCHEMA`."""
+    """Return rows as a table of `SCHEMA`."""
     return pa.Table.from_pylist([asdict(example) for example in examples], schema=SCHEMA)
 
 

@@ -59,7 +59,7 @@ def test_a_delimiter_of_several_tokens_is_refused(tokenizer, delimiter):
 def test_an_unknown_word_is_no_delimiter():
     tokenizer = puzzle_tokenizer()  # maps what it does not know to one token, padding
     assert len(tokenizer.encode("</think>").ids) == 1
-    with pytest.raises(DataError, match="none of its own"):
+    with pytest.raises(DataError, match="has no id itself"):
         Formatter(tokenizer, ThinkingFormat(end_think="</think>"))
 
 

@@ -1,6 +1,6 @@
-"""Whether two answers are the same: numbers, fractions, LaTeX (the library math-verify), letters of multiple choice.
+"""Compare two answers: numbers, fractions, LaTeX (by the library math-verify), letters of multiple choice.
 
-Imports little, since a process of its own runs the comparisons.
+Imports little, since a separate process runs the comparisons.
 """
 
 import logging
@@ -19,7 +19,7 @@ _START_S = 120.0  # of the worker, which imports sympy
 
 
 def agree(reference: str, attempt: str) -> bool:
-    """Whether the final answer of `attempt` equals the reference. No time limit: see `Checker`."""
+    """Return whether the final answer of `attempt` equals the reference. Has no time limit; `Checker` has."""
     letter = _LETTER.fullmatch(final_part(reference))
     if letter is not None:
         return letter.group(1) == _chosen_letter(final_part(attempt))
@@ -30,7 +30,7 @@ def agree(reference: str, attempt: str) -> bool:
 
 
 def final_part(text: str) -> str:
-    """What follows the last `####` on its line (GSM8K's mark), or the whole text; the library finds boxes itself."""
+    """Return what follows the last `####` on its line (GSM8K's mark), or the whole text; the library finds boxes."""
     _, mark, final = text.rpartition("####")
     return final.strip().split("\n")[0].strip() if mark else text.strip()
 
@@ -40,7 +40,7 @@ def _value(number: str) -> Decimal:
 
 
 def _chosen_letter(text: str) -> str | None:
-    """The letter of multiple choice: the whole text, or the first one behind the last "answer" or box."""
+    """Return the letter of multiple choice: the whole text, or the first one after the last "answer" or box."""
     whole = _LETTER.fullmatch(text)
     marks = [mark.end() for mark in re.finditer(r"answer|\\boxed|\\text", text, re.IGNORECASE)]
     chosen = whole or (_LONE_LETTER.search(text, marks[-1]) if marks else None)
@@ -48,7 +48,7 @@ def _chosen_letter(text: str) -> str | None:
 
 
 def _parsed(text: str) -> list[Any]:
-    """Expressions in a text: as it is, and, where a short text looks like bare LaTeX or algebra, as a formula."""
+    """Return the expressions in a text: as it is, and as a formula if a short text looks like bare LaTeX or algebra."""
     from math_verify import parse
 
     bare = len(text) < 200 and "$" not in text and r"\boxed" not in text and _LATEX.search(text)
@@ -57,12 +57,12 @@ def _parsed(text: str) -> list[Any]:
 
 
 class Checker:
-    """Compares all but plain numbers in another process, since computer algebra can take forever on an odd expression.
+    """Compares everything but plain numbers in another process: computer algebra may never end on an odd expression.
 
-    A context manager. A comparison that takes too long is given up, and the process replaced.
+    A context manager. A comparison that takes too long is stopped, and the process replaced.
 
     Args:
-        timeout_s: of one comparison.
+        timeout_s: seconds for one comparison.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -76,7 +76,7 @@ class Checker:
         self._stop()
 
     def check(self, reference: str, attempt: str) -> tuple[bool | None, str]:
-        """Whether they agree, None where that could not be told; and a note."""
+        """Return whether they agree (None if that cannot be decided), and a note."""
         if not attempt.strip():
             return False, "no answer"
         ours, theirs = final_part(reference), final_part(attempt)
@@ -108,7 +108,7 @@ class Checker:
             started = False
         if not started:
             self._stop()
-            raise ValueError("the answer checker did not start; it needs: pip install 'recurrent-depth[curate]'")
+            raise ValueError("the answer checker did not start; run pip install 'recurrent-depth[curate]'")
 
     def _stop(self) -> None:
         if self.process is not None:
@@ -119,10 +119,10 @@ class Checker:
 
 
 def _compare_forever(pipe: Connection) -> None:
-    """In the other process: answer each (reference, attempt) with whether they agree."""
+    """In the other process: reply to each (reference, attempt) with whether they agree."""
     import math_verify  # noqa: F401
 
-    logging.disable(logging.WARNING)  # it warns that timeouts are ours to handle; they are, in the parent
+    logging.disable(logging.WARNING)  # it warns that the caller must handle timeouts; the parent does
     pipe.send(True)
     while True:
         try:

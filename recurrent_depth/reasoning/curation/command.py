@@ -30,25 +30,21 @@ from recurrent_depth.files import (
 )
 from recurrent_depth.reasoning.config import CurateConfig, stage_name
 from recurrent_depth.reasoning.curation.report import write_report
-from recurrent_depth.reasoning.curation.stages import (
-    Context,
-    Outcome,
-    Stage,
-    build_stage,
-    digest_examples,
-    source_inputs,
-)
+from recurrent_depth.reasoning.curation.stages import Context, Outcome, Stage, build_stage, hash_examples, source_inputs
 from recurrent_depth.reasoning.pool import COLUMNS, EXAMPLES, SCHEMA, Drop, Example, load_pool, to_table
 from recurrent_depth.terminal import print_line
 
-FORMAT = 1  # of stage outputs; raised when a stage's code changes what it makes of the same rows
+FORMAT = 1
+"""Version of stage outputs; raised when the code of a stage changes its output for the same rows."""
+
+DROPPED = "dropped.parquet"
 DROP_SCHEMA = pa.schema([*((name, pa.string()) for name in ("stage", "reason", "detail")), *SCHEMA])
 _PACKAGES = ("recurrent-depth", "math-verify", "numpy", "pyarrow", "scikit-learn")
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one stage did: a row of the funnel."""
+    """What one stage did: one line of the funnel."""
 
     name: str
     kind: str
@@ -85,25 +81,16 @@ def curate(config: CurateConfig) -> dict[str, Any]:
             steps.append(_step(name, stage.kind, asdict(stage), outcome, key))
             examples, drops = outcome.examples, drops + outcome.drops
             if not examples:
-                _write_table(_drop_table(drops), out / "dropped.parquet")
+                _write_table(_drop_table(drops), out / DROPPED)
                 raise DataError(
-                    f"stage {name} left no row of {steps[-1].rows_in} ({_listed(steps[-1].reasons)}); loosen it, and "
-                    f"see {out / 'dropped.parquet'} for the reasons"
+                    f"stage {name} left no row of {steps[-1].rows_in} ({_listed(steps[-1].reasons)}); change its "
+                    f"options, and see {out / DROPPED} for the reasons"
                 )
         return _write(config, out, examples, drops, steps, sources)
 
 
-def _step(name: str, kind: str, options: dict[str, Any], outcome: Outcome, key: str) -> Step:
-    """The row of the funnel; also told to the user."""
-    kept, dropped = len(outcome.examples), len(outcome.drops)
-    step = Step(name, kind, options, kept + dropped, kept, _reasons(outcome.drops), outcome.facts, key)
-    why = f"  ({_listed(step.reasons)})" if step.reasons else ""
-    print_line(f"{name}: {step.rows_in:,} -> {step.rows_out:,}{why}")
-    return step
-
-
 def _import(modules: list[str]) -> None:
-    """Import modules of the user, which may lie in the current folder."""
+    """Import modules of the user, which may be in the current folder."""
     if modules:
         sys.path.insert(0, os.getcwd())
     for module in modules:
@@ -117,20 +104,29 @@ def _import(modules: list[str]) -> None:
 
 
 def _seed(seed: int, name: str) -> int:
-    """Of a stage: it does not change when other stages are put in or taken out."""
+    """Return the seed of a stage. It does not change when other stages are added or removed."""
     return int(json_hash([seed, name])[:8], 16)
+
+
+def _step(name: str, kind: str, options: dict[str, Any], outcome: Outcome, key: str) -> Step:
+    """Return the line of the funnel, and print it."""
+    kept, dropped = len(outcome.examples), len(outcome.drops)
+    reasons = dict(Counter(drop.reason for drop in outcome.drops).most_common())
+    why = f"  ({_listed(reasons)})" if reasons else ""
+    print_line(f"{name}: {kept + dropped:,} -> {kept:,}{why}")
+    return Step(name, kind, options, kept + dropped, kept, reasons, outcome.facts, key)
+
+
+def _listed(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items())
 
 
 def _run(
     stage: Stage, inputs: list[Any], examples: list[Example], context: Context, folder: Path
 ) -> tuple[Outcome, str]:
-    """Return the stage's outcome, from the cache if the same was done before, and the key it is kept by."""
-    key = json_hash(
-        [
-            FORMAT, stage.kind, context.stage, asdict(stage), inputs, context.seed,
-            digest_examples(examples), context.facts,
-        ]
-    )  # fmt: skip
+    """Return the stage's outcome, from the cache if the same was done before, and its key in the cache."""
+    identity = [FORMAT, stage.kind, context.stage, asdict(stage), inputs, context.seed]
+    key = json_hash([*identity, hash_examples(examples), context.facts])
     place = folder / f"{context.stage}-{key[:16]}"
     if (place / "facts.json").is_file():
         return _read_outcome(place), key
@@ -142,7 +138,7 @@ def _run(
 
 
 def _check_complete(examples: list[Example], outcome: Outcome, name: str) -> None:
-    """No row may vanish or appear: a stage of the user's own could forget one."""
+    """Raise if a row has disappeared or was added: a user's stage may forget one."""
     after = sorted([example.id for example in outcome.examples] + [drop.example.id for drop in outcome.drops])
     if after != sorted(example.id for example in examples):
         raise ValueError(f"stage {name} must keep or drop every row it gets, once; it lost, doubled or added some")
@@ -153,7 +149,7 @@ def _keep_outcome(outcome: Outcome, place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)  # it lacks facts.json
     with suppress(FolderInUseError, FileExistsError), atomic_folder(place) as folder:
         _write_table(to_table(outcome.examples), folder / "kept.parquet")
-        _write_table(_drop_table(outcome.drops), folder / "dropped.parquet")
+        _write_table(_drop_table(outcome.drops), folder / DROPPED)
         write_json(folder / "facts.json", outcome.facts)
 
 
@@ -162,11 +158,11 @@ def _read_outcome(place: Path) -> Outcome:
         kept = [Example(**row) for row in read_parquet(place / "kept.parquet")]
         drops = [
             Drop(Example(**{c: row[c] for c in COLUMNS}), row["stage"], row["reason"], row["detail"])
-            for row in read_parquet(place / "dropped.parquet")
+            for row in read_parquet(place / DROPPED)
         ]
         return Outcome(kept, drops, json.loads((place / "facts.json").read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{place} is damaged ({error}); delete it and run again") from error
+        raise DataError(f"{place} is damaged ({error}); delete it and run the command again") from error
 
 
 def _drop_table(drops: Sequence[Drop]) -> pa.Table:
@@ -174,19 +170,11 @@ def _drop_table(drops: Sequence[Drop]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=DROP_SCHEMA)
 
 
-def _reasons(drops: Sequence[Drop]) -> dict[str, int]:
-    return dict(Counter(drop.reason for drop in drops).most_common())
-
-
-def _listed(reasons: dict[str, int]) -> str:
-    return ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items())
-
-
 def _write(
     config: CurateConfig, out: Path, examples: list[Example], drops: list[Drop], steps: list[Step], sources: list[Any]
 ) -> dict[str, Any]:
     _write_table(to_table(examples), out / EXAMPLES)
-    _write_table(_drop_table(drops), out / "dropped.parquet")
+    _write_table(_drop_table(drops), out / DROPPED)
     manifest = {
         "format": FORMAT,
         "title": config.title,
@@ -196,7 +184,7 @@ def _write(
         "sources": sources,
         "steps": [asdict(step) for step in steps],
         "versions": {name: _version(name) for name in _PACKAGES},
-        "files": {name: file_hash(out / name) for name in (EXAMPLES, "dropped.parquet")},
+        "files": {name: file_hash(out / name) for name in (EXAMPLES, DROPPED)},
     }
     write_report(out, manifest, examples, drops)
     write_json(out / MANIFEST, manifest)

@@ -1,4 +1,4 @@
-"""Difficulty: a question that a model solves is too easy to teach anything (s1, section 2.2)."""
+"""Drop questions that a model solves: they are too easy to teach anything (s1, section 2.2)."""
 
 import json
 from collections import Counter
@@ -10,8 +10,7 @@ from recurrent_depth.data.records import line_number, read_jsonl
 from recurrent_depth.files import file_hash
 from recurrent_depth.reasoning.curation.grading import Grader, GraderConfig, Item, RuleGrader, Verdict, count_verdicts
 from recurrent_depth.reasoning.curation.stages import Context, Outcome, Stage, existing, stage
-from recurrent_depth.reasoning.curation.teacher import ask, check_prompt, fill
-from recurrent_depth.reasoning.curation.writers import WriterConfig
+from recurrent_depth.reasoning.curation.writers import WriterConfig, ask, check_prompt, fill
 from recurrent_depth.reasoning.pool import Example
 
 
@@ -20,10 +19,10 @@ class Attempts:
     """The attempts of one model, made now or recorded.
 
     Args:
-        name: of the model, for the report.
+        name: name of the model in the report.
         writer: the model; null for recorded attempts.
-        prompt: `{question}` is replaced.
-        recorded: JSONL of {id, attempt}, one line a row of the pool; null asks the writer.
+        prompt: text sent to the model; `{question}` is replaced.
+        recorded: JSONL of {id, attempt}, one line per row of the pool; null asks the writer.
     """
 
     name: str
@@ -42,7 +41,7 @@ class Attempts:
         return [self.name, file_hash(existing(self.recorded or "", context.root))]
 
     def texts(self, examples: list[Example], context: Context) -> list[str | None]:
-        """One attempt a row; None where there is none."""
+        """Return one attempt per row; None where there is none."""
         if self.writer is None:
             recorded = self._recorded(context)
             found = [recorded.get(example.id) for example in examples]
@@ -73,13 +72,13 @@ class Attempts:
 @stage("difficulty")
 @dataclass(frozen=True)
 class Difficulty(Stage):
-    """Let models attempt every question; drop those that any of them solves.
+    """Let models attempt every question; drop the questions that any of them solves.
 
-    Rows that no model is known to have solved, but that some model did not attempt or whose attempt could not be
-    graded, are dropped as well, with that reason, unless `keep_unknown`.
+    A row that no model is known to have solved is dropped too if an attempt is missing or could not be graded, with
+    that reason, unless `keep_unknown`.
 
     Args:
-        models: whose attempts count.
+        models: models whose attempts count.
         grader: how attempts are graded.
         keep_unknown: keep rows of which it is not known whether they were solved.
     """
@@ -112,7 +111,7 @@ class Difficulty(Stage):
         return outcome
 
     def _reason(self, verdicts: dict[str, Verdict | None]) -> tuple[str | None, str]:
-        """Why the row goes; None where it stays."""
+        """Return why the row is dropped (None if it stays), and the detail."""
         solvers = [name for name, verdict in verdicts.items() if verdict is not None and verdict.correct]
         if solvers:
             return f"solved by {solvers[0]}", ", ".join(solvers)
@@ -127,7 +126,7 @@ class Difficulty(Stage):
 
 
 def _grade(grader: Grader, examples: list[Example], texts: list[str | None], context: Context) -> list[Verdict | None]:
-    """A verdict a row; None where there is no attempt."""
+    """Return a verdict per row; None where there is no attempt."""
     attempted = [(e, text) for e, text in zip(examples, texts, strict=True) if text is not None]
     graded = iter(grader.grade([Item(e.question, e.answer, text) for e, text in attempted], context))
     return [None if text is None else next(graded) for text in texts]

@@ -1,4 +1,4 @@
-"""Subject domains of questions: given, named by a model, or found by clustering."""
+"""Label questions with subject domains: given ones, chosen by a model, or found by clustering."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,26 +12,25 @@ from recurrent_depth.data.layout import DataError
 from recurrent_depth.reasoning.config import SourceConfig
 from recurrent_depth.reasoning.curation.duplicates import evaluation_questions
 from recurrent_depth.reasoning.curation.stages import Context, Outcome, Stage, needed_version, source_inputs, stage
-from recurrent_depth.reasoning.curation.teacher import ask, check_prompt, fill
-from recurrent_depth.reasoning.curation.writers import WriterConfig
+from recurrent_depth.reasoning.curation.writers import WriterConfig, ask, check_prompt, fill
 from recurrent_depth.reasoning.pool import Example
 
 
 class Labeller(Protocol):
-    """Names the domain of a question; None where it cannot."""
+    """Finds the domains of questions; None where it cannot."""
 
     def fingerprint(self) -> Any:
-        """Plain JSON that changes when labels may change."""
+        """Return plain JSON that changes when labels may change."""
 
     def label(self, pool: Sequence[str], others: Sequence[str], context: Context) -> tuple[list[str | None], ...]:
-        """Domains of the pool's questions and of other questions, which must not influence the former."""
+        """Return the domains of the pool's questions and of others, which must not influence the former."""
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """Clusters of TF-IDF vectors of English words, reduced by SVD, by k-means (scikit-learn).
+    """Clustering by k-means of TF-IDF vectors of English words, reduced by SVD (scikit-learn).
 
-    A domain is named by its top terms.
+    The name of a domain is its most typical words.
 
     Args:
         count: number of domains.
@@ -64,7 +63,7 @@ class Clusters:
             vectors = words.fit_transform(pool)
         except ValueError as error:
             raise DataError(
-                f"the questions share too few words to cluster ({error}); give or ask for labels"
+                f"the questions share too few words to cluster ({error}); use labels of the source or of a model"
             ) from error
         components = max(min(self.components, min(vectors.shape) - 1), 1)
         reduce = make_pipeline(TruncatedSVD(components, random_state=context.seed), Normalizer(copy=False))
@@ -74,7 +73,7 @@ class Clusters:
         return [names[c] for c in means.labels_], [names[c] for c in found]
 
     def _names(self, vectors: Any, labels: np.ndarray, vocabulary: np.ndarray) -> dict[int, str]:
-        """`07 train, miles, speed`: the number, and the terms that weigh more here than in the whole pool."""
+        """Return names as `07 train, miles, speed`: the number, and the terms that weigh more here than overall."""
         overall = np.asarray(vectors.mean(axis=0)).ravel()
         names = {}
         for cluster in np.unique(labels):
@@ -86,12 +85,12 @@ class Clusters:
 
 @dataclass(frozen=True)
 class ModelLabels:
-    """A model chooses one of the given domains; a reply that names none of them is no label.
+    """A model chooses one of the given domains. A reply that names none of them gives no label.
 
     Args:
         names: the domains.
         writer: the model.
-        prompt: `{question}` and `{names}` (one a line) are replaced.
+        prompt: text sent to the model; `{question}` and `{names}` (one per line) are replaced.
     """
 
     names: list[str]
@@ -145,8 +144,9 @@ class Domains(Stage):
     """Set `domain`; rows without a label are dropped.
 
     Args:
-        labeller: how domains are found; null for labels that the source gives.
-        benchmark: evaluation sets whose questions are labelled too; `diverse` may draw domains as often as they do.
+        labeller: how domains are found; null for the labels of the source.
+        benchmark: evaluation sets whose questions are labelled too; `diverse` may draw domains as often as they occur
+            there.
     """
 
     labeller: LabellerConfig | None = None

@@ -1,4 +1,4 @@
-"""Rows that the pool has twice, and rows that an evaluation set has too."""
+"""Drop rows that the pool has twice, and rows that an evaluation set has too."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,14 +12,14 @@ from recurrent_depth.reasoning.pool import Example, lookup, read_source
 
 
 def folded(text: str) -> str:
-    """Lower-cased, white space folded: what counts as the same text."""
+    """Return a text lower-cased, with white space folded. Texts that are equal in this form count as the same."""
     return " ".join(words_of(text))
 
 
 @stage("exact_duplicates")
 @dataclass(frozen=True)
 class ExactDuplicates(Stage):
-    """Keep the first of rows whose questions are the same but for case and white space."""
+    """Keep the first of rows whose questions differ only in case and white space."""
 
     def apply(self, examples: list[Example], context: Context) -> Outcome:
         first: dict[str, str] = {}
@@ -36,10 +36,10 @@ class ExactDuplicates(Stage):
 @stage("decontaminate")
 @dataclass(frozen=True)
 class Decontaminate(Stage):
-    """Drop questions that share `n` words in a row with a question of an evaluation set, or are the same as one.
+    """Drop questions that share `n` consecutive words with a question of an evaluation set, or are the same as one.
 
     Args:
-        against: the evaluation sets; of each row the field `question` is read.
+        against: evaluation sets, as {path: test.jsonl}; the field `question` of each row is read.
         n: words of an n-gram; 8 is s1's.
     """
 
@@ -69,7 +69,7 @@ class Decontaminate(Stage):
 
 
 class _Index:
-    """n-grams, and whole questions for those that are shorter than n words."""
+    """The n-grams of an evaluation set, and its whole questions, of which some may be shorter than n words."""
 
     def __init__(self, questions: list[str], n: int) -> None:
         self.ngrams = NgramIndex(questions, n)
@@ -82,16 +82,16 @@ class _Index:
 
 
 def evaluation_questions(source: SourceConfig, context: Context) -> list[str]:
-    """The questions of an evaluation set; a row without one is an error, for it would silently not be looked for."""
+    """Return the questions of an evaluation set. A row without one is an error: it could not be looked for."""
     name = source.fields.get("question", "question")
     questions = []
     for number, record in enumerate(read_source(source, context.root)):
         question = lookup(record, name)
         if not isinstance(question, str) or not question.strip():
             raise DataError(
-                f"{source.path}, row {number}: no question in field {name!r} (found {sorted(record)}); mend `fields`"
+                f"{source.path}, row {number}: no question in field {name!r} (found {sorted(record)}); fix `fields`"
             )
         questions.append(question)
     if not questions:
-        raise DataError(f"{source.path} holds no questions; mend the path")
+        raise DataError(f"{source.path} holds no questions; fix the path")
     return questions

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible server: concurrent, resumable, its tokens counted."""
+"""A model behind an OpenAI-compatible server: concurrent requests, replies kept as they come, tokens counted."""
 
 import os
 from collections.abc import Sequence
@@ -18,20 +18,21 @@ class EndpointConfig:
     """A chat model behind a server.
 
     Args:
-        url: of the server, for example http://localhost:8000/v1.
-        model: its name there.
-        api_key_env: environment variable that holds the key; a server on one's own machine needs none.
+        url: address of the server, for example http://localhost:8000/v1.
+        model: name of the model on the server.
+        api_key_env: environment variable that holds the key; a local server needs none.
         system: system message; null for none.
-        max_tokens: longest reply, its reasoning included; null sends none (some models want another name, see extra).
+        max_tokens: tokens of the longest reply, its reasoning included; null sends no limit (some models want another
+            name, see extra).
         temperature: of sampling; null sends none.
         seed: of sampling; null sends none.
         extra: further fields of the request, for example {reasoning_effort: high}.
-        concurrency: requests under way at once.
+        concurrency: requests sent at the same time.
         timeout_s: seconds to wait for a reply.
-        retries: of a request that fails for a passing reason (connection, 408, 409, 429, 5xx), with growing pauses.
-        give_up_after: failures in a row after which nothing more is asked.
-        allowed_failures: share of requests that may fail for good; their rows are dropped and counted. More is an
-            error, and another run asks for the missing ones alone.
+        retries: attempts after a temporary failure (connection, 408, 409, 429, 5xx), with growing pauses.
+        give_up_after: consecutive failures after which no more requests are sent.
+        allowed_failures: share of requests that may fail; their rows are dropped and counted. More is an error, and the
+            next run asks for the missing ones alone.
     """
 
     url: str
@@ -60,7 +61,7 @@ class EndpointConfig:
         check_fraction("allowed_failures", self.allowed_failures)
 
     def fingerprint(self) -> Any:
-        """What decides the answers: the model's name and the request, not where and how fast it is asked."""
+        """Return what decides the replies: the model's name and the request, not the address or the concurrency."""
         return {name: value for name, value in asdict(self).items() if name in _DECIDING}
 
     def check(self) -> None:
@@ -68,6 +69,7 @@ class EndpointConfig:
         require("openai", "recurrent-depth[curate]", "a model behind a server")
 
     def open(self) -> "EndpointWriter":
+        """Return the client."""
         return EndpointWriter(self)
 
 
@@ -75,7 +77,7 @@ _DECIDING = ("model", "system", "max_tokens", "temperature", "seed", "extra")
 
 
 class EndpointWriter:
-    """Asks a server, `concurrency` prompts at a time."""
+    """Sends prompts to a server, `concurrency` at a time."""
 
     def __init__(self, config: EndpointConfig) -> None:
         from openai import OpenAI
@@ -87,10 +89,10 @@ class EndpointWriter:
             timeout=config.timeout_s,
             max_retries=config.retries,
         )
-        self.failed_in_a_row = 0
+        self.consecutive_failures = 0
 
     def write(self, prompts: Sequence[str], cache: ReplyCache) -> list[Reply]:
-        """One reply a prompt, kept as they come. Those that failed carry their error, if so many are allowed to."""
+        """Return one reply per prompt. Requests that failed carry their error, if `allowed_failures` permits it."""
         keys = [json_hash([self.config.fingerprint(), prompt]) for prompt in prompts]
         wanted = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if cache.get(key) is None}
         failed: dict[str, Reply] = {}
@@ -106,7 +108,7 @@ class EndpointWriter:
         try:
             for _ in progress(threads.map(ask, wanted.keys(), wanted.values()), len(wanted), self.config.model):
                 pass
-        finally:  # after Ctrl-C nothing more is asked, and replies that are under way are not waited for
+        finally:  # after Ctrl-C no request is sent, and open ones are not waited for
             threads.shutdown(wait=False, cancel_futures=True)
         self._check(failed, len(wanted))
         return [failed[key] if key in failed else cache.replies[key] for key in keys]
@@ -116,15 +118,15 @@ class EndpointWriter:
             first = next(iter(failed.values())).error
             raise DataError(
                 f"{self.config.model}: {len(failed)} of {asked} requests failed, the first with: {first}. The other "
-                "replies are kept; run again to ask for these, or raise allowed_failures"
+                "replies are kept; run the command again to repeat these requests, or raise allowed_failures"
             )
 
     def _ask(self, prompt: str) -> Reply:
         from openai import OpenAIError
 
         config = self.config
-        if self.failed_in_a_row >= config.give_up_after:
-            return Reply("", error=f"not asked: {config.give_up_after} requests in a row had failed")
+        if self.consecutive_failures >= config.give_up_after:
+            return Reply("", error=f"not sent: {config.give_up_after} consecutive requests had failed")
         system = [] if config.system is None else [{"role": "system", "content": config.system}]
         messages: list[Any] = [*system, {"role": "user", "content": prompt}]
         sampling = {"max_tokens": config.max_tokens, "temperature": config.temperature, "seed": config.seed}
@@ -134,10 +136,16 @@ class EndpointWriter:
                 model=config.model, messages=messages, extra_body=config.extra, **given
             )
             reply = _reply(completion)
-        except (OpenAIError, AttributeError, IndexError, TypeError, ValueError) as error:  # failed, or not a completion
-            self.failed_in_a_row += 1
+        except (
+            OpenAIError,
+            AttributeError,
+            IndexError,
+            TypeError,
+            ValueError,
+        ) as error:  # failed, or not a completion
+            self.consecutive_failures += 1
             return Reply("", error=f"{type(error).__name__}: {error}"[:300])
-        self.failed_in_a_row = 0
+        self.consecutive_failures = 0
         return reply
 
 

@@ -1,4 +1,4 @@
-"""Whether an answer agrees with the reference: by rule (the library math-verify), or by a model as judge."""
+"""Grade answers against the reference: by rule (the library math-verify), or by a model as judge."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -7,8 +7,7 @@ from typing import Any, Protocol
 from recurrent_depth.checks import check_positive, one_section
 from recurrent_depth.reasoning.curation.answers import Checker
 from recurrent_depth.reasoning.curation.stages import Context, Outcome, Stage, needed_version, stage
-from recurrent_depth.reasoning.curation.teacher import ask, check_prompt, fill
-from recurrent_depth.reasoning.curation.writers import WriterConfig
+from recurrent_depth.reasoning.curation.writers import WriterConfig, ask, check_prompt, fill
 from recurrent_depth.reasoning.pool import Example
 
 
@@ -23,20 +22,25 @@ class Item:
 
 @dataclass(frozen=True)
 class Verdict:
-    """correct: None where the grader could not tell; `note` says why, or what a judge said."""
+    """The result of grading one attempt.
+
+    Attributes:
+        correct: None if the grader could not decide.
+        note: why, or what a judge said.
+    """
 
     correct: bool | None
     note: str = ""
 
 
 class Grader(Protocol):
-    """Rule or judge: both are asked in the same way."""
+    """Grades attempts: by rule, or by a judge."""
 
     def fingerprint(self) -> Any:
-        """Plain JSON that changes when verdicts may change."""
+        """Return plain JSON that changes when verdicts may change."""
 
     def grade(self, items: Sequence[Item], context: Context) -> list[Verdict]:
-        """One verdict an item."""
+        """Return one verdict per item."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class RuleGrader:
     """Compares numbers, fractions, LaTeX and letters of multiple choice.
 
     Args:
-        timeout_s: seconds after which a comparison is given up; the verdict is then None.
+        timeout_s: seconds after which a comparison is stopped; its verdict is None.
     """
 
     timeout_s: float = 5.0
@@ -62,13 +66,13 @@ class RuleGrader:
 
 @dataclass(frozen=True)
 class JudgeGrader:
-    """A model that is shown question, attempt and reference, and ends with Yes or No on its last line.
+    """A model that reads question, attempt and reference, and ends with Yes or No on its last line.
 
-    Any other last line is nonsense: the verdict is None, counted, and never taken for an answer.
+    Any other last line gives no verdict (None), which is counted.
 
     Args:
         writer: the model.
-        prompt: `{question}`, `{attempt}` and `{reference}` are replaced.
+        prompt: text sent to the model; `{question}`, `{attempt}` and `{reference}` are replaced.
     """
 
     writer: WriterConfig
@@ -123,7 +127,7 @@ class GraderConfig:
 @stage("grade_traces")
 @dataclass(frozen=True)
 class GradeTraces(Stage):
-    """Set `trace_correct`: whether the answer that a trace reached (`trace_answer`) agrees with the reference.
+    """Set `trace_correct`: whether the answer of a trace (`trace_answer`) agrees with the reference.
 
     Args:
         grader: how answers are graded.
@@ -153,6 +157,6 @@ class GradeTraces(Stage):
 
 
 def count_verdicts(verdicts: Sequence[Verdict]) -> dict[str, int]:
-    """Correct, wrong, and those a grader could not tell."""
+    """Return the numbers of correct, wrong and undecided attempts."""
     names = {True: "correct", False: "wrong", None: "undecided"}
     return {name: sum(verdict.correct is value for verdict in verdicts) for value, name in names.items()}

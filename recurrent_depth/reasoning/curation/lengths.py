@@ -1,4 +1,4 @@
-"""Length of the traces in tokens: s1's second signal of difficulty, and what must fit into a block."""
+"""Measure traces in tokens: s1's second signal of difficulty, and what must fit into a block."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,8 @@ class Lengths(Stage):
 
     Args:
         tokenizer: a tokenizer.json, a run folder, or a folder or hub name of transformers.
-        at_least, at_most: tokens of a trace; null for no limit.
+        at_least: fewest tokens of a trace.
+        at_most: most tokens of a trace; null for no limit.
     """
 
     tokenizer: str
@@ -56,7 +57,7 @@ class Lengths(Stage):
 
 
 def _tokenizer_file(name: str) -> Path | None:
-    """The tokenizer.json that `name` means; None where transformers must look."""
+    """Return the tokenizer.json that `name` means; None if transformers must look for it."""
     if Path(name).is_file():
         return Path(name)
     if name.endswith(".json"):
@@ -66,7 +67,7 @@ def _tokenizer_file(name: str) -> Path | None:
 
 
 def count_tokens(texts: list[str], name: str) -> list[int]:
-    """Tokens of each text, special tokens not added."""
+    """Return the number of tokens of each text, without special tokens."""
     file = _tokenizer_file(name)
     if file is not None:
         from recurrent_depth.data.tokenizer import load_tokenizer

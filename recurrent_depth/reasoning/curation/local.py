@@ -1,4 +1,4 @@
-"""A model in this process: one of ours through our decoding engine, or any causal model of transformers."""
+"""A model in this process: a recurrent-depth model by our decoding engine, or any causal model of transformers."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from recurrent_depth.checks import check_at_least, check_not_empty, check_num_steps
+from recurrent_depth.devices import choose_device
 from recurrent_depth.extras import require
 from recurrent_depth.files import file_hash, json_hash
 from recurrent_depth.hub import check_folder_or_hub_name
@@ -15,18 +16,18 @@ from recurrent_depth.runs import find_checkpoint, is_run
 
 @dataclass(frozen=True)
 class LocalConfig:
-    """A model that this process loads. It takes the likeliest token unless a temperature is given.
+    """A model that this process loads. It takes the most likely token unless a temperature is given.
 
     Args:
-        model: run folder, export, any causal model of transformers (folder or hub name).
-        max_new_tokens: longest reply.
+        model: run folder, export, or any causal model of transformers (folder or hub name).
+        max_new_tokens: tokens of the longest reply.
         chat: put the prompt into the tokenizer's chat template.
-        stop: texts that end a reply; those that are one token of the vocabulary also end its computation.
+        stop: texts that end a reply; those that are one token of the vocabulary also end the decoding.
         num_steps: iterations of a recurrent-depth model; null takes its mean_recurrence.
         batch_size: prompts decoded together.
         temperature: of sampling.
         seed: of sampling.
-        device: cpu or cuda.
+        device: auto, cpu, cuda or cuda:N; auto is a GPU if there is one.
     """
 
     model: str
@@ -37,7 +38,7 @@ class LocalConfig:
     batch_size: int = 32
     temperature: float = 0.0
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         check_not_empty("model", self.model, "model: runs/first")
@@ -48,7 +49,7 @@ class LocalConfig:
         check_at_least("seed", self.seed, 0)
 
     def fingerprint(self) -> Any:
-        """The options that decide the answers, and the weights; a hub name stands for itself."""
+        """Return what decides the replies: the options and the hashes of the weights, or the hub name."""
         options = {name: value for name, value in asdict(self).items() if name not in ("device", "model")}
         return [options, model_fingerprint(self.model)]
 
@@ -59,11 +60,12 @@ class LocalConfig:
             check_folder_or_hub_name(self.model)
 
     def open(self) -> "LocalWriter":
+        """Load the model."""
         return LocalWriter(self)
 
 
 def model_fingerprint(model: str) -> Any:
-    """Hashes of a model's files (a checkpoint lists its own), or the hub name."""
+    """Return the hashes of a model's files (a checkpoint lists its own), or the hub name."""
     if is_run(model):
         return file_hash(find_checkpoint(model) / "checkpoint.json")
     if Path(model).is_dir():
@@ -73,7 +75,7 @@ def model_fingerprint(model: str) -> Any:
 
 
 class LocalWriter:
-    """Decodes fixed batches of prompts of similar length, and keeps each batch as it is done.
+    """Decodes fixed batches of prompts of similar length, and keeps the replies of each batch.
 
     The batches depend on the prompts alone, so a resumed run decodes the same batches as one that was not killed.
     """
@@ -82,15 +84,17 @@ class LocalWriter:
         from recurrent_depth.hf.loading import load_model
 
         self.config = config
-        self.model, self.tokenizer = load_model(config.model, device=config.device)
+        self.device = choose_device(config.device)
+        self.model, self.tokenizer = load_model(config.model, device=self.device)
         if self.tokenizer is None:
-            raise ValueError(f"{config.model} has no tokenizer, so it cannot read questions; put tokenizer.json there")
+            raise ValueError(f"model: {config.model} has no tokenizer; put its tokenizer.json into the folder")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.stop_ids = _stop_ids(self.tokenizer, config.stop)
         self.fingerprint = json_hash(config.fingerprint())
 
     def write(self, prompts: Sequence[str], cache: ReplyCache) -> list[Reply]:
+        """Return one reply per prompt."""
         keys = [json_hash([self.fingerprint, prompt]) for prompt in prompts]
         batches = list(_batches(dict(zip(keys, map(self._encode, prompts), strict=True)), self.config.batch_size))
         for batch in progress(batches, len(batches), self.config.model):
@@ -130,7 +134,7 @@ class LocalWriter:
         config = self.config
         torch.manual_seed(config.seed)
         self.tokenizer.padding_side = "left"
-        inputs = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(config.device)
+        inputs = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(self.device)
         sampling = {"temperature": config.temperature} if config.temperature else {}
         ids = self.model.generate(
             **inputs, max_new_tokens=config.max_new_tokens, eos_token_id=list(self.stop_ids) or None,
@@ -163,6 +167,6 @@ def _stop_ids(tokenizer: Any, texts: list[str]) -> tuple[int, ...]:
 
 
 def _until(tokens: list[int], stop: tuple[int, ...]) -> list[int]:
-    """The tokens up to the first stop id, that one included; padding behind it goes."""
+    """Return the tokens up to and including the first stop id, without the padding after it."""
     first = next((place for place, token in enumerate(tokens) if token in stop), len(tokens))
     return tokens[: first + 1]

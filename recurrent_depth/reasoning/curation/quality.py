@@ -1,4 +1,4 @@
-"""Filters of quality: each says what is wrong with a row, or nothing (s1, arXiv 2501.19393, section 2.2)."""
+"""Drop rows with faults of form (s1, arXiv 2501.19393, section 2.2). Each filter looks for one fault."""
 
 import re
 from collections.abc import Callable
@@ -8,13 +8,13 @@ from recurrent_depth.reasoning.curation.stages import Context, Outcome, Stage, s
 from recurrent_depth.reasoning.pool import Example
 
 Filter = Callable[[Example], str | None]
-"""Returns what a reader should see of the fault (an excerpt), or None where there is none."""
+"""Return what a reader should see of the fault (an excerpt), or None if there is none."""
 
 FILTERS: dict[str, Filter] = {}
 
 
 def quality_filter(name: str) -> Callable[[Filter], Filter]:
-    """Decorator: makes a filter known to recipes as `name`, which is also the reason of its drops."""
+    """Return a decorator that makes a filter known to recipes as `name`, which is also the reason of its drops."""
 
     def register(function: Filter) -> Filter:
         FILTERS[name] = function
@@ -48,25 +48,25 @@ _REPEATED = re.compile(r"(.{20,200}?)\1{4,}", re.DOTALL)
 
 @quality_filter("asy drawing")
 def asy_drawing(example: Example) -> str | None:
-    """A drawing in Asymptote that the text refers to; AIME's questions stand without theirs."""
+    """Find a drawing in Asymptote that the text refers to. AIME's questions can be solved without theirs."""
     return None if "aime" in example.source.lower() else _find(_ASY, example.question)
 
 
 @quality_filter("image reference")
 def image_reference(example: Example) -> str | None:
-    """A picture that is not there."""
+    """Find a reference to a missing picture."""
     return _find(_IMAGE, example.question)
 
 
 @quality_filter("page marker")
 def page_marker(example: Example) -> str | None:
-    """`p12.` or `p<12>.`, left by the scan of a book."""
+    """Find `p12.` or `p<12>.`, left by the scan of a book."""
     return _find(_PAGE, example.question)
 
 
 @quality_filter("broken numbering")
 def broken_numbering(example: Example) -> str | None:
-    """Bold numbers `**1.** ... **3.**` that do not count up by one, or bold marks that are not paired."""
+    """Find bold numbers `**1.** ... **3.**` that do not count up by one, or bold marks that are not paired."""
     for text in (example.question, example.trace):
         numbers = [int(number) for number in _BOLD_NUMBER.findall(text)]
         if numbers and numbers != list(range(numbers[0], numbers[0] + len(numbers))):
@@ -78,24 +78,23 @@ def broken_numbering(example: Example) -> str | None:
 
 @quality_filter("generation error")
 def generation_error(example: Example) -> str | None:
-    """A trace that is an error message, or one passage five times in a row."""
+    """Find a trace that is an error message, or repeats one passage five times."""
     return _find(_ERROR, example.trace) or _find(_REPEATED, example.trace)
 
 
 @quality_filter("no trace")
 def no_trace(example: Example) -> str | None:
-    """Nothing to learn from."""
+    """Find a row without a trace."""
     return None if example.trace else "empty"
 
 
 @stage("quality")
 @dataclass(frozen=True)
 class Quality(Stage):
-    """Drop rows in which a filter finds a fault; the first one counts.
+    """Drop rows in which a filter finds a fault. The first fault is the reason.
 
     Args:
-        filters: names of filters, in order; those of `FILTERS` by default. Register others with `quality_filter` in a
-            module that the recipe imports.
+        filters: names of filters, in order; your own are registered by `quality_filter` in a module under `imports`.
     """
 
     filters: list[str] = field(

@@ -1,4 +1,4 @@
-"""Answers of models, kept in an append-only file, so that none is asked for twice."""
+"""Replies of models, kept in an append-only file, so that none is asked for twice."""
 
 import json
 import threading
@@ -19,10 +19,11 @@ class Reply:
 
     Attributes:
         text: the answer.
-        reasoning: what the server returns as reasoning, apart from the answer.
-        finish: "stop", or "length" where the limit of tokens cut it.
-        tokens_in, tokens_out: of prompt and completion, reasoning included.
-        error: what went wrong; None where nothing did. Replies with an error are not kept.
+        reasoning: what the server returns as reasoning, separate from the answer.
+        finish: "stop", or "length" if the limit of tokens cut it.
+        tokens_in: tokens of the prompt.
+        tokens_out: tokens of the completion, reasoning included.
+        error: what went wrong, or None. Replies with an error are not kept.
     """
 
     text: str
@@ -37,19 +38,19 @@ class Writer(Protocol):
     """A model that answers prompts: behind a server, or in this process."""
 
     def write(self, prompts: Sequence[str], cache: "ReplyCache") -> list[Reply]:
-        """One reply a prompt, from the cache where it has one."""
+        """Return one reply per prompt, from the cache if it has one."""
 
 
 T = TypeVar("T")
 
 
 def progress(work: Iterable[T], total: int, name: str) -> Iterable[T]:
-    """A bar on a terminal while the work is done."""
+    """Yield the items of some work; show a progress bar on a terminal."""
     return track(work, description=name, total=total, console=Console(stderr=True), transient=True)
 
 
 class ReplyCache:
-    """JSONL of {key, reply}; a line that a killed run left unfinished is cut off."""
+    """A JSONL file of {key, reply}. A last line that a killed run did not finish is removed."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -58,10 +59,11 @@ class ReplyCache:
         self.replies = dict(self._read()) if file.exists() else {}
 
     def get(self, key: str) -> Reply | None:
+        """Return the reply to a request, or None if it was not kept."""
         return self.replies.get(key)
 
     def put(self, replies: dict[str, Reply]) -> None:
-        """Keep replies; they are on disk when this returns. Safe to call from several threads."""
+        """Add replies to the file. Safe to call from several threads."""
         lines = "".join(json.dumps({"key": key, **asdict(reply)}) + "\n" for key, reply in replies.items())
         with self.lock, self.file.open("a", encoding="utf-8") as file:
             file.write(lines)

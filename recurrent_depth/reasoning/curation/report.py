@@ -1,4 +1,4 @@
-"""The report of a curated set: Markdown and HTML with the funnel, domains, lengths and examples, for a person."""
+"""The report of a curated set, in Markdown and HTML: the funnel, domains, lengths and examples."""
 
 import base64
 from collections import Counter, defaultdict
@@ -13,11 +13,12 @@ from recurrent_depth.files import atomic_file, write_text
 from recurrent_depth.reasoning.pool import Drop, Example
 
 EXAMPLES = 3
-CHARACTERS = 600  # of a text that the report shows
+CHARACTERS = 600
+"""Characters of a text that the report shows."""
 
 
 def write_report(out: Path, manifest: dict[str, Any], examples: Sequence[Example], drops: Sequence[Drop]) -> None:
-    """Write report.md, report.html and, where lengths were measured, lengths.png."""
+    """Write report.md, report.html and, if lengths were measured, lengths.png."""
     before = [drop.example for drop in drops]
     picture = _histogram([*before, *examples], examples, out / "lengths.png")
     page = {
@@ -29,7 +30,7 @@ def write_report(out: Path, manifest: dict[str, Any], examples: Sequence[Example
         "picture": picture.name if picture else None,
         "image": base64.b64encode(picture.read_bytes()).decode() if picture else None,
         "examples": _spread(examples, EXAMPLES),
-        "dropped": _one_a_reason(drops),
+        "dropped": _first_per_reason(drops),
     }
     for template, file in (("report.md.jinja", "report.md"), ("report.html.jinja", "report.html")):
         write_text(out / file, _template(template).render(**page))
@@ -45,7 +46,7 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _number(value: Any) -> Any:
-    """1234567 as 1,234,567."""
+    """Return 1234567 as 1,234,567."""
     return f"{value:,}" if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
@@ -54,17 +55,17 @@ def _short(text: str, characters: int = CHARACTERS) -> str:
 
 
 def _cell(text: str) -> str:
-    """For a cell of a Markdown table: one line, no bars."""
+    """Return a text for a cell of a Markdown table: one line, bars escaped."""
     return _short(" ".join(str(text).split()), 160).replace("|", r"\|")
 
 
 def _quote(text: str) -> str:
-    """As a Markdown quotation."""
+    """Return a text as a Markdown quotation."""
     return "\n".join(f"> {line}".rstrip() for line in text.splitlines())
 
 
 def _table(key: Any, pool: Sequence[Example], selected: Sequence[Example]) -> list[dict[str, Any]]:
-    """Rows by some key: in the pool, selected, median length of the selected; largest share of the set first."""
+    """Return counts by some key: in the pool, selected, median length of the selected; most selected first."""
     before, after = Counter(map(key, pool)), Counter(map(key, selected))
     lengths = defaultdict(list)
     for example in selected:
@@ -83,14 +84,14 @@ def _table(key: Any, pool: Sequence[Example], selected: Sequence[Example]) -> li
 
 
 def _spread(examples: Sequence[Example], count: int) -> list[Example]:
-    """Rows from the shortest to the longest trace."""
+    """Return `count` rows from the shortest to the longest trace."""
     ordered = sorted(examples, key=lambda example: (len(example.trace), example.id))
     places = {round(i * (len(ordered) - 1) / max(count - 1, 1)) for i in range(count)}
     return [ordered[place] for place in sorted(places)]
 
 
-def _one_a_reason(drops: Sequence[Drop]) -> list[Drop]:
-    """The first row dropped for each reason."""
+def _first_per_reason(drops: Sequence[Drop]) -> list[Drop]:
+    """Return the first row dropped for each reason."""
     first: dict[tuple[str, str], Drop] = {}
     for drop in drops:
         first.setdefault((drop.stage, drop.reason), drop)
@@ -98,7 +99,7 @@ def _one_a_reason(drops: Sequence[Drop]) -> list[Drop]:
 
 
 def _histogram(pool: Sequence[Example], selected: Sequence[Example], file: Path) -> Path | None:
-    """Trace lengths of all measured rows and of the selected ones, as shares."""
+    """Draw the trace lengths of all measured rows and of the selected ones, as shares."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -112,7 +113,7 @@ def _histogram(pool: Sequence[Example], selected: Sequence[Example], file: Path)
     for values, name in zip(lengths, ("pool", "selected"), strict=True):
         shares = [1 / len(values)] * len(values)
         axes.hist(values, bins=edges, weights=shares, alpha=0.6, label=f"{name} ({len(values):,})")
-    axes.set_xlabel("tokens of a trace")
+    axes.set_xlabel("trace tokens")
     axes.set_ylabel("share of rows")
     axes.legend()
     with atomic_file(file) as temporary:

@@ -1,4 +1,4 @@
-"""From what is left to a small set: s1's draws over domains and lengths, and the choices it was compared with."""
+"""Select a small set: s1's draws over domains and lengths, and the choices it was compared with."""
 
 import math
 from collections import Counter, defaultdict
@@ -16,11 +16,11 @@ from recurrent_depth.reasoning.pool import Example
 
 @dataclass(frozen=True)
 class Seed:
-    """Rows that are taken before any is drawn: those of a source, if correct and long enough.
+    """Rows that are selected before any is drawn: those of a source, if correct and long enough.
 
     Args:
-        source: part of the source's name, whatever its case: `AIME` means `AIME 2023` too.
-        longer_than: tokens of the trace; null for any length.
+        source: part of the source's name, in any case: `AIME` selects `AIME 2023` too.
+        longer_than: tokens that the trace must exceed; null for any length.
         correct: only rows whose trace is known to be correct.
     """
 
@@ -32,6 +32,7 @@ class Seed:
         check_at_least("longer_than", self.longer_than, 0)
 
     def holds(self, example: Example) -> bool:
+        """Return whether a row belongs to the seed set."""
         length = example.trace_tokens or 0
         return (
             self.source.lower() in example.source.lower()
@@ -43,19 +44,19 @@ class Seed:
 @stage("diverse")
 @dataclass(frozen=True)
 class Diverse(Stage):
-    """Take the seed set, then until `size`: draw a domain, then one of its rows (s1, appendix C).
+    """Select the seed set, then draw a domain and one of its rows until there are `size` rows (s1, appendix C).
 
-    Within a domain the row of rank k, rank 0 the longest trace, has weight 2^-k among the rows that are left there.
+    Within a domain the row of rank k has weight 2^-k among the rows that are left. Rank 0 is the longest trace.
 
     Args:
         size: rows of the set.
         domains: `uniform` draws every domain that has rows left equally often (the paper); `benchmark` does so until
-            `uniform_until` rows are taken and then draws a domain as often as the benchmark has it (the released
+            `uniform_until` rows are selected and then draws a domain as often as the benchmark has it (the released
             script).
-        uniform_until: rows, those of the seed set included.
-        weights: domain -> weight for `benchmark`; null takes the counts that the stage `domains` found.
+        uniform_until: rows drawn uniformly, the seed set included; only for `benchmark`.
+        weights: weight of each domain for `benchmark`, as {algebra: 3}; null takes the counts of the stage `domains`.
         by_length: false draws all rows of a domain equally often (the ablation "diverse only").
-        seeds: rules of the seed set.
+        seeds: rules of the seed set, as {source: math, longer_than: 5600}.
     """
 
     size: int
@@ -114,7 +115,7 @@ class ByDomain:
         self.rows = dict(sorted(rows.items()))
 
     def draw_domain(self, generator: np.random.Generator, weights: Mapping[str, float]) -> tuple[str, str]:
-        """A domain with rows left, and the rule that drew it. Without weight on any of them the draw is uniform."""
+        """Return a domain with rows left, and the rule that drew it: uniform if none of them has a weight."""
         names = list(self.rows)
         p = np.array([weights.get(name, 0.0) for name in names])
         if p.sum() > 0:
@@ -122,7 +123,7 @@ class ByDomain:
         return names[generator.integers(len(names))], "uniform"
 
     def draw_row(self, generator: np.random.Generator, domain: str, by_length: bool) -> Example:
-        """Remove and return one row of a domain, which goes once it is empty."""
+        """Remove and return one row of a domain. A domain without rows is removed."""
         rows = self.rows[domain]
         row = rows.pop(draw_rank(generator, len(rows)) if by_length else int(generator.integers(len(rows))))
         if not rows:
@@ -131,21 +132,21 @@ class ByDomain:
 
 
 def draw_rank(generator: np.random.Generator, n: int) -> int:
-    """A rank k in [0, n) with probability 2^-k / sum of 2^-j, by the inverse of its distribution function."""
+    """Return a rank k in [0, n) with probability 2^-k / sum of 2^-j, by the inverse of its distribution function."""
     u = generator.random()
     rank = math.floor(-math.log2(1 - u * (1 - 2.0**-n)))
     return min(rank, n - 1)
 
 
 def longest_first(example: Example) -> tuple[int, str]:
-    """Key of sorting by trace length, the id deciding ties."""
+    """Return the key for sorting by trace length; the id decides ties."""
     return -(example.trace_tokens or 0), example.id
 
 
 @stage("random")
 @dataclass(frozen=True)
 class RandomRows(Stage):
-    """`size` rows, every set of them equally likely.
+    """Select `size` rows at random, every set equally likely.
 
     Args:
         size: rows of the set.
@@ -165,7 +166,7 @@ class RandomRows(Stage):
 @stage("longest")
 @dataclass(frozen=True)
 class LongestRows(Stage):
-    """The `size` rows with the longest traces.
+    """Select the `size` rows with the longest traces.
 
     Args:
         size: rows of the set.
@@ -195,10 +196,10 @@ def _split(examples: list[Example], taken: Mapping[str, str], context: Context) 
 
 def _check_enough(examples: Sequence[Example], size: int) -> None:
     if len(examples) < size:
-        raise DataError(f"{len(examples)} rows are left, fewer than size {size}; lower size or drop less before")
+        raise DataError(f"{len(examples)} rows are left, fewer than size {size}; lower size, or drop fewer rows before")
 
 
 def _check_measured(examples: Sequence[Example], column: str, needed: str) -> None:
     lacking: list[Any] = [example.id for example in examples if getattr(example, column) is None]
     if lacking:
-        raise DataError(f"{len(lacking)} rows have no {column} ({lacking[0]}, ...); put the stage `{needed}` before")
+        raise DataError(f"{len(lacking)} rows have no {column} ({lacking[0]}, ...); run the stage `{needed}` before")

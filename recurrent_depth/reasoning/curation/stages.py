@@ -1,4 +1,4 @@
-"""What a stage of curation is: options, a function from rows to rows, and a name that a recipe calls it by."""
+"""What a stage of curation is: options, a function from rows to rows, and a name in recipes."""
 
 import hashlib
 import importlib
@@ -24,12 +24,12 @@ BUILT_IN = ("duplicates", "quality", "teacher", "grading", "difficulty", "length
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage may use beside the rows.
+    """What a stage may use besides the rows.
 
     Attributes:
         stage: its name in the recipe.
         root: folder of relative data paths.
-        cache: folder for answers of models, which outlive a killed run.
+        cache: folder for replies of models, which are kept when a run is killed.
         seed: of this stage.
         facts: what earlier stages found, by their names.
     """
@@ -41,20 +41,21 @@ class Context:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def generator(self) -> np.random.Generator:
-        """The stage's own random numbers."""
+        """Return the stage's random numbers."""
         return np.random.default_rng(self.seed)
 
     def drop(self, example: Example, reason: str, detail: str = "") -> Drop:
+        """Return the record of a dropped row."""
         return Drop(example, self.stage, reason, detail)
 
 
 @dataclass
 class Outcome:
-    """What a stage made of the rows.
+    """The rows after a stage.
 
     Attributes:
         examples: rows that stay, in order.
-        drops: rows that go.
+        drops: rows that are dropped.
         facts: plain JSON for later stages and the report.
     """
 
@@ -70,12 +71,15 @@ class Stage(ABC):
     kind: ClassVar[str] = ""
 
     def inputs(self, context: Context) -> list[Any]:
-        """Plain JSON that changes when what the stage reads beside the rows changes (files, models)."""
+        """Return plain JSON that changes when what the stage reads besides the rows changes (files, models).
+
+        Called for every stage before the first one runs, so that a missing file or package is an error at the start.
+        """
         return []
 
     @abstractmethod
     def apply(self, examples: list[Example], context: Context) -> Outcome:
-        """The work."""
+        """Return the rows that stay and those that are dropped; every row must be in one of both."""
 
 
 STAGES: dict[str, type[Stage]] = {}
@@ -83,7 +87,7 @@ S = TypeVar("S", bound=type[Stage])
 
 
 def stage(kind: str) -> Callable[[S], S]:
-    """Class decorator: makes a `Stage` known to recipes as `kind`."""
+    """Return a class decorator that makes a `Stage` known to recipes as `kind`."""
 
     def register(cls: S) -> S:
         cls.kind = kind
@@ -94,7 +98,7 @@ def stage(kind: str) -> Callable[[S], S]:
 
 
 def build_stage(description: Mapping[str, Any]) -> Stage:
-    """A stage from `{stage: KIND, option: value, ...}`; errors name the stage and the option."""
+    """Return a stage from `{stage: KIND, option: value, ...}`; errors name the stage and the option."""
     for name in BUILT_IN:
         importlib.import_module(f"recurrent_depth.reasoning.curation.{name}")
     options = {name: value for name, value in description.items() if name not in ("stage", "name")}
@@ -104,8 +108,8 @@ def build_stage(description: Mapping[str, Any]) -> Stage:
     return build(STAGES[kind], options, f"stages.{description.get('name', kind)}")
 
 
-def digest_examples(examples: Sequence[Example]) -> str:
-    """A hash of rows, their order included."""
+def hash_examples(examples: Sequence[Example]) -> str:
+    """Return a hash of rows and their order."""
     content = hashlib.sha256()
     for example in examples:
         content.update(json.dumps(asdict(example), sort_keys=True).encode())
@@ -130,7 +134,7 @@ def needed_version(module: str, package: str) -> str:
 
 
 def existing(path: str, root: Path) -> Path:
-    """A file below `root`; one that does not exist is an error."""
+    """Return a file below `root`, or raise."""
     file = root / path
     if not file.is_file():
         raise DataError(f"{file} does not exist; fix the path, or --root, the folder of relative paths")

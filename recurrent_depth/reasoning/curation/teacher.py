@@ -1,23 +1,22 @@
-"""Reasoning traces from a teacher, for rows that have none."""
+"""Ask a teacher for the reasoning traces of rows that have none."""
 
-import re
 from dataclasses import dataclass, replace
 from typing import Any
 
 from recurrent_depth.checks import check_at_least
-from recurrent_depth.files import json_hash
-from recurrent_depth.reasoning.curation.replies import Reply, ReplyCache
+from recurrent_depth.reasoning.curation.replies import Reply
 from recurrent_depth.reasoning.curation.stages import Context, Outcome, Stage, stage
-from recurrent_depth.reasoning.curation.writers import WriterConfig
+from recurrent_depth.reasoning.curation.writers import WriterConfig, ask, check_prompt, fill
 from recurrent_depth.reasoning.pool import Example
 
 
 @dataclass(frozen=True)
 class Prices:
-    """The price of a million tokens, in any currency; the report multiplies.
+    """The price of a million tokens, in any currency.
 
     Args:
-        tokens_in, tokens_out: of prompts and of replies.
+        tokens_in: price of the tokens of prompts.
+        tokens_out: price of the tokens of replies.
     """
 
     tokens_in: float = 0.0
@@ -28,7 +27,7 @@ class Prices:
         check_at_least("tokens_out", self.tokens_out, 0)
 
     def cost(self, replies: list[Reply]) -> dict[str, Any]:
-        """Requests, tokens and their cost. A reply that came from the cache was paid for once and counts once."""
+        """Return requests, tokens and their cost. A reply from the cache was paid for once and counts once."""
         tokens_in, tokens_out = sum(r.tokens_in for r in replies), sum(r.tokens_out for r in replies)
         total = (tokens_in * self.tokens_in + tokens_out * self.tokens_out) / 1e6
         failed = sum(reply.error is not None for reply in replies)
@@ -43,14 +42,15 @@ class Prices:
 class Teacher(Stage):
     """Ask a teacher for the trace of every row without one.
 
-    The trace is what the server returns as reasoning, or the part between the delimiters, or else the whole reply;
-    what follows it is the teacher's answer. A reply that the limit of tokens cut is dropped.
+    The trace is what the server returns as reasoning, or the part between the delimiters, or else the whole reply. What
+    follows it is the teacher's answer. A reply that was cut at the limit of tokens is dropped.
 
     Args:
         writer: the teacher.
-        prompt: `{question}` is replaced.
-        think_begin, think_end: delimiters in the text of a reply.
-        prices: of a million tokens, in and out.
+        prompt: text sent to the teacher; `{question}` is replaced.
+        think_begin: delimiter before the trace in a reply.
+        think_end: delimiter after the trace.
+        prices: price of a million tokens, for the report.
     """
 
     writer: WriterConfig
@@ -86,30 +86,10 @@ class Teacher(Stage):
             outcome.examples.append(replace(example, trace=trace, trace_answer=answer or None))
 
     def _split(self, reply: Reply) -> tuple[str, str]:
-        """(trace, answer) of a reply."""
+        """Return trace and answer of a reply."""
         if reply.reasoning:
             return reply.reasoning.strip(), reply.text.strip()
         thought, end, answer = reply.text.partition(self.think_end)
         if end:
             return thought.strip().removeprefix(self.think_begin).strip(), answer.strip()
         return reply.text.strip(), reply.text.strip()
-
-
-def ask(writer: WriterConfig, prompts: list[str], context: Context) -> list[Reply]:
-    """The replies of a model, those that the cache holds included. Without prompts the model is not loaded."""
-    if not prompts:
-        return []
-    name = json_hash(writer.fingerprint())[:12]
-    return writer.open().write(prompts, ReplyCache(context.cache / f"{context.stage}-{name}.jsonl"))
-
-
-def check_prompt(prompt: str, *names: str) -> None:
-    """A prompt must contain each `{name}`."""
-    missing = [name for name in names if "{" + name + "}" not in prompt]
-    if missing:
-        raise ValueError(f"prompt is {prompt!r}; it lacks {', '.join('{' + name + '}' for name in missing)}")
-
-
-def fill(prompt: str, **values: str) -> str:
-    """Replace `{name}` by its value; other braces (LaTeX) stay. A value's own `{name}` is not replaced again."""
-    return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: values[match.group(1)], prompt)

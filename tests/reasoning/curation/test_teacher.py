@@ -84,7 +84,7 @@ class TestFailures:
 
     def test_another_run_asks_only_for_what_is_missing(self, tmp_path):
         with chat_server(self.fails_for(1, 3)) as server:
-            with pytest.raises(DataError, match=r"2 of 5 requests failed.*status 500.*run again"):
+            with pytest.raises(DataError, match=r"2 of 5 requests failed.*status 500.*run the command again"):
                 run_stage(stage(server.url), lacking(5), tmp_path)
             assert len(server.requests) == 5
             server.requests.clear()
