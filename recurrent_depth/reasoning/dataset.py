@@ -1,4 +1,4 @@
-"""`recurrent-depth prepare-reasoning`: from examples to packed rows for fine-tuning, with the loss on the reply alone."""
+"""`recurrent-depth prepare-reasoning`: packed rows for fine-tuning from examples, with the loss on the reply alone."""
 
 import hashlib
 from collections import Counter
