@@ -23,7 +23,7 @@ from support import losses, small_run
 ID = {word: index for index, word in enumerate(WORDS)}
 
 
-def test_the_loss_is_on_the_reply_and_not_on_forced_words():
+def test_loss_is_on_the_reply_without_forced_words():
     formatter = Formatter(puzzle_tokenizer(), ThinkingFormat())
     example = Example("0", "s", "cup1 swap01", "swap01 cup0 Wait swap01 cup0", "cup0")
     tokens = tokenize(formatter, example, unlearned=["Wait"])
@@ -58,7 +58,7 @@ def test_packing_keeps_every_example_whole(sizes, length):
     assert sum(sizes) > length * (len(rows) - 1) / 2
 
 
-def test_packed_examples_do_not_see_each_other(tmp_path):
+def test_loss_of_a_packed_row_is_the_sum_over_its_examples(tmp_path):
     """The loss of a packed row is the sum of the losses of its examples alone."""
     config = ReasoningDataConfig(out=str(tmp_path / "data"), block=90, **write_rows(tmp_path / "in", puzzles(40)))
     manifest = prepare_reasoning(config)
@@ -91,7 +91,7 @@ def small_model():
     return model.eval()
 
 
-def test_one_example_a_row_when_not_packed(tmp_path):
+def test_rows_hold_one_example_without_packing(tmp_path):
     config = ReasoningDataConfig(str(tmp_path / "data"), pack=False, **write_rows(tmp_path / "in", puzzles(20)))
     manifest = prepare_reasoning(config)
     assert manifest["splits"]["train"]["rows"] == manifest["splits"]["train"]["documents"]
@@ -128,7 +128,7 @@ def test_rows_without_fields_are_counted(tmp_path):
     assert manifest["not_trained_on"] == {"no answer": 1, "no trace": 1, "a delimiter inside the text": 1}
 
 
-def test_a_pool_of_which_nothing_is_left_is_an_error(tmp_path):
+def test_rows_without_any_usable_example_are_an_error(tmp_path):
     inputs = write_rows(tmp_path / "in", [{"question": "cup1 swap01", "answer": "cup0"}])
     with pytest.raises(DataError, match=r"no example is left of 1 .*no trace"):
         prepare_reasoning(ReasoningDataConfig(str(tmp_path / "data"), **inputs))
@@ -154,7 +154,7 @@ def test_existing_rows_are_not_overwritten(tmp_path):
 
 
 @pytest.mark.slow
-def test_fine_tuning_runs_through_the_trainer_and_lowers_the_loss(tmp_path):
+def test_fine_tuning_on_prepared_rows_lowers_the_loss(tmp_path):
     config = ReasoningDataConfig(out=str(tmp_path / "data"), block=90, **write_rows(tmp_path / "in", puzzles(60)))
     prepare_reasoning(config)
     model = small_model().config

@@ -15,13 +15,13 @@ def tokenizer():
     return train_tokenizer(["Hello there, be brief. user system Huginn naïve"] * 3, 400)
 
 
-def test_fields_are_joined():
+def test_fields_of_a_record_are_joined():
     row = {"path": "a.py", "content": "x = 1", "lines": ["one", "two"], "hints": None, "solution": "42"}
     assert document_from(row, ["path", "content"], False, "o").text == "a.py\n\nx = 1"
     assert document_from(row, ["lines", "hints/solution"], False, "o").text == "one\ntwo\n\n42"
 
 
-def test_conversations():
+def test_messages_and_fields_become_conversations():
     expected = (("system", "Be brief."), ("user", " Hi! "), ("assistant", "Hello.\n"))
     assert document_from({"messages": MESSAGES}, ["messages"], True, "o").turns == expected
     old = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
@@ -46,12 +46,12 @@ def test_null_fields_beside_text_are_left_out():
 
 
 @pytest.mark.parametrize("row", [{"other": "x"}, {"text": 3}, {"text": [{"who": "me"}]}])
-def test_wrong_rows_are_named(row):
+def test_record_without_text_names_the_field(row):
     with pytest.raises(FieldError, match=r"text|role"):
         document_from(row, ["text"], True, "o")
 
 
-def test_a_conversation_is_encoded_as_the_chat_template_writes_it(tokenizer):
+def test_conversation_is_encoded_as_the_chat_template_writes_it(tokenizer):
     transformers = pytest.importorskip("transformers")
     from recurrent_depth.hf.chat import CHAT_TEMPLATE
 
@@ -62,7 +62,7 @@ def test_a_conversation_is_encoded_as_the_chat_template_writes_it(tokenizer):
     assert DocumentEncoder(tokenizer).encode([plain, document, plain])[1].tolist() == expected
 
 
-def test_a_text_cannot_write_special_tokens(tokenizer):
+def test_text_cannot_write_special_tokens(tokenizer):
     text = "<|end_turn|><|begin_text|> hello"
     (ids,) = DocumentEncoder(tokenizer).encode([Document(text, "o")])
     assert ids[0] == 0
@@ -70,7 +70,7 @@ def test_a_text_cannot_write_special_tokens(tokenizer):
     assert tokenizer.decode(ids) == text
 
 
-def test_half_a_surrogate_pair_is_replaced(tokenizer):
+def test_half_of_a_surrogate_pair_is_replaced(tokenizer):
     document = document_from({"text": "a\ud800b"}, ["text"], False, "o")
     assert document.text == "a?b"
     DocumentEncoder(tokenizer).encode([document])

@@ -38,7 +38,7 @@ def config_for(corpus, out, **changes):
 
 
 @pytest.mark.slow
-def test_processes_and_datatrove_give_the_same_files(corpus, tmp_path):
+def test_executors_give_the_same_files(corpus, tmp_path):
     prepare(config_for(corpus, tmp_path / "one"))
     expected = folder_hash(tmp_path / "one")
     prepare(config_for(corpus, tmp_path / "processes", workers=3))
@@ -48,7 +48,7 @@ def test_processes_and_datatrove_give_the_same_files(corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_datatrove_run_does_only_the_rest(corpus, tmp_path):
+def test_killed_datatrove_executor_repeats_only_unfinished_tasks(corpus, tmp_path):
     prepare(config_for(corpus, tmp_path / "expected"))
     config = config_for(corpus, tmp_path / "data", executor="datatrove", workers=1)
     job = Job.plan(config)
@@ -73,7 +73,7 @@ def test_a_killed_datatrove_run_does_only_the_rest(corpus, tmp_path):
     assert folder_hash(tmp_path / "data") == folder_hash(tmp_path / "expected")
 
 
-def test_slurm_jobs_are_submitted_in_order(corpus, tmp_path, monkeypatch, capsys):
+def test_slurm_executor_submits_jobs_that_wait_for_each_other(corpus, tmp_path, monkeypatch, capsys):
     calls = tmp_path / "calls"
     command(tmp_path, "sbatch", f'echo "$@" >> {calls}; echo Submitted batch job $(wc -l < {calls})')
     command(tmp_path, "scontrol", "echo node1")
@@ -126,7 +126,7 @@ def pickled(file):
         return dill.load(content)
 
 
-def test_ray_has_an_executor_a_phase(corpus, tmp_path):
+def test_ray_executor_runs_every_phase(corpus, tmp_path):
     config = dataclasses.replace(config_for(corpus, tmp_path / "data"), executor="ray", workers=2)
     executors = datatrove_executors(Job.plan(config))
     assert [type(executor).__name__ for executor in executors] == ["RayPipelineExecutor"] * 5
@@ -134,7 +134,7 @@ def test_ray_has_an_executor_a_phase(corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_of_one_node_gives_the_same_files(corpus, tmp_path):
+def test_ray_executor_gives_the_same_files(corpus, tmp_path):
     ray = pytest.importorskip("ray", reason="Ray is not part of the development environment")
     prepare(config_for(corpus, tmp_path / "expected"))
     ray.init(num_cpus=2, include_dashboard=False)

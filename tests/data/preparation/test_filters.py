@@ -47,7 +47,7 @@ def dropped_and_kept(folder, tmp_path, filters, **changes):
     return report["documents_dropped"], found
 
 
-def test_exact_and_near_duplicates_across_files(tmp_path):
+def test_duplicates_across_files_are_dropped(tmp_path):
     documents = texts(180)
     documents[100] = documents[3]  # in another file
     documents[101] = documents[3]
@@ -60,7 +60,7 @@ def test_exact_and_near_duplicates_across_files(tmp_path):
     assert sum(text.startswith(documents[40]) for text in found) <= 1
 
 
-def test_near_duplicates_without_the_exact_step(tmp_path):
+def test_near_duplicates_are_dropped_without_the_exact_filter(tmp_path):
     documents = texts(60)
     documents[50] = documents[3]
     folder = write(tmp_path / "texts", documents)
@@ -70,7 +70,7 @@ def test_near_duplicates_without_the_exact_step(tmp_path):
     assert dropped == {"empty": 0, "contaminated": 0, "exact_duplicate": 0, "near_duplicate": 1}
 
 
-def test_exercises_that_differ_in_their_numbers_are_no_duplicates(tmp_path):
+def test_exercises_that_differ_in_their_numbers_are_kept(tmp_path):
     template = "Ann has {} apples and buys {} more, gives {} to Bob and eats {} of them; how many are left for the pie?"
     generator = random.Random(1)
     exercises = [template.format(*(generator.randint(100, 999) for _ in range(4))) for _ in range(100)]
@@ -81,7 +81,7 @@ def test_exercises_that_differ_in_their_numbers_are_no_duplicates(tmp_path):
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="needs ../shared/data")
-def test_documents_with_test_questions_are_dropped(tmp_path):
+def test_documents_with_evaluation_questions_are_dropped(tmp_path):
     questions = [json.loads(line)["question"] for line in GSM8K.read_text().splitlines()]
     planted = {7: questions[11], 90: questions[500].upper(), 130: "A.\n\n" + "\n".join(questions[1000].split(" "))}
     documents = texts(150)

@@ -34,11 +34,11 @@ def load(path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_configuration_parses(path):
+def test_shipped_mix_parses(path):
     assert load(path).all_sources
 
 
-def test_the_huginn_mix_lists_its_sources():
+def test_huginn_mix_lists_its_sources():
     config = load(next(path for path in CONFIGS if path.stem == "huginn_mix"))
     assert len(config.sources) == 113
     assert config.category_shares == PUBLISHED
@@ -85,7 +85,7 @@ def counted_rows(folder):
     return found
 
 
-def test_category_shares_of_the_huginn_mix_result(prepared):
+def test_huginn_mix_gets_its_category_shares(prepared):
     folder, config, manifest = prepared
     rows = counted_rows(folder)
     total = rows.total()
@@ -99,7 +99,7 @@ def test_category_shares_of_the_huginn_mix_result(prepared):
     assert total == pytest.approx(12_000, abs=len(PUBLISHED))
 
 
-def test_within_a_category_weights_are_relative_passes(prepared):
+def test_weights_are_relative_passes_within_a_category(prepared):
     folder, config, manifest = prepared
     reports = manifest["sources"]
     rows = counted_rows(folder)
@@ -113,7 +113,7 @@ def test_within_a_category_weights_are_relative_passes(prepared):
     assert all(f"| {source.name} |" in text for source in config.sources)
 
 
-def test_rows_of_sources_lie_mixed_in_every_file(prepared):
+def test_every_file_mixes_rows_of_all_sources(prepared):
     folder, _, manifest = prepared
     sizes = [len(pq.read_table(file)) for file in sorted((folder / "train").glob("*.parquet"))]
     assert len(sizes) == 3
@@ -131,7 +131,7 @@ def sources(*weights_and_categories):
     ]
 
 
-def test_without_a_target_no_source_is_read_more_often_than_its_weight():
+def test_mix_without_a_target_reads_no_source_more_often_than_its_weight():
     mix = sources((1, "a"), (4, "a"), (2, "b"))
     factors = passes(mix, [100, 10, 1000], {"a": 50, "b": 50}, None)
     assert factors == pytest.approx([1, 4, 0.14])  # 140 rows of a are the bottleneck, so 140 of b
@@ -139,7 +139,7 @@ def test_without_a_target_no_source_is_read_more_often_than_its_weight():
     assert passes(mix, [100, 10, 1000], {}, 214) == pytest.approx([0.1, 0.4, 0.2])
 
 
-def test_a_category_without_rows_is_an_error():
+def test_category_without_rows_is_an_error():
     with pytest.raises(DataError, match="'b'"):
         passes(sources((1, "a"), (1, "b")), [5, 0], {"a": 1, "b": 1}, None)
 
@@ -150,7 +150,7 @@ def test_a_category_without_rows_is_an_error():
     quarters=st.lists(st.integers(0, 12), min_size=8, max_size=8),
     files=st.integers(1, 4),
 )
-def test_every_row_is_taken_as_often_as_planned(rows, quarters, files):
+def test_rows_are_taken_as_often_as_planned(rows, quarters, files):
     factors = [quarters[part] / 4 for part in range(len(rows))]
     copies = row_copies(rows, factors, ["one"] * len(rows))
     assert abs(sum(copies) - sum(n * f for n, f in zip(rows, factors, strict=True))) <= 0.5 + max(factors, default=0)
@@ -163,13 +163,13 @@ def test_every_row_is_taken_as_often_as_planned(rows, quarters, files):
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_each_pass_has_an_order_of_its_own():
+def test_passes_have_different_orders():
     order = chosen_rows(50, 100, np.random.default_rng(0))
     assert sorted(order[:50]) == sorted(order[50:]) == list(range(50))
     assert list(order[:50]) != list(order[50:])
 
 
-def test_mistakes_in_a_mix_are_named():
+def test_mix_options_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"s1.*'b'"):
         PrepareConfig(out="o", sources=sources((1, "a"), (1, "b")), category_shares={"a": 1.0})
     with pytest.raises(ValueError, match="twice"):

@@ -119,6 +119,11 @@ def test_prepare_names_the_package_for_hub_data_sets(tmp_path, monkeypatch):
     refused(tmp_path, config, r"someone/corpus is neither a file nor a folder.*pip install 'recurrent-depth\[data\]'")
 
 
+def test_prepare_names_a_missing_file(tmp_path):
+    config = config_for(tmp_path / "nothing.jsonl", tmp_path / "data")
+    refused(tmp_path, config, r"nothing\.jsonl does not exist; fix the path", FileNotFoundError)
+
+
 def test_prepare_refuses_a_missing_evaluation_set(corpus, tmp_path):
     filters = FilterConfig(evaluation_sets=[SourceConfig("e", str(tmp_path / "test.jsonl"))])
     config = config_for(corpus, tmp_path / "data", filters=filters)
@@ -261,3 +266,9 @@ class TestParquet:
         pq.write_table(pa.table({"body": TEXTS}), tmp_path / "a.parquet")
         config = config_for(tmp_path / "a.parquet", tmp_path / "data")
         refused(tmp_path, config, r"none of the fields \['text'\] is a column \(it has \['body'\]\).*--field")
+
+    def test_truncated_file_is_named(self, tmp_path):
+        file = tmp_path / "a.parquet"
+        pq.write_table(pa.table({"text": TEXTS}), file)
+        file.write_bytes(file.read_bytes()[:-20])
+        refused(tmp_path, config_for(file, tmp_path / "data"), r"a\.parquet cannot be read as parquet")

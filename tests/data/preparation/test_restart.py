@@ -77,7 +77,7 @@ def undisturbed(options, tmp_path_factory):
     return folder_hash(out)
 
 
-def test_a_task_that_fails_in_any_phase_is_all_that_is_done_again(options, undisturbed, tmp_path, monkeypatch):
+def test_restart_repeats_only_the_task_that_failed(options, undisturbed, tmp_path, monkeypatch):
     out = tmp_path / "data"
     config = config_of(options, out)
     job = Job.plan(config)
@@ -109,7 +109,7 @@ def test_a_task_that_fails_in_any_phase_is_all_that_is_done_again(options, undis
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_other_options_and_changed_sources_are_noticed(options, tmp_path, monkeypatch):
+def test_restart_refuses_other_options_and_changed_sources(options, tmp_path, monkeypatch):
     out = tmp_path / "data"
     monkeypatch.setattr("recurrent_depth.data.preparation.phases.make_tokenizer", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -126,7 +126,7 @@ def test_other_options_and_changed_sources_are_noticed(options, tmp_path, monkey
         prepare(config_of(options, out, sequence_length=32, restart=True))
 
 
-def test_damage_to_unfinished_work_is_named(options, tmp_path, monkeypatch):
+def test_restart_names_damaged_work(options, tmp_path, monkeypatch):
     out = tmp_path / "data"
     config = config_of(options, out)
     with monkeypatch.context() as patch:
@@ -140,7 +140,7 @@ def test_damage_to_unfinished_work_is_named(options, tmp_path, monkeypatch):
     assert not out.exists()
 
 
-def test_a_source_that_lost_lines_meanwhile_is_noticed(options, tmp_path, monkeypatch):
+def test_restart_notices_a_source_that_lost_lines(options, tmp_path, monkeypatch):
     config = config_of(options, tmp_path / "data")
 
     def shorter(source, part):
@@ -155,7 +155,7 @@ def test_a_source_that_lost_lines_meanwhile_is_noticed(options, tmp_path, monkey
         prepare(config)
 
 
-def test_two_at_once_are_refused(options, tmp_path, monkeypatch, capsys):
+def test_second_preparation_into_the_same_folder_is_refused(options, tmp_path, monkeypatch, capsys):
     out = tmp_path / "data"
     monkeypatch.setattr("recurrent_depth.data.preparation.command.LOCK_PATIENCE_S", 0.1)
     (tmp_path / "data.unfinished").mkdir()
@@ -167,7 +167,7 @@ def test_two_at_once_are_refused(options, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
-def test_killed_in_every_phase(options, undisturbed, tmp_path, workers):
+def test_preparation_killed_in_every_phase_gives_the_same_files(options, undisturbed, tmp_path, workers):
     """Eleven phases, a kill in each, at seeded moments; a plain rerun ends the work."""
     out = tmp_path / "data"
     job = Job.plan(config_of(options, out))
@@ -195,7 +195,7 @@ def test_killed_in_every_phase(options, undisturbed, tmp_path, workers):
 
 
 @pytest.mark.slow
-def test_a_killed_worker_process_is_noticed(options, undisturbed, tmp_path):
+def test_killed_worker_process_ends_the_command_with_a_reason(options, undisturbed, tmp_path):
     out = tmp_path / "data"
     process = start(options, out, 3, stderr=subprocess.PIPE)
     job = Job.plan(config_of(options, out))

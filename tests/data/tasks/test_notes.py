@@ -23,7 +23,7 @@ def by_hand(ids, states, places):
     return words, labels
 
 
-def test_notes_stand_where_they_were_put_and_tell_the_state():
+def test_notes_follow_the_marked_positions_and_hold_the_state():
     ids, states = TASK.rows(0, 60, 12, seed=2, split=0)
     places = random_places(ids.shape, 0, (0.0, 0.3, 0.9), seed=2, split=0)
     input_ids, labels = with_notes(TASK, ids, states, places)
@@ -39,7 +39,7 @@ def test_notes_stand_where_they_were_put_and_tell_the_state():
     )
 
 
-def test_the_word_note_is_the_id_that_rows_hold():
+def test_note_word_has_the_id_that_rows_hold():
     text = NotedTask(TASK, (0.5,)).tokenizer().decode([note_id(TASK)], skip_special_tokens=False)
     assert text == NOTE
 
@@ -62,12 +62,12 @@ def test_noted_rows_depend_on_their_number_alone():
     assert other.fingerprint() != source.fingerprint()
 
 
-def test_half_of_the_places_are_noted_at_density_one_half():
+def test_note_density_of_one_half_notes_half_of_the_places():
     places = random_places(torch.Size((2000, 11)), 0, (0.5,), seed=0, split=0)
     assert not places[:, 0].any()
     assert abs(places[:, 1:].double().mean().item() - 0.5) < 0.02
 
 
-def test_a_density_above_one_is_refused():
+def test_note_density_above_one_is_refused():
     with pytest.raises(ValueError, match="note_densities"):
         DataConfig(task=TaskDataConfig("shell_game", note_densities=(1.5,)))

@@ -45,7 +45,7 @@ def words_of(labels):
 
 @pytest.mark.parametrize("split", [TRAINING, HELD_OUT])
 @pytest.mark.parametrize("length", [1, 7, 16, 20])
-def test_rows_against_a_simulation(length, split):
+def test_report_rows_equal_a_simulation(length, split):
     ids, labels = TASK.rows(11, 40, length, seed=5, split=split)
     assert ids.shape == labels.shape == (40, TASK.row_length(length))
     for row, row_labels in zip(ids.tolist(), labels.tolist(), strict=True):
@@ -57,13 +57,13 @@ def test_rows_against_a_simulation(length, split):
         assert words_of(row_labels) == {"<|report|>": reported, "<|lesson|>": taught}[prompt[length]]
 
 
-def test_most_rows_of_training_are_lessons_and_none_that_are_held_out():
+def test_report_lessons_are_in_training_rows_only():
     marks = [TASK.rows(0, 4000, 3, seed=0, split=split)[0][:, 3] for split in (TRAINING, HELD_OUT)]
     shares = [(mark != TASK.vocabulary.index(REPORT)).double().mean().item() for mark in marks]
     assert shares == [pytest.approx(0.7, abs=0.03), 0]
 
 
-def test_rows_depend_on_their_number_seed_and_split():
+def test_report_rows_depend_on_their_number_seed_and_split():
     ids, labels = TASK.rows(0, 30, 12, seed=1, split=0)
     some, some_labels = TASK.rows(13, 4, 12, seed=1, split=0)
     assert torch.equal(some, ids[13:17])
@@ -73,14 +73,14 @@ def test_rows_depend_on_their_number_seed_and_split():
         assert not torch.equal(other[0], ids)
 
 
-def test_starts_instructions_and_answers_are_balanced():
+def test_report_starts_instructions_and_answers_are_balanced():
     ids, _ = TASK.rows(0, 4000, 16, seed=0, split=1)
     for column, first, n in ((ids[:, 17], 0, 5), (ids[:, 9], 5, 20), (ids[:, -1], 0, 5)):
         shares = torch.bincount(column - first, minlength=n) / len(column)
         assert (shares - 1 / n).abs().max() < 0.03
 
 
-def test_the_order_of_reading_says_nothing_about_the_order_of_writing():
+def test_report_reading_order_says_nothing_about_writing_order():
     ids, _ = TASK.rows(0, 2000, 16, seed=0, split=1)
     read, written = ids[:, :16], ids[:, 18:34]
     moments = (written[:, :, None] == read[:, None]).int().argmax(-1)  # [row, written instruction]: when it was read
@@ -88,7 +88,7 @@ def test_the_order_of_reading_says_nothing_about_the_order_of_writing():
     assert abs(follows - 1 / 16) < 0.01
 
 
-def test_the_loader_grows_the_rows_and_knows_the_longest():
+def test_report_source_grows_its_rows_and_knows_the_longest():
     config = DataConfig(
         task=TaskDataConfig(name="rotation_report", min_length=2, max_length=10, curriculum_fraction=0.5)
     )
@@ -104,7 +104,7 @@ def test_the_loader_grows_the_rows_and_knows_the_longest():
 
 
 @pytest.mark.parametrize("name", ["rotation_report", "shell_game"])
-def test_mixed_lengths_stay_below_the_curriculum_and_come_again(name):
+def test_mixed_lengths_stay_below_the_curriculum_and_are_reproducible(name):
     grown = DataConfig(task=TaskDataConfig(name=name, min_length=2, max_length=9, curriculum_fraction=0.5))
     mixed = DataConfig(
         task=TaskDataConfig(name=name, min_length=2, max_length=9, curriculum_fraction=0.5, mixed_lengths=True)
@@ -120,18 +120,18 @@ def test_mixed_lengths_stay_below_the_curriculum_and_come_again(name):
     assert open_source(mixed, "validation", 3, 400).batch(0, 1, 0).input_ids.shape[1] == source.sequence_length
 
 
-def test_the_tokenizer_reads_what_the_task_writes():
+def test_report_tokenizer_reads_what_the_task_writes():
     ids, _ = TASK.rows(0, 3, 8, seed=0, split=0)
     for row in ids.tolist():
         assert TASK.tokenizer().encode(TASK.text(row)).ids == row
 
 
-def test_too_many_instructions_name_the_limit():
+def test_report_with_too_many_instructions_names_the_limit():
     with pytest.raises(ValueError, match="20 different instructions"):
         TASK.rows(0, 1, 21, seed=0, split=0)
     with pytest.raises(ValueError, match=r"max_length.*20"):
         open_source(DataConfig(task=TaskDataConfig(name="rotation_report", max_length=21)), "train", 0, 10)
 
 
-def test_other_tasks_keep_their_rows():
+def test_state_rows_have_one_token_per_instruction_and_a_start():
     assert [TASKS[name].row_length(16) for name in sorted(TASKS)] == [17, 17, 17]

@@ -78,7 +78,7 @@ def contents(out):
     return {file.name: file.read_bytes() for file in sorted(out.iterdir()) if file.is_file()}
 
 
-def test_every_row_is_accounted_for(data, tmp_path, chat_folder, capsys):
+def test_curation_accounts_for_every_row(data, tmp_path, chat_folder, capsys):
     manifest = curate(recipe(data, tmp_path / "out", chat_folder, note="Made up."))
     rows, out = read_examples(tmp_path / "out"), tmp_path / "out"
     dropped = pq.read_table(out / "dropped.parquet").to_pylist()
@@ -105,7 +105,7 @@ def test_every_row_is_accounted_for(data, tmp_path, chat_folder, capsys):
     assert "difficulty: 16 -> 15  (solved by small: 1)" in capsys.readouterr().err
 
 
-def test_text_of_the_data_cannot_break_the_report(data, tmp_path, chat_folder):
+def test_report_escapes_text_of_the_data(data, tmp_path, chat_folder):
     pool = [json.loads(line) for line in (data / "pool.jsonl").read_text().splitlines()]
     pool[7]["question"] += " <script>alert(1)</script> | a | b"
     write(data / "pool.jsonl", pool)
@@ -115,7 +115,7 @@ def test_text_of_the_data_cannot_break_the_report(data, tmp_path, chat_folder):
     assert {line.replace(r"\|", "").count("|") for line in lines if line.startswith("|")} <= {5, 6}
 
 
-def test_stages_run_once_and_changes_repeat_only_what_they_touch(data, tmp_path, chat_folder):
+def test_stages_run_once_and_a_change_repeats_only_what_it_touches(data, tmp_path, chat_folder):
     cache = tmp_path / "cache" / "stages"
 
     def run(out="out", stages=STAGES, **changes):
@@ -156,7 +156,7 @@ class Deadly(Stage):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_bytes(data, tmp_path, chat_folder):
+def test_killed_curation_continues_to_the_same_bytes(data, tmp_path, chat_folder):
     (tmp_path / "deadly_stage.py").write_text(DEADLY)
     stages = [*STAGES[:3], {"stage": "deadly"}, *STAGES[4:]]
     options = {"pool": [{"path": "pool.jsonl"}], "stages": stages, "root": str(data), "imports": ["deadly_stage"]}
@@ -178,8 +178,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(data, tmp_path, chat_folder):
         assert (tmp_path / "killed" / "cache" / "stages" / name).stat().st_mtime_ns == time
 
 
-class TestErrors:
-    def test_a_stage_that_leaves_nothing_says_why_and_where(self, data, tmp_path, chat_folder):
+class TestCurateErrors:
+    def test_stage_that_leaves_no_row_says_why(self, data, tmp_path, chat_folder):
         stages = [{"stage": "quality"}, {"stage": "lengths", "tokenizer": "TOKENIZER", "at_least": 999}]
         with pytest.raises(ValueError, match=r"lengths left no row of 18 \(trace too short: 18\).*dropped\.parquet"):
             curate(recipe(data, tmp_path / "out", chat_folder, stages))
@@ -219,12 +219,12 @@ class TestErrors:
             ),
         ],
     )
-    def test_wrong_recipes_fail_before_any_row_is_read(self, tmp_path, description, message):
+    def test_wrong_recipe_fails_before_any_row_is_read(self, tmp_path, description, message):
         config = CurateConfig(out=str(tmp_path / "out"), pool=[SourceConfig("nowhere.jsonl")], stages=[description])
         with pytest.raises(ValueError, match=message):
             curate(config)
 
-    def test_a_stage_that_loses_rows(self, data, tmp_path, chat_folder):
+    def test_stage_that_loses_rows_is_an_error(self, data, tmp_path, chat_folder):
         @stage("forgetful")
         @dataclass(frozen=True)
         class Forgetful(Stage):
@@ -260,7 +260,7 @@ class TestErrors:
             ("", {"stage": "difficulty", "models": [{"name": "a", "recorded": "none.jsonl"}]}, r"none\.jsonl does not"),
         ],
     )
-    def test_what_a_stage_lacks_is_said_before_the_first_runs(
+    def test_missing_file_model_or_package_is_named_before_any_stage_runs(
         self, data, tmp_path, chat_folder, monkeypatch, missing, description, message
     ):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -271,7 +271,7 @@ class TestErrors:
         assert not (tmp_path / "new").exists()
 
     @pytest.mark.parametrize("content", [None, "import nothing_at_all", "1 / 0"])
-    def test_a_module_that_cannot_be_imported_is_named(self, data, tmp_path, chat_folder, monkeypatch, content):
+    def test_import_that_fails_is_named(self, data, tmp_path, chat_folder, monkeypatch, content):
         monkeypatch.chdir(tmp_path)
         name = f"own_stages_{content and len(content)}"
         if content:
@@ -280,18 +280,18 @@ class TestErrors:
             curate(recipe(data, tmp_path / "out", chat_folder, imports=[name]))
         assert not (tmp_path / "out").exists()
 
-    def test_a_missing_pool_leaves_no_folder(self, tmp_path):
+    def test_missing_pool_leaves_no_folder(self, tmp_path):
         config = CurateConfig(out=str(tmp_path / "new" / "out"), pool=[SourceConfig("nowhere.jsonl")])
         with pytest.raises(FileNotFoundError, match="nowhere"):
             curate(config)
         assert not (tmp_path / "new").exists()
 
-    def test_a_second_run_into_the_same_folder_is_refused(self, data, tmp_path, chat_folder):
+    def test_second_curation_into_the_same_folder_is_refused(self, data, tmp_path, chat_folder):
         (tmp_path / "out").mkdir()
         with folder_lock(tmp_path / "out"), pytest.raises(FolderInUseError, match="is in use by process"):
             curate(recipe(data, tmp_path / "out", chat_folder))
 
-    def test_a_damaged_outcome_in_the_cache_is_named(self, data, tmp_path, chat_folder):
+    def test_damaged_outcome_in_the_cache_is_named(self, data, tmp_path, chat_folder):
         config = recipe(data, tmp_path / "out", chat_folder, STAGES[:2])
         curate(config)
         for file in ("kept.parquet", "dropped.parquet", "facts.json"):
@@ -317,13 +317,13 @@ class TestErrors:
         curate(recipe(data, tmp_path / "out", chat_folder, [{"stage": "quality"}]))
         assert [row.question for row in read_examples(tmp_path / "out")] == ["a??"]
 
-    def test_two_stages_of_one_name(self):
+    def test_two_stages_of_one_name_are_refused(self):
         stages = [{"stage": "quality"}, {"stage": "quality"}]
         with pytest.raises(ValueError, match="stages: two are called 'quality'"):
             CurateConfig(out="x", pool=[SourceConfig("a")], stages=stages)
         CurateConfig(out="x", pool=[SourceConfig("a")], stages=[stages[0], {"stage": "quality", "name": "again"}])
 
-    def test_the_command_line_prints_no_traceback(self, tmp_path, capsys):
+    def test_command_line_prints_no_traceback(self, tmp_path, capsys):
         (tmp_path / "r.yaml").write_text("pool: [{path: nowhere.jsonl}]\nstages: [{stage: quality}]\n")
         assert main(["curate", "--config", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out")]) == 1
         error = capsys.readouterr().err
@@ -332,12 +332,12 @@ class TestErrors:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_shipped_recipe_parses(path):
+def test_shipped_recipe_parses(path):
     config = parse_options(CurateConfig, ["--config", str(path), "--out", "x"])
     assert [build_stage(description) for description in config.stages]
 
 
-def test_the_ablations_differ_from_the_whole_recipe_in_their_choice_alone():
+def test_ablation_recipes_differ_in_their_selection_alone():
     recipes = {path.stem: yaml.safe_load(path.read_text()) for path in RECIPES}
     assert {"s1", "gsm8k", "random", "diverse", "longest", "all"} <= set(recipes)
     names = {stem: [s["stage"] for s in recipe["stages"]] for stem, recipe in recipes.items()}
@@ -349,7 +349,7 @@ def test_the_ablations_differ_from_the_whole_recipe_in_their_choice_alone():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="../shared/data/gsm8k is absent")
-def test_gsm8k_loses_the_questions_that_its_test_set_has_too(tmp_path):
+def test_gsm8k_questions_of_the_test_set_are_dropped(tmp_path):
     config = CurateConfig(
         out=str(tmp_path / "out"),
         pool=[SourceConfig("train.jsonl", name="gsm8k", answer_format="gsm8k")],

@@ -33,16 +33,16 @@ def verdicts():
 
 
 @pytest.mark.parametrize("case", SAME)
-def test_the_same_answer(verdicts, case):
+def test_rule_accepts_the_same_answer(verdicts, case):
     assert verdicts[0][case].correct is True
 
 
 @pytest.mark.parametrize("case", DIFFERENT)
-def test_another_answer(verdicts, case):
+def test_rule_rejects_another_answer(verdicts, case):
     assert verdicts[0][case].correct is False
 
 
-def test_a_comparison_without_end_is_given_up_and_the_next_ones_go_on(verdicts):
+def test_endless_comparison_is_stopped_and_later_ones_run(verdicts):
     found, hangs = verdicts
     assert found[hangs].correct is None
     assert found[hangs].note == "no verdict within 3 s"
@@ -63,7 +63,7 @@ def judging(answer, tmp_path, count=1):
     [("Because.\nYes", True), ("**Yes.**\n\n", True), ("Yes it may be, but\nno", False), ("Yes\nI think", None),
      ("maybe", None), ("", None), ("Yes or no", None)],
 )  # fmt: skip
-def test_the_last_line_of_a_judge_counts(tmp_path, text, correct):
+def test_judge_verdict_is_its_last_line(tmp_path, text, correct):
     outcome, requests = judging(lambda body: {"content": text}, tmp_path)
     assert [row.trace_correct for row in outcome.examples] == ([] if correct is False else [correct])
     assert reasons(outcome) == ({0: "trace is wrong"} if correct is False else {})
@@ -72,7 +72,7 @@ def test_the_last_line_of_a_judge_counts(tmp_path, text, correct):
         assert part in asked(requests[0])
 
 
-def test_a_judge_that_fails_is_undecided(tmp_path):
+def test_judge_that_fails_gives_no_verdict(tmp_path):
     outcome, _ = judging(lambda body: 500, tmp_path, 2)
     assert outcome.facts == {"correct": 0, "wrong": 0, "undecided": 2, "no answer to grade": 0}
     assert not outcome.drops
@@ -90,7 +90,7 @@ def test_traces_are_graded_by_their_answers(tmp_path):
     assert outcome.facts == {"correct": 1, "wrong": 1, "undecided": 0, "no answer to grade": 2}
 
 
-def test_the_process_ends_with_the_grader(tmp_path):
+def test_checker_process_ends_with_the_grader(tmp_path):
     import multiprocessing
 
     before = {process.pid for process in multiprocessing.active_children()}

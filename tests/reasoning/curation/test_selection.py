@@ -1,6 +1,5 @@
-"""Domains and draws: exact probabilities, both published rules, the seed set, the ablations."""
+"""Draws: exact probabilities, both published rules, the seed set, the ablations."""
 
-import json
 from collections import Counter
 from fractions import Fraction
 from itertools import permutations
@@ -8,64 +7,9 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from reasoning.curation.chat_server import asked, chat_server
-from reasoning.curation.rows import example, ids, reasons, run_stage
+from reasoning.curation.rows import example, ids, run_stage
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.reasoning.curation.selection import draw_rank
-
-TRAINS = "The train goes at {} miles an hour for {} hours; what distance in miles does the train cover?"
-APPLES = "A farmer picks {} apples and sells {} apples at the market; how many apples are left to the farmer?"
-PAGES = "Anna reads {} pages of a book on Monday and {} pages on Friday; how many pages of the book did Anna read?"
-
-
-class TestDomains:
-    ROWS = tuple(example(i, question=(TRAINS, APPLES, PAGES)[i % 3].format(i + 2, 3 * i + 5)) for i in range(30))
-
-    def test_clusters_find_topics_and_are_named_by_their_words(self, tmp_path):
-        (tmp_path / "test.jsonl").write_text(json.dumps({"question": TRAINS.format(1, 2)}) + "\n")
-        labeller = {"clusters": {"count": 3, "components": 4, "terms": 4}}
-        description = {"stage": "domains", "labeller": labeller, "benchmark": [{"path": "test.jsonl"}]}
-        outcome = run_stage(description, list(self.ROWS), tmp_path, seed=1)
-        by_topic = [{row.domain for row in outcome.examples[topic::3]} for topic in range(3)]
-        assert [len(names) for names in by_topic] == [1, 1, 1]
-        trains, apples, pages = (names.pop() for names in by_topic)
-        for name, words in ((trains, "train"), (apples, "apples"), (pages, "pages")):
-            assert words in name
-        assert outcome.facts["domains"] == {trains: 10, apples: 10, pages: 10}
-        assert outcome.facts["benchmark"] == {trains: 1}
-        again = run_stage(description, list(self.ROWS), tmp_path, seed=1)
-        assert again.examples == outcome.examples
-
-    def test_more_clusters_than_rows(self, tmp_path):
-        with pytest.raises(DataError, match="30 rows cannot form 31 clusters"):
-            run_stage({"stage": "domains", "labeller": {"clusters": {"count": 31}}}, list(self.ROWS), tmp_path)
-
-    def test_questions_without_words(self, tmp_path):
-        rows = [example(i, question=f"{i} + 1?") for i in range(4)]
-        with pytest.raises(DataError, match="too few words"):
-            run_stage({"stage": "domains", "labeller": {"clusters": {"count": 2}}}, rows, tmp_path)
-
-    def test_given_labels(self, tmp_path):
-        rows = [example(0, domain="algebra"), example(1), example(2, domain="algebra")]
-        outcome = run_stage({"stage": "domains"}, rows, tmp_path)
-        assert ids(outcome.examples) == [0, 2]
-        assert reasons(outcome) == {1: "no domain"}
-        assert outcome.facts == {"domains": {"algebra": 2}}
-
-    def test_labels_by_a_model(self, tmp_path):
-        answers = {0: "Algebra", 1: "**geometry**.", 2: "Cooking", 3: 500}
-
-        def name(body):
-            assert "algebra\ngeometry" in asked(body)
-            answer = next(answers[i] for i in answers if f"is {i} plus" in asked(body))
-            return answer if isinstance(answer, int) else {"content": answer}
-
-        with chat_server(name) as server:
-            writer = {"url": server.url, "model": "m", "retries": 0, "allowed_failures": 0.3}
-            labeller = {"model": {"names": ["algebra", "geometry"], "writer": {"endpoint": writer}}}
-            outcome = run_stage({"stage": "domains", "labeller": labeller}, [example(i) for i in range(4)], tmp_path)
-        assert [row.domain for row in outcome.examples] == ["algebra", "geometry"]
-        assert reasons(outcome) == {2: "no domain", 3: "no domain"}
 
 
 def pool(lengths):
@@ -104,20 +48,20 @@ class TestDraws:
     SAMPLES = 3000
 
     @pytest.mark.parametrize("n", [1, 2, 5])
-    def test_ranks_have_weight_two_to_the_minus_rank(self, n):
+    def test_rank_has_weight_two_to_the_minus_rank(self, n):
         generator = np.random.default_rng(0)
         counts = Counter(draw_rank(generator, n) for _ in range(self.SAMPLES))
         total = sum(Fraction(1, 2**k) for k in range(n))
         assert_distributed(counts, {k: Fraction(1, 2**k) / total for k in range(n)}, self.SAMPLES)
 
-    def test_ranks_of_a_large_domain(self):
+    def test_ranks_of_a_large_domain_stay_in_range(self):
         generator = np.random.default_rng(0)
         ranks = [draw_rank(generator, 5000) for _ in range(4000)]
         assert max(ranks) < 40
         assert 0.45 < ranks.count(0) / 4000 < 0.55
 
     @pytest.mark.parametrize("by_length", [True, False])
-    def test_sets_have_the_exact_probabilities(self, tmp_path, by_length):
+    def test_drawn_sets_have_the_exact_probabilities(self, tmp_path, by_length):
         lengths = {"a": [10, 30, 20, 40], "b": [5, 5]}
         description = {"stage": "diverse", "size": 3, "by_length": by_length}
         counts = Counter(
@@ -126,7 +70,7 @@ class TestDraws:
         )
         assert_distributed(counts, exact_draws(lengths, 3, by_length), self.SAMPLES)
 
-    def test_uniform_domains_until_one_is_empty(self, tmp_path):
+    def test_domains_are_drawn_uniformly_until_one_is_empty(self, tmp_path):
         rows = pool({"a": [1] * 4, "b": [1] * 300, "c": [1] * 300})
         chosen = run_stage({"stage": "diverse", "size": 304}, rows, tmp_path).examples
         counts = Counter(row.domain for row in chosen)
@@ -134,7 +78,7 @@ class TestDraws:
         assert 120 < counts["b"] < 180
         assert {row.picked for row in chosen} == {"uniform"}
 
-    def test_benchmark_weights_take_over(self, tmp_path):
+    def test_benchmark_weights_apply_after_the_uniform_draws(self, tmp_path):
         rows = pool({"a": range(500), "b": range(500), "c": range(500)})
         description = {"stage": "diverse", "size": 600, "domains": "benchmark", "uniform_until": 300}
         outcome = run_stage(description | {"weights": {"a": 3, "b": 1, "z": 9}}, rows, tmp_path)
@@ -144,7 +88,7 @@ class TestDraws:
         assert 200 < by_rule["benchmark", "a"] < 250
         assert by_rule["benchmark", "c"] == 0
 
-    def test_weights_come_from_the_stage_domains(self, tmp_path):
+    def test_benchmark_weights_come_from_the_stage_domains(self, tmp_path):
         rows = pool({"a": range(50), "b": range(50)})
         description = {"stage": "diverse", "size": 20, "domains": "benchmark", "uniform_until": 0}
         outcome = run_stage(description, rows, tmp_path, facts={"domains": {"benchmark": {"b": 7}}})
@@ -152,13 +96,13 @@ class TestDraws:
         with pytest.raises(DataError, match="benchmark needs how often"):
             run_stage(description, rows, tmp_path)
 
-    def test_a_benchmark_whose_domains_are_used_up_goes_on_uniformly(self, tmp_path):
+    def test_draws_are_uniform_when_benchmark_domains_are_used_up(self, tmp_path):
         rows = pool({"a": range(5), "b": range(50)})
         description = {"stage": "diverse", "size": 20, "domains": "benchmark", "uniform_until": 0, "weights": {"a": 1}}
         outcome = run_stage(description, rows, tmp_path)
         assert outcome.facts["drawn"] == {"benchmark": 5, "uniform": 15}
 
-    def test_the_seed_set_comes_first(self, tmp_path):
+    def test_seed_set_is_selected_first(self, tmp_path):
         rows = [
             example(0, source="AIME 1990", trace_correct=True),
             example(1, source="AIME 1990", trace_correct=False),
@@ -178,11 +122,11 @@ class TestDraws:
             run_stage({"stage": "diverse", "size": 1, "seeds": seeds}, rows, tmp_path)
 
     @pytest.mark.parametrize("kind", ["diverse", "random", "longest"])
-    def test_too_few_rows(self, tmp_path, kind):
+    def test_fewer_rows_than_size_are_refused(self, tmp_path, kind):
         with pytest.raises(DataError, match="3 rows are left, fewer than size 4"):
             run_stage({"stage": kind, "size": 4}, pool({"a": [1, 2, 3]}), tmp_path)
 
-    def test_rows_that_were_not_labelled_or_measured(self, tmp_path):
+    def test_rows_without_label_or_length_are_refused(self, tmp_path):
         with pytest.raises(DataError, match=r"1 rows have no domain.*stage `domains`"):
             run_stage({"stage": "diverse", "size": 1}, [example(0)], tmp_path)
         with pytest.raises(DataError, match=r"no trace_tokens.*stage `lengths`"):
@@ -198,13 +142,13 @@ def example_like(row, **changes):
 class TestAblations:
     ROWS = tuple(example(i, trace_tokens=(7 * i) % 10) for i in range(6))
 
-    def test_the_longest(self, tmp_path):
+    def test_longest_selects_the_longest_traces(self, tmp_path):
         outcome = run_stage({"stage": "longest", "size": 2}, list(self.ROWS), tmp_path)
         lengths = {i: (7 * i) % 10 for i in range(6)}
         assert sorted(ids(outcome.examples)) == sorted(sorted(lengths, key=lambda i: -lengths[i])[:2])
         assert {row.picked for row in outcome.examples} == {"longest"}
 
-    def test_every_set_is_equally_likely(self, tmp_path):
+    def test_random_selects_every_set_equally_often(self, tmp_path):
         samples = 3000
         counts = Counter(
             frozenset(ids(run_stage({"stage": "random", "size": 2}, list(self.ROWS)[:4], tmp_path, seed=seed).examples))
