@@ -103,7 +103,7 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
     if kind is str:
         return str(_checked(isinstance(value, str), value, where, "text: put it in quotes"))
     if kind is bool:
-        meant = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+        meant = {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
         return _checked(isinstance(meant, bool), meant, where, "true or false")
     number = _number(value)
     if kind is float:

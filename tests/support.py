@@ -40,7 +40,7 @@ def small_run(out: Path, **changes: Any) -> RunConfig:
         "batch_size": 8,
         "micro_steps": 2,
         "log_every": 1,
-        "optimizer": OptimizerConfig(lr=2e-3, warmup_steps=3, cooldown_steps=3),
+        "optimizer": OptimizerConfig(lr=2e-3, warmup_steps=3, cooldown_steps=min(3, changes.get("steps", 3))),
         "runtime": RuntimeConfig(device="cpu", threads=1),
         "checkpoint": CheckpointConfig(every=4),
         "validation": ValidationConfig(every=6, rows=8, num_steps=(1, 4)),

@@ -163,7 +163,13 @@ def test_whole_number_may_be_written_as_a_power_of_ten(text, value):
 
 @pytest.mark.parametrize(
     ("arguments", "fast"),
-    [(["--fast"], True), (["--fast", "true"], True), (["--fast=false"], False), (["--fast", "--doors", "2"], True)],
+    [
+        (["--fast"], True),
+        (["--fast", "true"], True),
+        (["--fast=false"], False),
+        (["--fast", "True"], True),
+        (["--fast", "--doors", "2"], True),
+    ],
 )
 def test_flag_needs_no_value(arguments, fast):
     assert parse(*arguments).fast is fast

@@ -209,7 +209,7 @@ def test_the_command_writes_the_grid(run, tmp_path, capsys):
 
 def test_questions_without_budgets_are_refused(run, tmp_path, capsys):
     command = ["eval", "--model", str(run), "--out", str(tmp_path), "--questions.path", "x.jsonl"]
-    assert main(command) == 1
+    assert main(command) == 2
     assert "--thinking-tokens" in capsys.readouterr().err
 
 

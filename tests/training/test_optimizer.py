@@ -71,7 +71,7 @@ def test_gradients_are_clipped_to_the_norm():
 
 @pytest.mark.parametrize("wrong", [{"lr": 0.0}, {"gradient_clip": 0.0}, {"betas": (0.9, 1.0)}, {"warmup_steps": -1}])
 def test_impossible_values_name_their_field(wrong):
-    with pytest.raises(ValueError, match=f"optimizer.{next(iter(wrong))}"):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} is"):
         OptimizerConfig(**wrong)
 
 

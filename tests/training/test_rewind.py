@@ -99,5 +99,5 @@ def test_a_spike_before_any_checkpoint_aborts(tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"factor": 1.0}, {"window": 0}, {"margin": -1}, {"max_rewinds": -1}])
 def test_impossible_values_name_their_field(wrong):
-    with pytest.raises(ValueError, match=f"spikes.{next(iter(wrong))}"):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} is"):
         SpikeConfig(**wrong)
