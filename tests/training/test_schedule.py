@@ -35,7 +35,7 @@ def test_linear_and_cosine_fall_from_the_warm_up_to_the_end():
 
 
 def test_a_cooldown_without_trapezoid_is_refused():
-    with pytest.raises(ValueError, match="^cooldown_steps is 5"):
+    with pytest.raises(ValueError, match=r"^cooldown_steps is 5"):
         OptimizerConfig(schedule="cosine", cooldown_steps=5)
 
 
