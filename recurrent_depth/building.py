@@ -1,7 +1,9 @@
 """From plain values, as YAML has them, to frozen dataclasses. Every error names the option and what is allowed."""
 
 import difflib
+import functools
 import math
+import operator
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -76,6 +78,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _plain(from_yaml(value, where) if isinstance(value, Typed) else value, where)
     if is_dataclass(kind):
         return build(kind, value, where)  # type: ignore[arg-type]
+    if origin is UnionType:
+        meant = from_yaml(value, where) if isinstance(value, Typed) else value
+        return _checked(
+            isinstance(meant, kind), meant, where, "one of " + ", ".join(k.__name__ for k in get_args(kind))
+        )
     if origin is Literal:
         _checked(value in get_args(kind), value, where, "one of " + ", ".join(map(str, get_args(kind))))
         return str(value) if isinstance(value, str) else value
@@ -144,11 +151,13 @@ def _shown(value: Any) -> str:
 
 
 def without_none(hint: Any) -> Any:
-    """Return the type X of `X | None`."""
+    """Return the type X of `X | None`, which may be one of several scalars but not of several dataclasses."""
     if get_origin(hint) not in (Union, UnionType):
         return hint
-    (kind,) = (part for part in get_args(hint) if part is not NoneType)
-    return kind
+    kinds = [part for part in get_args(hint) if part is not NoneType]
+    if len(kinds) > 1 and any(map(is_dataclass, kinds)):
+        raise TypeError(f"{hint} is one of several dataclasses; write a section with an optional field for each")
+    return functools.reduce(operator.or_, kinds)
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:

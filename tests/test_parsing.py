@@ -72,6 +72,7 @@ class Car:
         owner: null for nobody.
         limits: by road, as {town: 50}.
         extra: anything.
+        tags: words and numbers.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Car:
     owner: str | None = None
     limits: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    tags: dict[str, int | str | bool | None] = field(default_factory=dict)
 
 
 def parse(*arguments):
@@ -180,6 +182,25 @@ def test_mapping_is_yaml_or_one_option_for_each_key():
     assert parse("--limits.town", "50", "--limits.a-b", "1").limits == {"town": 50.0, "a-b": 1.0}
     extra = parse("--extra.temperature", "0.2", "--extra.stop", "[a, b]", "--extra.on", "true").extra
     assert extra == {"temperature": 0.2, "stop": ["a", "b"], "on": True}
+
+
+def test_value_of_several_scalar_types_is_what_yaml_says():
+    assert parse("--tags.a", "1", "--tags.b", "one", "--tags.c", "true", "--tags.d", "null").tags == {
+        "a": 1, "b": "one", "c": True, "d": None,
+    }  # fmt: skip
+    with pytest.raises(OptionError, match=r"tags\.a is \[1\]; it must be one of int, str, bool"):
+        parse("--tags.a", "[1]")
+
+
+def test_choice_between_dataclasses_must_be_a_section():
+    @dataclass(frozen=True)
+    class Untagged:
+        """Not allowed."""
+
+        part: Engine | Wheel
+
+    with pytest.raises(TypeError, match="optional field for each"):
+        parse_options(Untagged, [])
 
 
 def test_null_is_no_value_where_a_value_may_be_missing():
