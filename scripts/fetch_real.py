@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from real_formats import WRITERS
-from recurrent_depth.files import atomic_folder, file_hash, folder_lock, write_json
+from recurrent_depth.files import FolderInUseError, atomic_folder, file_hash, folder_lock, write_json
 
 TABLE = Path(__file__).with_name("real_packages.yaml")
 SOURCE = "source.json"  # in every folder: what it was made from
@@ -119,22 +119,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in names if name not in (*table, "gsm8k", "tasks")]
     if unknown:
         parser.error(f"--only: unknown {', '.join(unknown)}; known are {', '.join((*table, 'gsm8k', 'tasks'))}")
-    report: dict[str, str] = {}
-    with folder_lock(out):
-        for name in names:
-            report[name] = _attempt(*_job(name, table, out, options.gsm8k))
-            print(f"{name:<14} {report[name]}", flush=True)
-    _write_report(out / "report.json", report)
+    try:
+        with folder_lock(out):
+            report = _fetch_all(names, table, out, options.gsm8k)
+    except FolderInUseError as error:
+        sys.exit(f"error: {error}")
     skipped = sum(state.startswith("SKIPPED") for state in report.values())
     failed = sum(state.startswith("FAILED") for state in report.values())
     print(f"{out}: {len(report) - skipped - failed} there, {skipped} SKIPPED, {failed} FAILED")
     return 1 if failed else 0
 
 
-def _write_report(file: Path, report: dict[str, str]) -> None:
-    """Write what came of each name, and keep what earlier runs said of the others."""
+def _fetch_all(names: list[str], table: dict[str, Package], out: Path, gsm8k: str | None) -> dict[str, str]:
+    """Fetch what is named; return what came of each, and add it to the report of earlier runs."""
+    _remove_leftovers(out)
+    report = {}
+    for name in names:
+        report[name] = _attempt(*_job(name, table, out, gsm8k))
+        print(f"{name:<15} {report[name]}", flush=True)
+    file = out / "report.json"
     earlier = json.loads(file.read_text()) if file.exists() else {}
     write_json(file, earlier | report)
+    return report
 
 
 def _job(name: str, table: dict[str, Package], out: Path, gsm8k: str | None) -> tuple[Path, Any, Callable[[], None]]:
@@ -175,16 +181,19 @@ def _attempt(folder: Path, source: Any, make: Callable[[], None]) -> str:
 
 
 def _replace(folder: Path, write: Callable[[Path], Any], source: Any, licence: Path | None = None) -> None:
-    """Write a folder with its SOURCE in place of an older one, once it is whole."""
-    new = folder.with_name(f"{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    with atomic_folder(new) as temporary:
+    """Write a folder with its SOURCE, in place of one made from something else."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with atomic_folder(folder) as temporary:
         write(temporary)
         if licence is not None:
             shutil.copyfile(licence, temporary / "LICENSE")
         write_json(temporary / SOURCE, source)
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove what a killed run has left behind."""
+    for path in [*out.rglob(".download-*"), *out.rglob(".*.tmp")]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _parent(folder: Path) -> Path:

