@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 ENTRIES_PER_DOCUMENT = 4_000  # characters: a document of a dictionary holds whole entries up to this length
 
@@ -42,7 +43,7 @@ def write_model(files: list[Path], root: Path, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-def smollm_pre_tokenizer():  # type: ignore[no-untyped-def]
+def smollm_pre_tokenizer() -> Any:
     """Return the splitting of text that GGUF names `smollm`: every digit is on its own.
 
     transformers reads the vocabulary from GGUF and leaves this part out, which changes tokens where digits follow
