@@ -27,7 +27,7 @@ SPECIAL_TOKENS = (
 """Ids 0 to 31 of every tokenizer trained here: Huginn's, the delimiters of reasoning, and spares."""
 
 LONGEST_WORD = 1000
-"""Characters of a word that BPE is trained on. Training time grows with the square of it: 100,000 letters take 6 s."""
+"""Characters of a word that BPE is trained on; training time grows with the square of it."""
 
 _LETTERS = bytes(ord("a") if byte >= 128 or chr(byte).isalnum() else ord(" ") for byte in range(256))
 _OTHERS = bytes(ord("a") if byte < 128 and chr(byte).isalnum() else ord(" ") for byte in range(256))
@@ -61,7 +61,7 @@ def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _may_have_long_word(text: str) -> bool:
-    """Return False if no word is too long. Cheaper than the splitter, which would make training 1.5 times slower."""
+    """Return False if no word is too long. Much cheaper than running the splitter on every text."""
     content = text.encode(errors="replace")
     return b"a" * LONGEST_WORD in content.translate(_LETTERS) or b" " * LONGEST_WORD in content.translate(_OTHERS)
 
