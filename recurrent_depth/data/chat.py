@@ -21,7 +21,7 @@ ASSISTANT = "Huginn"
 
 
 def pieces(turns: Iterable[tuple[str, str]]) -> Iterator[tuple[str, bool]]:
-    """Yield the pieces of a conversation behind `<|begin_text|>`, each with whether it is a special token.
+    """Yield the pieces of a conversation after `<|begin_text|>`, each with whether it is a special token.
 
     Args:
         turns: (role, message) of each turn.
@@ -35,12 +35,12 @@ def pieces(turns: Iterable[tuple[str, str]]) -> Iterator[tuple[str, bool]]:
 
 
 def header(role: str) -> str:
-    """Return what stands before the text of a message."""
+    """Return what is written before the text of a message."""
     return f"{BEGIN_HEADER}{role}{END_HEADER}\n\n"
 
 
 PROMPT = BEGIN_TEXT + header("user") + "{question}" + END_TURN + header(ASSISTANT)
-"""A question that the assistant is to answer."""
+"""A question for the assistant, with the header of its answer."""
 
 CHAT_TEMPLATE = (
     BEGIN_TEXT + "{% for message in messages %}"

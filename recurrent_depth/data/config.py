@@ -138,7 +138,7 @@ class SourceConfig:
         category: what it counts as.
         licence: for the report.
         machine_generated: for the report.
-        keep_document_rests: with the policy `huginn`, go on with a cut document in the next row.
+        keep_document_rests: with the policy `huginn`, continue a cut document in the next row.
         note: for the report.
     """
 

@@ -1,6 +1,6 @@
 """Options of `recurrent-depth curate` and `recurrent-depth prepare-reasoning`. Imports no torch.
 
-The options of a curation stage are beside the stage.
+The options of a curation stage are defined with the stage.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ class SourceConfig:
 
     Args:
         path: a file (.jsonl, .parquet), a folder of them, or the name of a Hugging Face data set, NAME or NAME:SUBSET.
-        name: of the source; null takes the path's last part. A field `source` of a row goes before it.
+        name: of the source; null takes the path's last part. A field `source` of a row takes precedence.
         split: of a data set.
         fields: the source's field of each column, as {trace: traces.0.text}; a dot goes inside lists and objects.
             Columns not named keep their name. The questions of an evaluation set need `question` alone.
@@ -64,7 +64,7 @@ class ThinkingFormat:
         begin_answer, end_answer: delimiters of the answer.
         answer_prefix: text before the answer, for example "Answer: ".
         end_turn: text after the reply.
-        wait: text that is put in place of the end of thinking to make a model think on.
+        wait: text that replaces the end of thinking, so that the model continues thinking.
     """
 
     prompt: str = chat.PROMPT
@@ -117,7 +117,7 @@ class ReasoningDataConfig:
         block: most tokens of an example.
         when_too_long: an example longer than the block is an error (`refuse`), left out (`drop`), or loses the end
             of its trace (`cut`).
-        pack: several examples a row, which do not see each other; without it one example a row, padded.
+        pack: several examples per row, which do not see each other; without it one padded example per row.
         unlearned: a text in a trace that carries no loss, because it is forced at test time and the model should not
             write it by itself, for example Wait.
         validation_share: share of the examples held out, chosen by a hash of the question; at least one.
@@ -150,7 +150,7 @@ def stage_name(description: dict[str, Any]) -> str:
 class CurateConfig:
     """Make a small reasoning set from a pool.
 
-    A run that was stopped goes on where it was; a changed recipe repeats only the stages that the change touches.
+    A killed run continues; a changed recipe repeats only the stages that the change touches.
 
     Args:
         out: folder; it gets examples.parquet, dropped.parquet, manifest.json, report.md and report.html.

@@ -21,21 +21,6 @@ class Row:
 
 
 @dataclass
-class PackingCounts:
-    """Tokens in and outside of rows.
-
-    Attributes:
-        kept: in rows.
-        rests: dropped because their document did not end with its row (policy `huginn`).
-        unfilled: dropped because they did not fill a last row.
-    """
-
-    kept: int = 0
-    rests: int = 0
-    unfilled: int = 0
-
-
-@dataclass
 class Packer:
     """Fills rows of `length` tokens.
 
@@ -45,11 +30,16 @@ class Packer:
             dropped). `huginn` drops the rest of a document at a row end. `best-fit` keeps documents waiting and puts
             the longest that fits into the open row; if none fits, the shortest is cut at the row's end and continues in
             the next row.
+
+    Attributes:
+        rests: tokens dropped because their document did not end with its row (policy `huginn`).
+        unfilled: tokens dropped because they did not fill a last row.
     """
 
     length: int
     policy: Policy = "concat"
-    counts: PackingCounts = field(default_factory=PackingCounts)
+    rests: int = 0
+    unfilled: int = 0
     _pieces: list[np.ndarray] = field(default_factory=list)
     _filled: int = 0
     _starts: list[int] = field(default_factory=list)
@@ -69,7 +59,7 @@ class Packer:
         """Place waiting documents; what does not fill a row is dropped and counted."""
         while self._waiting:
             yield from self._place_best()
-        self.counts.unfilled += self._filled
+        self.unfilled += self._filled
         self._pieces, self._filled, self._starts = [], 0, []
 
     def _place_best(self) -> Iterator[Row]:
@@ -92,11 +82,10 @@ class Packer:
             if self._filled == self.length:
                 yield self._take_row()
                 if self.policy == "huginn":
-                    self.counts.rests += len(ids)
+                    self.rests += len(ids)
                     return
 
     def _take_row(self) -> Row:
         row = Row(np.concatenate(self._pieces), self._starts)
-        self.counts.kept += self.length
         self._pieces, self._filled, self._starts = [], 0, []
         return row

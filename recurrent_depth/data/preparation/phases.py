@@ -159,12 +159,15 @@ def sign_part(job: Job, part: int) -> None:
 def pack_part(job: Job, part: int) -> Result:
     """Encode a part and pack it into rows, held-out documents apart."""
     counts = Counter[str]()
+    tokenizer = job.work.result("tokenizer")
+    source, policy = job.sources[job.parts[part].source], job.config.policy
+    if policy == "huginn" and source.keep_document_rests:
+        policy = "concat"
+    schema, length = row_schema(tokenizer["vocab_size"]), job.config.sequence_length + 1
     with ExitStack() as stack:
-        splits = {
-            split: _SplitOfPart(job, part, stack.enter_context(atomic_file(_row_file(job, part, split))))
-            for split in SPLITS
-        }
-        encoder = DocumentEncoder(_tokenizer(_tokenizer_file(job), job.work.result("tokenizer")["sha256"]))
+        files = {split: stack.enter_context(atomic_file(_row_file(job, part, split))) for split in SPLITS}
+        splits = {split: RowFile(file, length, policy, schema) for split, file in files.items()}
+        encoder = DocumentEncoder(_tokenizer(_tokenizer_file(job), tokenizer["sha256"]))
         for batch in _batches(kept_documents(job, part, counts)):
             for document, ids in zip(batch, encoder.encode(batch), strict=True):
                 content = document.text.encode()
@@ -173,34 +176,6 @@ def pack_part(job: Job, part: int) -> Result:
         reports = {name: split.finish() for name, split in splits.items()}
     dropped = {reason: counts[reason] for reason in REASONS}
     return {"read": counts["read"], "not_utf8": counts["not_utf8"], "dropped": dropped, "splits": reports}
-
-
-class _SplitOfPart:
-    """The rows of one split of a part, and their counts."""
-
-    def __init__(self, job: Job, part: int, file: Path) -> None:
-        source, policy = job.sources[job.parts[part].source], job.config.policy
-        if policy == "huginn" and source.keep_document_rests:
-            policy = "concat"
-        schema = row_schema(job.work.result("tokenizer")["vocab_size"])
-        self.rows = RowFile(file, job.config.sequence_length + 1, policy, schema)
-        self.documents = self.bytes = 0
-
-    def add(self, ids: np.ndarray, size: int) -> None:
-        self.documents += 1
-        self.bytes += size
-        self.rows.add(ids)
-
-    def finish(self) -> dict[str, int]:
-        packed = self.rows.finish()
-        return {
-            "documents": self.documents,
-            "bytes": self.bytes,
-            "rows": self.rows.rows,
-            "tokens_kept": packed.kept,
-            "tokens_cut": packed.rests,
-            "tokens_unfilled": packed.unfilled,
-        }
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

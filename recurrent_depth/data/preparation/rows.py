@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from recurrent_depth.data.config import Policy
 from recurrent_depth.data.layout import DataError
-from recurrent_depth.data.preparation.packing import Packer, PackingCounts, Row
+from recurrent_depth.data.preparation.packing import Packer, Row
 
 ROWS_PER_GROUP = 1000
 
@@ -40,18 +40,27 @@ class RowFile:
         self.schema, self.packer = schema, Packer(length, policy)
         self.writer = pa.ipc.new_file(str(file), schema)
         self.waiting: list[Row] = []
-        self.rows = 0
+        self.documents = self.bytes = self.rows = 0
 
-    def add(self, ids: np.ndarray) -> None:
-        """Pack one document."""
+    def add(self, ids: np.ndarray, size: int) -> None:
+        """Pack one document of `size` bytes."""
+        self.documents += 1
+        self.bytes += size
         self._keep(self.packer.add(ids))
 
-    def finish(self) -> PackingCounts:
-        """Write what is left; return the counts of tokens kept and dropped."""
+    def finish(self) -> dict[str, int]:
+        """Write what is left; return the counts of documents, bytes, rows and tokens."""
         self._keep(self.packer.finish())
         self._write(self.waiting)
         self.writer.close()
-        return self.packer.counts
+        return {
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "rows": self.rows,
+            "tokens_kept": self.rows * self.packer.length,
+            "tokens_cut": self.packer.rests,
+            "tokens_unfilled": self.packer.unfilled,
+        }
 
     def _keep(self, rows: Iterable[Row]) -> None:
         self.waiting.extend(rows)
