@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from recurrent_depth.cli import main
 from recurrent_depth.data.config import FilterConfig, PrepareConfig, SourceConfig
 from recurrent_depth.data.layout import DataError, ResumableError
 from recurrent_depth.data.preparation import rows as rows_module
@@ -44,6 +45,15 @@ def refused(tmp_path, config, message, error=ValueError):
     before = everything(tmp_path)
     with pytest.raises(error, match=message):
         prepare(config)
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("tokens", ["-1", "0", "inf", "nan", "many"])
+def test_prepare_refuses_an_impossible_number_of_tokens(corpus, tmp_path, capsys, tokens):
+    before = everything(tmp_path)
+    out = str(tmp_path / "new" / "data")
+    assert main(["prepare", "--source", str(corpus), "--out", out, "--tokens", tokens]) != 0
+    assert "tokens is" in capsys.readouterr().err
     assert everything(tmp_path) == before
 
 
