@@ -20,7 +20,7 @@ from inline_notes import as_json, over_seeds
 from puzzle_models import Row, draw, each_base, examiner, fine_tune, options_of, row_of
 
 from common import RESULTS, interval, kept, write_result
-from recurrent_depth.data.thinking import WAIT, Puzzle
+from recurrent_depth.data.tasks.puzzles import WAIT, Puzzle
 from recurrent_depth.evaluation.budget_metrics import Cell, axis_reports, frontier
 from recurrent_depth.evaluation.grid import FORCED, plot_frontier, plot_heat_map
 

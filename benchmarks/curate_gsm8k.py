@@ -22,12 +22,12 @@ from common import RESULTS, write_result
 from recurrent_depth.cli import main as command
 from recurrent_depth.evaluation.report import summarise
 from recurrent_depth.reasoning.config import CurateConfig, SourceConfig
-from recurrent_depth.reasoning.curate import curate
-from recurrent_depth.reasoning.grading import Item, RuleGrader
-from recurrent_depth.reasoning.local import LocalConfig
+from recurrent_depth.reasoning.curation.command import curate
+from recurrent_depth.reasoning.curation.grading import Item, RuleGrader
+from recurrent_depth.reasoning.curation.local import LocalConfig
+from recurrent_depth.reasoning.curation.replies import ReplyCache
+from recurrent_depth.reasoning.curation.writers import fill
 from recurrent_depth.reasoning.pool import load_pool, read_examples
-from recurrent_depth.reasoning.replies import ReplyCache
-from recurrent_depth.reasoning.teacher import fill
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = ("gsm8k", "random", "diverse", "longest", "all")

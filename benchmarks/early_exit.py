@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from common import RESULTS, write_result
-from recurrent_depth.data.tasks import TASKS
+from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation.generated import VALIDATION_SPLIT
 from recurrent_depth.generation.adaptive import adaptive_forward
 from recurrent_depth.generation.cache import RecurrentCache

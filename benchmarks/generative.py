@@ -20,8 +20,8 @@ import torch
 import yaml
 
 from common import write_result
-from recurrent_depth.data.loader import TaskSource
-from recurrent_depth.data.report_task import REPORTS
+from recurrent_depth.data.tasks.report import REPORTS
+from recurrent_depth.data.tasks.source import TaskSource
 from recurrent_depth.evaluation.generated import VALIDATION_SPLIT
 from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.generation.decoding import Decoding, decode

@@ -20,8 +20,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from common import RESULTS, interval, kept, write_result
-from recurrent_depth.data.notes import note_id
-from recurrent_depth.data.tasks import TASKS
+from recurrent_depth.data.tasks.notes import note_id
+from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation.budget_metrics import Cell, axis_reports, best_within, cheapest_reaching, frontier
 from recurrent_depth.evaluation.generated import VALIDATION_SPLIT
 from recurrent_depth.evaluation.grid import plot_frontier, plot_heat_map

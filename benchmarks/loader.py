@@ -21,8 +21,8 @@ import torch
 from common import write_result
 from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.data.loader import open_source
-from recurrent_depth.data.packing import Row
-from recurrent_depth.data.rows import row_batch, row_schema, write_parquet
+from recurrent_depth.data.preparation.packing import Row
+from recurrent_depth.data.preparation.rows import row_batch, row_schema, write_parquet
 from recurrent_depth.model.config import SHAPES
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.training.config import OptimizerConfig

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from recurrent_depth.data.config import DataConfig, PackedDataConfig
-from recurrent_depth.data.thinking import Puzzle, draw_puzzle, thinking_tokenizer
+from recurrent_depth.data.tasks.puzzles import Puzzle, draw_puzzle, puzzle_tokenizer
 from recurrent_depth.evaluation.budgets import Examiner, Question
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.parsing import parse_options
@@ -66,7 +66,7 @@ def fine_tune(base: Path, rows: Sequence[Row], steps: int, seed: int, unlearned:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        thinking_tokenizer().save(str(folder / "tokenizer.json"))
+        puzzle_tokenizer().save(str(folder / "tokenizer.json"))
         prepare_reasoning(
             ReasoningDataConfig(
                 out=str(folder / "data"),
@@ -92,7 +92,7 @@ def examiner(model: RecurrentDepthModel, puzzles: Sequence[Puzzle]) -> Examiner:
     def grade(asked: Sequence[Question], answers: Sequence[str]) -> list[bool]:
         return [question.answer == answer for question, answer in zip(asked, answers, strict=True)]
 
-    return Examiner(model, Formatter(thinking_tokenizer(), ThinkingFormat()), questions, grade, 4, batch_size=256)
+    return Examiner(model, Formatter(puzzle_tokenizer(), ThinkingFormat()), questions, grade, 4, batch_size=256)
 
 
 def draw(count: int, domains: Sequence[str], fewest: int, most: int, seed: int) -> list[Puzzle]:

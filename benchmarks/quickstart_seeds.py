@@ -21,8 +21,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from common import write_result
-from recurrent_depth.data.loader import curriculum
-from recurrent_depth.data.tasks import TASKS
+from recurrent_depth.data.tasks.source import curriculum
+from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation.generated import evaluate_per_position
 from recurrent_depth.model.flops import training_flops
 from recurrent_depth.model.recurrence import sample_depth

@@ -18,7 +18,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from common import write_result
-from recurrent_depth.data.tasks import TASKS
+from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation.generated import evaluate_per_position
 from recurrent_depth.parsing import parse_options
 from recurrent_depth.runs import load_run_model

@@ -49,7 +49,7 @@ VERBS = {
     "prepare": Verb(
         "turn text into packed rows",
         "recurrent_depth.data.config:PrepareConfig",
-        "recurrent_depth.data.prepare:prepare",
+        "recurrent_depth.data.preparation.command:prepare",
         "recurrent-depth prepare --source python-stdlib --out data/stdlib",
         extra="data",
     ),
@@ -63,7 +63,7 @@ VERBS = {
     "curate": Verb(
         "select a small reasoning set from a large one",
         "recurrent_depth.reasoning.config:CurateConfig",
-        "recurrent_depth.reasoning.curate:curate",
+        "recurrent_depth.reasoning.curation.command:curate",
         "recurrent-depth curate --config curate/random.yaml --root FOLDER_WITH_GSM8K --out curated",
         extra="curate",
         needs=("matplotlib", "jinja2"),

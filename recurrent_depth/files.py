@@ -122,6 +122,11 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def json_hash(value: Any) -> str:
+    """Return the SHA-256 of a value as JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 @contextmanager
 def folder_lock(folder: str | Path, name: str | Path | None = None) -> Iterator[None]:
     """Hold the lock on an existing output folder, so that no second process writes to it.

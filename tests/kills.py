@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-from recurrent_depth.data.loader import TaskSource
+from recurrent_depth.data.tasks.source import TaskSource
 
 
 def write_half_a_file(*args, **kwargs):

@@ -132,13 +132,13 @@ class SourceConfig:
         subset: configuration of a Hugging Face data set.
         split: of the data set.
         revision: commit or tag of the data set; pin it where a preparation runs for days.
-        fields: where rows keep their text (see recurrent_depth.data.documents).
+        fields: where rows keep their text; `a/b` takes the first of both that holds something, several are joined.
         chat_formatted: rows are conversations, written in Huginn's chat format.
-        weight: passes over the source relative to the others of its category (see recurrent_depth.data.mix).
+        weight: passes over the source relative to the others of its category.
         category: what it counts as.
         licence: for the report.
         machine_generated: for the report.
-        keep_document_rests: with the policy `huginn`, go on with a cut document in the next row.
+        keep_document_rests: with the policy `huginn`, continue a cut document in the next row.
         note: for the report.
     """
 
@@ -242,7 +242,7 @@ class PrepareConfig:
         vocab_size: entries of a trained tokenizer, its 32 special tokens and 256 bytes included.
         tokenizer_documents: documents a new tokenizer is trained on.
         sequence_length: tokens of a training row, T; T + 1 are stored.
-        policy: how documents become rows (see recurrent_depth.data.packing).
+        policy: how documents become rows (docs/data.md).
         validation_share: share of the documents held out, chosen by a hash of name and text.
         filters: duplicates and evaluation text to leave out.
         seed: order of the rows.

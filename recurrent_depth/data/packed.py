@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from recurrent_depth.data.batch import Batch
 from recurrent_depth.data.config import PackedDataConfig
 from recurrent_depth.data.layout import MANIFEST, TOKENIZER, DataError, Split
-from recurrent_depth.data.loader import Batch
 
 _CACHED_GROUPS = 2  # rows are read in order, so the one in use and the next
 HASHED_BYTES = 1 << 30

@@ -13,7 +13,7 @@ from recurrent_depth.evaluation.budget_metrics import Cell
 from recurrent_depth.evaluation.config import BudgetsConfig
 from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.model.transformer import RecurrentDepthModel
-from recurrent_depth.reasoning.answers import Checker
+from recurrent_depth.reasoning.curation.answers import Checker
 from recurrent_depth.reasoning.format import Formatter
 from recurrent_depth.reasoning.pool import load_pool
 

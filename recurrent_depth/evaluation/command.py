@@ -145,7 +145,7 @@ def _run_sections(
     if config.budgets.questions is not None:
         from recurrent_depth.evaluation import grid
         from recurrent_depth.evaluation.budgets import make_examiner
-        from recurrent_depth.reasoning.answers import Checker
+        from recurrent_depth.reasoning.curation.answers import Checker
 
         cells = []
         with Checker(_GRADE_TIMEOUT_S) as checker:

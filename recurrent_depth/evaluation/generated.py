@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from recurrent_depth.data.tasks import BUCKETS, TASKS, StateTask, bucket_name
+from recurrent_depth.data.tasks.state import BUCKETS, TASKS, StateTask, bucket_name
 from recurrent_depth.evaluation.config import GeneratedConfig
 from recurrent_depth.evaluation.table import Result
 from recurrent_depth.files import write_text

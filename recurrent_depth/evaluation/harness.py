@@ -14,7 +14,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from recurrent_depth.data.tasks import TASKS
+from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation.budgets import budget_label
 from recurrent_depth.evaluation.config import LmEvalConfig, TaskGroup
 from recurrent_depth.evaluation.generated import LM_SUFFIX, export_task

@@ -11,8 +11,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
+from recurrent_depth.data.batch import Batch, Source
 from recurrent_depth.data.config import DataConfig
-from recurrent_depth.data.loader import Batch, Source, open_source
+from recurrent_depth.data.loader import open_source
 from recurrent_depth.files import LOCK_FILE, output_folder
 from recurrent_depth.hub import check_folder_or_hub_name
 from recurrent_depth.training.config import DenseConfig, OptimizerConfig, RunConfig

@@ -1,6 +1,6 @@
 """Options of `recurrent-depth curate` and `recurrent-depth prepare-reasoning`. Imports no torch.
 
-The options of a curation stage are beside the stage.
+The options of a curation stage are defined with the stage.
 """
 
 from collections import Counter
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recurrent_depth.checks import check_at_least, check_between, check_not_empty
+from recurrent_depth.data import chat
 
 AnswerFormat = Literal["plain", "gsm8k"]
 REQUIRED = ("question", "answer")
@@ -21,7 +22,7 @@ class SourceConfig:
 
     Args:
         path: a file (.jsonl, .parquet), a folder of them, or the name of a Hugging Face data set, NAME or NAME:SUBSET.
-        name: of the source; null takes the path's last part. A field `source` of a row goes before it.
+        name: of the source; null takes the path's last part. A field `source` of a row takes precedence.
         split: of a data set.
         fields: the source's field of each column, as {trace: traces.0.text}; a dot goes inside lists and objects.
             Columns not named keep their name. The questions of an evaluation set need `question` alone.
@@ -53,11 +54,6 @@ class SourceConfig:
         return self.name or Path(self.path.partition(":")[0]).stem
 
 
-HUGINN_PROMPT = (
-    "<|begin_text|><|begin_header|>user<|end_header|>\n\n{question}<|end_turn|><|begin_header|>Huginn<|end_header|>\n\n"
-)
-
-
 @dataclass(frozen=True)
 class ThinkingFormat:
     """The words around question, trace and answer.
@@ -68,16 +64,16 @@ class ThinkingFormat:
         begin_answer, end_answer: delimiters of the answer.
         answer_prefix: text before the answer, for example "Answer: ".
         end_turn: text after the reply.
-        wait: text that is put in place of the end of thinking to make a model think on.
+        wait: text that replaces the end of thinking, so that the model continues thinking.
     """
 
-    prompt: str = HUGINN_PROMPT
-    begin_think: str = "<|begin_think|>"
-    end_think: str = "<|end_think|>"
-    begin_answer: str = "<|begin_answer|>"
-    end_answer: str = "<|end_answer|>"
+    prompt: str = chat.PROMPT
+    begin_think: str = chat.THINK_TOKENS[0]
+    end_think: str = chat.THINK_TOKENS[1]
+    begin_answer: str = chat.THINK_TOKENS[2]
+    end_answer: str = chat.THINK_TOKENS[3]
     answer_prefix: str = ""
-    end_turn: str = "<|end_turn|>"
+    end_turn: str = chat.END_TURN
     wait: str = "Wait"
 
     def __post_init__(self) -> None:
@@ -121,7 +117,7 @@ class ReasoningDataConfig:
         block: most tokens of an example.
         when_too_long: an example longer than the block is an error (`refuse`), left out (`drop`), or loses the end
             of its trace (`cut`).
-        pack: several examples a row, which do not see each other; without it one example a row, padded.
+        pack: several examples per row, which do not see each other; without it one padded example per row.
         unlearned: a text in a trace that carries no loss, because it is forced at test time and the model should not
             write it by itself, for example Wait.
         validation_share: share of the examples held out, chosen by a hash of the question; at least one.
@@ -154,7 +150,7 @@ def stage_name(description: dict[str, Any]) -> str:
 class CurateConfig:
     """Make a small reasoning set from a pool.
 
-    A run that was stopped goes on where it was; a changed recipe repeats only the stages that the change touches.
+    A killed run continues; a changed recipe repeats only the stages that the change touches.
 
     Args:
         out: folder; it gets examples.parquet, dropped.parquet, manifest.json, report.md and report.html.

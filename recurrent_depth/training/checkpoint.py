@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recurrent_depth.data.loader import curriculum
+from recurrent_depth.data.tasks.source import curriculum
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.runs import (
     CHECKPOINT_FILE,

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurrent_depth.data.loader import Batch, open_source
+from recurrent_depth.data.batch import Batch
+from recurrent_depth.data.loader import open_source
 from recurrent_depth.model.flops import training_flops
 from recurrent_depth.model.loss import valid_targets
 from recurrent_depth.model.recurrence import random_state, sample_depth

@@ -2,7 +2,7 @@
 
 import torch
 
-from recurrent_depth.data.loader import Source
+from recurrent_depth.data.batch import Source
 from recurrent_depth.model.loss import IGNORE_INDEX, valid_targets
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.training.config import ValidationConfig

@@ -13,7 +13,7 @@ from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.data.loader import open_source
 from recurrent_depth.model.config import ModelConfig
-from recurrent_depth.training.config import ValidationConfig
+from recurrent_depth.training.config import OptimizerConfig, ValidationConfig
 from recurrent_depth.training.launch import train
 from support import losses, small_run
 
@@ -52,11 +52,12 @@ def run_config(tmp_path, path):
     )  # fmt: skip
     return small_run(
         tmp_path / "run", data=DataConfig(packed=PackedDataConfig(path)), model=model, steps=2, batch_size=1,
-        micro_steps=1, validation=ValidationConfig(every=2, rows=1, num_steps=(1,)),
+        micro_steps=1, optimizer=OptimizerConfig(cooldown_steps=1),
+        validation=ValidationConfig(every=2, rows=1, num_steps=(1,)),
     )  # fmt: skip
 
 
-def test_a_local_folder_trains(tmp_path):
+def test_released_rows_in_a_folder_train(tmp_path):
     write(tmp_path / "rows")
     train(run_config(tmp_path, str(tmp_path / "rows")))
     assert len(losses(tmp_path / "run")) == 2
@@ -64,7 +65,7 @@ def test_a_local_folder_trains(tmp_path):
     assert any(record["type"] == "validation" for record in records)
 
 
-def test_a_name_on_the_hub_gives_the_same_rows(hub, tmp_path):
+def test_released_rows_by_hub_name_equal_a_folder(hub, tmp_path):
     local = write(tmp_path / "rows")
     for split in ("train", "validation"):
         expected = open_source(DataConfig(packed=PackedDataConfig(str(local))), split, 3, 1).batch(0, 6, 0)
@@ -75,7 +76,7 @@ def test_a_name_on_the_hub_gives_the_same_rows(hub, tmp_path):
     assert pinned.rows_per_epoch == 12
 
 
-def test_a_download_asks_for_one_split_only(hub, tmp_path, monkeypatch):
+def test_released_rows_download_one_split_only(hub, tmp_path, monkeypatch):
     import huggingface_hub
 
     asked = {}
@@ -95,7 +96,7 @@ def test_a_download_asks_for_one_split_only(hub, tmp_path, monkeypatch):
     }
 
 
-def test_a_name_that_is_neither_is_an_error(hub):
+def test_name_that_is_neither_folder_nor_hub_is_an_error(hub):
     with pytest.raises(DataError, match=r"nobody/nothing is neither a folder nor a data set"):
         open_source(DataConfig(packed=PackedDataConfig("nobody/nothing")), "train", 0, 1)
     shutil.rmtree(hub / "validation")
@@ -103,7 +104,7 @@ def test_a_name_that_is_neither_is_an_error(hub):
         open_source(DataConfig(packed=PackedDataConfig(NAME)), "validation", 0, 1)
 
 
-def test_a_truncated_file_and_a_wrong_column_are_named(tmp_path):
+def test_truncated_file_and_wrong_column_of_rows_are_named(tmp_path):
     folder = write(tmp_path / "rows")
     second = folder / "train" / "00001.parquet"
     second.write_bytes(second.read_bytes()[:-100])

@@ -10,8 +10,8 @@ import torch
 from reasoning_rows import puzzles
 from recurrent_depth.cli import main
 from recurrent_depth.data.config import DataConfig, PuzzleDataConfig
-from recurrent_depth.data.packed import DataError
-from recurrent_depth.data.thinking import WORDS, thinking_tokenizer
+from recurrent_depth.data.layout import DataError
+from recurrent_depth.data.tasks.puzzles import WORDS, puzzle_tokenizer
 from recurrent_depth.evaluation.budgets import Attempt, Attempts, Examiner, Question
 from recurrent_depth.evaluation.config import ControlsConfig
 from recurrent_depth.evaluation.controls import best_of, majority, run_controls
@@ -34,7 +34,7 @@ def exact(questions, answers):
 def examiner():
     model = lively_model(vocab_size=128, block_size=48)
     questions = [Question(row["question"], row["answer"]) for row in puzzles(9)]
-    return Examiner(model, Formatter(thinking_tokenizer(), ThinkingFormat()), questions, exact, 3, batch_size=4)
+    return Examiner(model, Formatter(puzzle_tokenizer(), ThinkingFormat()), questions, exact, 3, batch_size=4)
 
 
 def test_questions_in_a_batch_give_the_replies_and_counts_of_each_alone(examiner):
@@ -65,7 +65,7 @@ def test_cells_average_what_replies_say(examiner):
         "<|begin_think|> <|end_think|> <|begin_answer|> cup2 <|end_answer|>",
         "<|begin_think|> swap01 cup1 swap12 cup2 <|end_think|> <|begin_answer|>",
     ]
-    written = [thinking_tokenizer().encode(text).ids for text in texts]
+    written = [puzzle_tokenizer().encode(text).ids for text in texts]
     read = [examiner.formatter.read_reply(ids) for ids in written]
     verdicts = exact(questions, [answer for _, answer in read])
     replies = [Attempt(t, len(ids), a, v) for (t, a), ids, v in zip(read, written, verdicts, strict=True)]

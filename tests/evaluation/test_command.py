@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from recurrent_depth.cli import main
-from recurrent_depth.data.tasks import TASKS
+from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation.table import read_csv
 from recurrent_depth.hf.export import ExportConfig, export
 from recurrent_depth.runs import load_run_model

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recurrent_depth.data.tasks import TASKS
+from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation.generated import evaluate_per_position, export_task, predict
 from recurrent_depth.runs import load_run_model
 
