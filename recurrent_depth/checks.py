@@ -1,9 +1,8 @@
 """Checks of option values. Each raises a ValueError that names the field, the given value and what is allowed.
 
-`check_installed` names the packages that an optional part of the library lacks. Imports nothing heavy.
+Imports nothing heavy.
 """
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import fields
@@ -77,10 +76,3 @@ def one_section(options: Any) -> tuple[str, Any]:
         given = " and ".join(name for name, _ in chosen) or "none"
         raise ValueError(f"exactly one of {', '.join(names)} must be given, not {given}; set the others to null")
     return chosen[0]
-
-
-def check_installed(feature: str, packages: Sequence[str], extra: str) -> None:
-    """Raise unless the packages that `feature` needs are installed; `extra` is the extra that brings them."""
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"{feature} needs {', '.join(missing)}; run: pip install 'recurrent-depth[{extra}]'")

@@ -16,7 +16,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from recurrent_depth.checks import check_installed
 from recurrent_depth.evaluation.config import EvalConfig
 from recurrent_depth.evaluation.table import (
     Result,
@@ -27,6 +26,7 @@ from recurrent_depth.evaluation.table import (
     plot,
     write_csv,
 )
+from recurrent_depth.extras import require
 from recurrent_depth.files import folder_lock, write_json, write_text
 from recurrent_depth.hub import check_folder_or_hub_name
 
@@ -42,8 +42,8 @@ def evaluate(config: EvalConfig) -> list[Result]:
     """Evaluate the model, write the tables to `config.out`, and return the results."""
     out = Path(config.out)
     _check_output(out, config.overwrite)
-    check_folder_or_hub_name(config.model)
     _check_packages(config)
+    check_folder_or_hub_name(config.model)
     device, dtype = _choose_device(config)
     questions = _check_sections(config)
     model, tokenizer = _load(config, device, dtype)
@@ -79,11 +79,12 @@ def _check_output(out: Path, overwrite: bool) -> None:
 
 
 def _check_packages(config: EvalConfig) -> None:
-    check_installed("eval", ["transformers", "matplotlib"], "eval")
+    require("transformers", "recurrent-depth[eval]", "eval")
+    require("matplotlib", "recurrent-depth[eval]", "eval")
     if config.task_groups():
-        check_installed("eval --tasks", ["lm_eval", "datasets"], "eval")
+        require("lm_eval", "recurrent-depth[eval]", "eval --tasks")
     if config.budgets.questions is not None:
-        check_installed("eval --budgets.questions", ["math_verify"], "curate")
+        require("math_verify", "recurrent-depth[curate]", "eval --budgets.questions")
 
 
 def _check_sections(config: EvalConfig) -> Any:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import yaml
 
-from recurrent_depth.checks import check_installed
 from recurrent_depth.evaluation.config import ReportConfig
 from recurrent_depth.evaluation.table import (
     MAX_LINES,
@@ -38,7 +37,6 @@ from recurrent_depth.runs import find_checkpoint, model_config, read_details
 
 def report(config: ReportConfig) -> Path:
     """Write the page and return its path."""
-    check_installed("report", ["jinja2", "matplotlib"], "eval")
     out = Path(config.out)
     if out.is_dir():
         raise ValueError(f"out: {out} is a folder; give an HTML file, for example {out / 'report.html'}")
