@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.recurrent-depth-ready
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup quickstart test kernels-test kernels-check slow oldest wheel ci clean
+.PHONY: setup quickstart test kernels-test kernels-check slow oldest wheel real real-test ci clean
 
 setup: $(STAMP)
 
@@ -24,14 +24,14 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 -m "not slow and not gpu and not real"
 
 # Every kernel in Triton's interpreter, which needs a process of its own.
 kernels-test: setup
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels -m "not gpu"
 
 slow: setup
-	$(BIN)/pytest -n 2 -m "slow and not gpu"
+	$(BIN)/pytest -n 2 -m "slow and not gpu and not real"
 
 # Every kernel compiled for every GPU, without one; then the check itself, on a tile that must fail.
 kernels-check: setup
@@ -48,7 +48,16 @@ oldest: setup
 	$(BIN)/pip install --quiet --target build/oldest httpx
 	PYTHONPATH=build/oldest $(BIN)/pytest -n 2 tests/hf --ignore tests/hf/test_finetuning.py
 
-ci: test kernels-test kernels-check slow oldest wheel
+# A real model, evaluation data and text (docs/real.md) into build/real. What cannot be had is reported as SKIPPED.
+# GSM8K=FOLDER takes its train and test rows from there.
+GSM8K ?= $(wildcard ../shared/data/gsm8k)
+real: setup
+	$(BIN)/python scripts/fetch_real.py $(if $(GSM8K),--gsm8k $(GSM8K))
+
+real-test: real
+	$(BIN)/pytest -n 2 -m "real and not gpu"
+
+ci: test kernels-test kernels-check slow oldest wheel real-test
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

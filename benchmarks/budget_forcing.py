@@ -20,9 +20,9 @@ from inline_notes import as_json, over_seeds
 from puzzle_models import Row, draw, each_base, examiner, fine_tune, options_of, row_of
 
 from common import RESULTS, interval, kept, write_result
-from recurrent_depth.data.thinking import WAIT, Puzzle
-from recurrent_depth.evaluation.budget_plots import plot_frontier, plot_heat_map
-from recurrent_depth.evaluation.scaling import Cell, axis_reports, frontier
+from recurrent_depth.data.tasks.puzzles import WAIT, Puzzle
+from recurrent_depth.evaluation.budget_metrics import Cell, axis_reports, frontier
+from recurrent_depth.evaluation.grid import FORCED, plot_frontier, plot_heat_map
 
 DEPTHS = [1, 2, 4, 8]
 WAITS = [0, 1, 2, 4, 8]
@@ -65,8 +65,10 @@ def measure(base: Path, kind: str, seed: int) -> list[Cell]:
     """Fine-tune on one kind of traces; the cells of forced waits and of cut traces."""
     model = fine_tune(base, rows_of(kind, seed), STEPS, seed, [WAIT])
     asks = examiner(model, draw(QUESTIONS, ["swap"], 6, 10, seed=9))
-    forced = [asks.ask(r, ENOUGH, waits).cell(f"waits={waits}", r, ENOUGH) for waits in WAITS for r in DEPTHS]
-    return forced + [asks.ask(r, budget).cell(f"think={budget}", r, budget) for budget in BUDGETS for r in DEPTHS]
+    forced = [asks.ask(r, ENOUGH, waits).cell(FORCED, f"waits={waits}", r, ENOUGH) for waits in WAITS for r in DEPTHS]
+    return forced + [
+        asks.ask(r, budget).cell(FORCED, f"think={budget}", r, budget) for budget in BUDGETS for r in DEPTHS
+    ]
 
 
 def summarise(runs: list[list[Cell]]) -> dict[str, Any]:

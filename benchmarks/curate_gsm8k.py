@@ -20,13 +20,14 @@ import yaml
 
 from common import RESULTS, write_result
 from recurrent_depth.cli import main as command
-from recurrent_depth.reasoning.curate import CurateConfig, curate
-from recurrent_depth.reasoning.grading import Item, RuleGrader
-from recurrent_depth.reasoning.local import LocalConfig
-from recurrent_depth.reasoning.pool import SourceConfig, load_pool, read_examples
-from recurrent_depth.reasoning.replies import ReplyCache
-from recurrent_depth.reasoning.teacher import fill
-from recurrent_depth.training.summary import summarise
+from recurrent_depth.evaluation.report import summarise
+from recurrent_depth.reasoning.config import CurateConfig, SourceConfig
+from recurrent_depth.reasoning.curation.command import curate
+from recurrent_depth.reasoning.curation.grading import Item, RuleGrader
+from recurrent_depth.reasoning.curation.local import LocalConfig
+from recurrent_depth.reasoning.curation.replies import ReplyCache
+from recurrent_depth.reasoning.curation.writers import fill
+from recurrent_depth.reasoning.pool import load_pool, read_examples
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = ("gsm8k", "random", "diverse", "longest", "all")
@@ -63,7 +64,7 @@ def train(data: Path, out: Path, minutes: float | None) -> None:
         arguments = ["--source", json.dumps([str(text)]), "--out", str(out / "data")]
         run(["prepare", *arguments, "--vocab-size", "2048", "--sequence-length", "256", "--policy", "best-fit"])
     model = out / "model"
-    arguments = ["--config", str(CONFIGS / "pretrain" / "gsm8k.yaml"), "--data.path", str(out / "data")]
+    arguments = ["--config", str(CONFIGS / "pretrain" / "gsm8k.yaml"), "--data.packed.path", str(out / "data")]
     arguments += ["--out", str(model)] + (["--resume", "true"] if model.exists() else [])
     run(["train", *arguments] + (["--max_hours", str(minutes / 60)] if minutes else []))
     done, wanted = summarise(model).steps, yaml.safe_load((model / "run.yaml").read_text())["steps"]
@@ -124,7 +125,7 @@ def results(data: Path, out: Path, manifests: dict[str, Any], seconds: dict[str,
 def attempts_at_test(data: Path, out: Path, model: dict[str, Any]) -> dict[str, int]:
     """The same model on questions it has not seen: was difficulty learned by heart?"""
     rows, _ = load_pool([SourceConfig("test.jsonl", answer_format="gsm8k")], data)
-    writer = LocalConfig(**model["writer"]).open()
+    writer = LocalConfig(**model["writer"]["local"]).open()
     cache = ReplyCache(out / "cache" / "test-attempts.jsonl")
     replies = writer.write([fill(model["prompt"], question=row.question) for row in rows], cache)
     verdicts = RuleGrader().grade(

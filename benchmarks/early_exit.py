@@ -14,15 +14,15 @@ from typing import Any
 import torch
 
 from common import RESULTS, write_result
-from recurrent_depth.cli import parse_options
-from recurrent_depth.data.tasks import TASKS
-from recurrent_depth.evaluation.dense import VALIDATION_SPLIT
+from recurrent_depth.data.tasks.state import TASKS
+from recurrent_depth.evaluation.generated import VALIDATION_SPLIT
 from recurrent_depth.generation.adaptive import adaptive_forward
 from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.generation.exits import ExitRule, exit_rule
 from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.parsing import parse_options
 from recurrent_depth.runs import load_run_model
-from recurrent_depth.training.command import TrainCommand
+from recurrent_depth.training.config import TrainCommand
 from recurrent_depth.training.launch import train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "quickstart" / "shell-game.yaml"
@@ -37,7 +37,7 @@ MOST, LENGTH, ROWS = 32, 16, 512
 
 def trained() -> RecurrentDepthModel:
     with tempfile.TemporaryDirectory() as scratch:
-        options = parse_options(TrainCommand, "train", ["--config", str(CONFIG), "--out", f"{scratch}/run"])
+        options = parse_options(TrainCommand, ["--config", str(CONFIG), "--out", f"{scratch}/run"])
         train(options.run_config())
         return load_run_model(f"{scratch}/run")
 

@@ -20,15 +20,15 @@ import torch
 import yaml
 
 from common import write_result
-from recurrent_depth.cli import parse_options
-from recurrent_depth.data.loader import TaskSource
-from recurrent_depth.data.report_task import REPORTS
-from recurrent_depth.evaluation.dense import VALIDATION_SPLIT
+from recurrent_depth.data.tasks.report import REPORTS
+from recurrent_depth.data.tasks.source import TaskSource
+from recurrent_depth.evaluation.generated import VALIDATION_SPLIT
 from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.generation.decoding import Decoding, decode
 from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.parsing import parse_options
 from recurrent_depth.runs import load_run_model
-from recurrent_depth.training.command import TrainCommand
+from recurrent_depth.training.config import TrainCommand
 from recurrent_depth.training.launch import train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "generative.yaml"
@@ -72,8 +72,8 @@ def score(written: Sequence[list[int]], expected: Sequence[list[int]]) -> dict[s
 
 def seen_in_training(length: int) -> dict[str, int]:
     """Held-out rows whose set of rotations (or set and start) the recipe's training has seen, under either mark."""
-    config = parse_options(TrainCommand, "train", ["--config", str(CONFIG), "--out", ""]).run_config()
-    source = TaskSource(config.data, "train", config.seed, config.steps)
+    config = parse_options(TrainCommand, ["--config", str(CONFIG), "--out", "unused"]).run_config()
+    source = TaskSource(config.data.task, "train", config.seed, config.steps)
     steps = [step for step in range(config.steps) if source.length(step) == length]
     seen = [source.batch(step * config.batch_size, config.batch_size, step).input_ids for step in steps]
     rows = torch.cat(seen).tolist()
@@ -93,7 +93,7 @@ def trained(**changes: Any) -> RecurrentDepthModel:
         arguments = ["--config", str(CONFIG), "--out", f"{scratch}/run"]
         for name, value in changes.items():
             arguments += [f"--{name}", str(value)]
-        train(parse_options(TrainCommand, "train", arguments).run_config())
+        train(parse_options(TrainCommand, arguments).run_config())
         return load_run_model(f"{scratch}/run")
 
 

@@ -20,17 +20,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from common import RESULTS, interval, kept, write_result
-from recurrent_depth.cli import parse_options
-from recurrent_depth.data.notes import note_id
-from recurrent_depth.data.tasks import TASKS
-from recurrent_depth.evaluation.budget_plots import plot_frontier, plot_heat_map
-from recurrent_depth.evaluation.dense import VALIDATION_SPLIT
-from recurrent_depth.evaluation.scaling import Cell, axis_reports, best_within, cheapest_reaching, frontier
+from recurrent_depth.data.tasks.notes import note_id
+from recurrent_depth.data.tasks.state import TASKS
+from recurrent_depth.evaluation.budget_metrics import Cell, axis_reports, best_within, cheapest_reaching, frontier
+from recurrent_depth.evaluation.generated import VALIDATION_SPLIT
+from recurrent_depth.evaluation.grid import plot_frontier, plot_heat_map
 from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.model.flops import forward_flops
 from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.parsing import parse_options
 from recurrent_depth.runs import load_run_model
-from recurrent_depth.training.command import TrainCommand
+from recurrent_depth.training.config import TrainCommand
 from recurrent_depth.training.launch import train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "reasoning" / "inline-notes.yaml"
@@ -96,7 +96,7 @@ def over_seeds(runs: list[list[Cell]]) -> list[Cell]:
 def train_seed(seed: int) -> RecurrentDepthModel:
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--config", str(CONFIG), "--seed", str(seed), "--out", f"{folder}/run"]
-        return load_run_model(train(parse_options(TrainCommand, "train", arguments).run_config()))
+        return load_run_model(train(parse_options(TrainCommand, arguments).run_config()))
 
 
 def summary(cells: list[Cell], runs: list[list[Cell]]) -> dict[str, Any]:

@@ -19,12 +19,14 @@ import pyarrow as pa
 import torch
 
 from common import write_result
-from recurrent_depth.data.loader import PackedDataConfig, open_source
-from recurrent_depth.data.packing import Row
-from recurrent_depth.data.rows import row_batch, row_schema, write_parquet
+from recurrent_depth.data.config import DataConfig, PackedDataConfig
+from recurrent_depth.data.loader import open_source
+from recurrent_depth.data.preparation.packing import Row
+from recurrent_depth.data.preparation.rows import row_batch, row_schema, write_parquet
 from recurrent_depth.model.config import SHAPES
 from recurrent_depth.model.transformer import RecurrentDepthModel
-from recurrent_depth.training.optimizer import OptimizerConfig, build_optimizer
+from recurrent_depth.training.config import OptimizerConfig
+from recurrent_depth.training.optimizer import build_optimizer
 
 
 def write_rows(folder: Path, tokens: int, vocab_size: int, files: int = 4, rows: int = 2000) -> None:
@@ -40,7 +42,7 @@ def write_rows(folder: Path, tokens: int, vocab_size: int, files: int = 4, rows:
 
 def loader_rate(folder: Path, tokens: int, masking: bool, batch: int, batches: int) -> dict[str, Any]:
     """Tokens/s over several epochs, and resident memory before and after."""
-    config = PackedDataConfig(str(folder), document_masking=masking, restart_positions=masking)
+    config = DataConfig(packed=PackedDataConfig(str(folder), document_masking=masking, restart_positions=masking))
     source = open_source(config, "train", seed=0, total_steps=1)
     for number in range(batches // 4):
         source.batch(number * batch, batch, 0)

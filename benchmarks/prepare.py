@@ -31,9 +31,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from common import write_result
-from recurrent_depth.data.job import Job
-from recurrent_depth.data.prepare import PrepareConfig, prepare
-from recurrent_depth.data.sources import read_documents
+from recurrent_depth.data.config import PrepareConfig
+from recurrent_depth.data.preparation.command import prepare
+from recurrent_depth.data.preparation.job import Job
+from recurrent_depth.data.preparation.sources import read_documents
 from recurrent_depth.data.tokenizer import train_tokenizer
 
 

@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from recurrent_depth.cli import parse_options
-from recurrent_depth.data.loader import PackedDataConfig
-from recurrent_depth.data.thinking import Puzzle, draw_puzzle, thinking_tokenizer
+from recurrent_depth.data.config import DataConfig, PackedDataConfig
+from recurrent_depth.data.tasks.puzzles import Puzzle, draw_puzzle, puzzle_tokenizer
 from recurrent_depth.evaluation.budgets import Examiner, Question
 from recurrent_depth.model.transformer import RecurrentDepthModel
-from recurrent_depth.reasoning.dataset import ReasoningDataConfig, prepare_reasoning
-from recurrent_depth.reasoning.format import Formatter, ThinkingFormat
-from recurrent_depth.reasoning.pool import SourceConfig
+from recurrent_depth.parsing import parse_options
+from recurrent_depth.reasoning.config import ReasoningDataConfig, SourceConfig, ThinkingFormat
+from recurrent_depth.reasoning.dataset import prepare_reasoning
+from recurrent_depth.reasoning.format import Formatter
 from recurrent_depth.runs import load_run_model
-from recurrent_depth.training.command import TrainCommand
+from recurrent_depth.training.config import TrainCommand
 from recurrent_depth.training.launch import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -29,9 +29,7 @@ Row = dict[str, str]
 def train_base(seed: int, out: Path) -> Path:
     """The base model of a seed: about three minutes of one core."""
     arguments = ["--config", str(CONFIGS / "pretrain" / "reasoning" / "puzzles.yaml")]
-    return train(
-        parse_options(TrainCommand, "train", [*arguments, "--seed", str(seed), "--out", str(out)]).run_config()
-    )
+    return train(parse_options(TrainCommand, [*arguments, "--seed", str(seed), "--out", str(out)]).run_config())
 
 
 def options_of(description: str | None) -> argparse.Namespace:
@@ -68,7 +66,7 @@ def fine_tune(base: Path, rows: Sequence[Row], steps: int, seed: int, unlearned:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        thinking_tokenizer().save(str(folder / "tokenizer.json"))
+        puzzle_tokenizer().save(str(folder / "tokenizer.json"))
         prepare_reasoning(
             ReasoningDataConfig(
                 out=str(folder / "data"),
@@ -81,9 +79,9 @@ def fine_tune(base: Path, rows: Sequence[Row], steps: int, seed: int, unlearned:
         )
         arguments = ["--config", str(CONFIGS / "finetune" / "puzzles.yaml"), "--seed", str(seed)]
         arguments += ["--init_from", str(base), "--out", str(folder / "run")]
-        config = parse_options(TrainCommand, "train", arguments).run_config()
+        config = parse_options(TrainCommand, arguments).run_config()
         optimizer = dataclasses.replace(config.optimizer, warmup_steps=steps // 20, cooldown_steps=steps // 2)
-        data = PackedDataConfig(str(folder / "data"))
+        data = DataConfig(packed=PackedDataConfig(str(folder / "data")))
         return load_run_model(train(dataclasses.replace(config, steps=steps, optimizer=optimizer, data=data)))
 
 
@@ -94,7 +92,7 @@ def examiner(model: RecurrentDepthModel, puzzles: Sequence[Puzzle]) -> Examiner:
     def grade(asked: Sequence[Question], answers: Sequence[str]) -> list[bool]:
         return [question.answer == answer for question, answer in zip(asked, answers, strict=True)]
 
-    return Examiner(model, Formatter(thinking_tokenizer(), ThinkingFormat()), questions, grade, 4, batch_size=256)
+    return Examiner(model, Formatter(puzzle_tokenizer(), ThinkingFormat()), questions, grade, 4, batch_size=256)
 
 
 def draw(count: int, domains: Sequence[str], fewest: int, most: int, seed: int) -> list[Puzzle]:

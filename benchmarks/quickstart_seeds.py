@@ -21,17 +21,16 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from common import write_result
-from recurrent_depth.cli import parse_options
-from recurrent_depth.data.loader import curriculum
-from recurrent_depth.data.tasks import TASKS
-from recurrent_depth.evaluation.dense import evaluate_dense
+from recurrent_depth.data.tasks.source import curriculum
+from recurrent_depth.data.tasks.state import TASKS
+from recurrent_depth.evaluation.generated import evaluate_per_position
 from recurrent_depth.model.flops import training_flops
 from recurrent_depth.model.recurrence import sample_depth
+from recurrent_depth.parsing import parse_options
 from recurrent_depth.runs import load_run_model
-from recurrent_depth.training.command import TrainCommand
+from recurrent_depth.training.config import RunConfig, TrainCommand
 from recurrent_depth.training.launch import train
 from recurrent_depth.training.parallel import start_processes
-from recurrent_depth.training.run import RunConfig
 from recurrent_depth.training.trainer import Trainer
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "pretrain" / "quickstart"
@@ -40,7 +39,7 @@ DEPTHS = [1, 2, 4, 8, 12, 16, 32, 64]
 
 
 def config_of(model: str) -> RunConfig:
-    return parse_options(TrainCommand, "benchmark", ["--config", str(CONFIGS / f"{model}.yaml")]).run_config()
+    return parse_options(TrainCommand, ["--config", str(CONFIGS / f"{model}.yaml")]).run_config()
 
 
 def seconds_per_step(rounds: int = 60) -> dict[str, float]:
@@ -62,7 +61,7 @@ def flops_and_tokens(config: RunConfig) -> tuple[int, int]:
     """Of a whole run, from its depths and row lengths."""
     flops = tokens = 0
     for step in range(config.steps):
-        length = 1 + curriculum(config.data, step, config.steps, "train")
+        length = 1 + curriculum(config.data.task, step, config.steps, "train")
         depth = sample_depth(config.model, seed=config.seed, step=step, micro_step=0)
         flops += config.batch_size * training_flops(config.model, length, *depth)
         tokens += config.batch_size * length
@@ -98,7 +97,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         run = train(dataclasses.replace(config, out=f"{folder}/run"))
         model = load_run_model(run)
     depths = DEPTHS if job["model"] == "shell-game" else [1]
-    results = evaluate_dense(model, job["model"], TASKS["shell_game"], depths, modes=("parallel",))
+    results = evaluate_per_position(model, job["model"], TASKS["shell_game"], depths)
     flops, tokens = flops_and_tokens(config)
     accuracy = {f"r{r.num_steps}": {} for r in results}
     for r in results:

@@ -17,14 +17,14 @@ from typing import Any
 from collectives import counted
 from common import RESULTS, write_result
 from live_memory import LiveMemory
-from recurrent_depth.data.loader import TaskDataConfig
+from recurrent_depth.data.config import DataConfig, TaskDataConfig
 from recurrent_depth.model.config import SHAPES, ModelConfig
 from recurrent_depth.model.flops import training_flops
 from recurrent_depth.planning.devices import DEVICES
 from recurrent_depth.planning.pretraining import Job, communication, memory, throughput
-from recurrent_depth.training.optimizer import OptimizerConfig, local
-from recurrent_depth.training.parallel import RuntimeConfig, start_processes
-from recurrent_depth.training.run import RunConfig
+from recurrent_depth.training.config import OptimizerConfig, RunConfig, RuntimeConfig
+from recurrent_depth.training.optimizer import local
+from recurrent_depth.training.parallel import start_processes
 from recurrent_depth.training.trainer import Trainer
 from support import run_ranks
 
@@ -49,7 +49,7 @@ def run_config(out: str, shard_size: int | None, reshard: bool, depth: int) -> R
     runtime = RuntimeConfig(
         device="cpu", dtype="float32", threads=1, shard_size=shard_size, reshard_after_forward=reshard
     )
-    data = TaskDataConfig(name="shell_game", min_length=TOKENS - 1, max_length=TOKENS - 1)
+    data = DataConfig(task=TaskDataConfig(name="shell_game", min_length=TOKENS - 1, max_length=TOKENS - 1))
     return RunConfig(
         out=out, data=data, model=model, batch_size=16, micro_steps=2, runtime=runtime,
         optimizer=OptimizerConfig(lr=1e-4),

@@ -20,10 +20,11 @@ import numpy as np
 from puzzle_models import Row, draw, each_base, examiner, fine_tune, options_of, row_of
 
 from common import interval, kept, write_result
-from recurrent_depth.data.thinking import DOMAINS, Puzzle, draw_puzzle, thinking_tokenizer
+from recurrent_depth.data.tasks.puzzles import DOMAINS, Puzzle, draw_puzzle, puzzle_tokenizer
 from recurrent_depth.evaluation.budgets import Examiner
-from recurrent_depth.reasoning.curate import CurateConfig, curate
-from recurrent_depth.reasoning.pool import SourceConfig, read_examples
+from recurrent_depth.reasoning.config import CurateConfig, SourceConfig
+from recurrent_depth.reasoning.curation.command import curate
+from recurrent_depth.reasoning.pool import read_examples
 from recurrent_depth.runs import load_run_model
 
 SHARES = {"swap": 0.70, "cycle": 0.14, "flip": 0.08, "turn": 0.05, "pair": 0.03}
@@ -54,7 +55,7 @@ def select(base: Path, seed: int, folder: Path) -> dict[str, list[Row]]:
     puzzles = pool(seed)
     rows = [row_of(puzzle, puzzle.steps(0, len(puzzle.moves))) for puzzle in puzzles]
     (folder / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    thinking_tokenizer().save(str(folder / "tokenizer.json"))
+    puzzle_tokenizer().save(str(folder / "tokenizer.json"))
     attempts = examiner(load_run_model(base), puzzles).ask(NUM_STEPS, ENOUGH).replies
     lines = [{"id": f"pool/{index}", "attempt": reply.answer} for index, reply in enumerate(attempts)]
     (folder / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

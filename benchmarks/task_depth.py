@@ -18,11 +18,11 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from common import write_result
-from recurrent_depth.cli import parse_options
-from recurrent_depth.data.tasks import TASKS
-from recurrent_depth.evaluation.dense import evaluate_dense
+from recurrent_depth.data.tasks.state import TASKS
+from recurrent_depth.evaluation.generated import evaluate_per_position
+from recurrent_depth.parsing import parse_options
 from recurrent_depth.runs import load_run_model
-from recurrent_depth.training.command import TrainCommand
+from recurrent_depth.training.config import TrainCommand
 from recurrent_depth.training.launch import train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "quickstart" / "shell-game.yaml"
@@ -32,13 +32,13 @@ DEPTHS = [1, 2, 4, 8, 16, 32]
 def run_job(job: tuple[str, int, int]) -> dict[str, Any]:
     """Train one model; accuracy by depth and bucket."""
     task, seed, steps = job
-    arguments = ["--config", str(CONFIG), "--data.name", task, "--seed", str(seed), "--steps", str(steps)]
+    arguments = ["--config", str(CONFIG), "--data.task.name", task, "--seed", str(seed), "--steps", str(steps)]
     arguments += ["--optimizer.cooldown_steps", str(steps // 4)]
-    config = parse_options(TrainCommand, "benchmark", arguments).run_config()
+    config = parse_options(TrainCommand, arguments).run_config()
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet:
         sys.stderr = quiet
         model = load_run_model(train(dataclasses.replace(config, out=f"{folder}/run")))
-    results = evaluate_dense(model, task, TASKS[task], DEPTHS, modes=("parallel",))
+    results = evaluate_per_position(model, task, TASKS[task], DEPTHS)
     accuracy: dict[str, dict[str, float]] = {f"r{r}": {} for r in DEPTHS}
     for result in results:
         accuracy[f"r{result.num_steps}"][result.difficulty] = round(result.value, 4)

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 from common import write_result
-from recurrent_depth.data.loader import PackedDataConfig
+from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.model.config import SHAPES, ModelConfig
 from recurrent_depth.model.flops import PEAK_FLOPS, training_flops
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.planning.pretraining import Job, memory
-from recurrent_depth.training.optimizer import OptimizerConfig, build_optimizer
-from recurrent_depth.training.parallel import Ranks, RuntimeConfig, blocks, build_model, start_processes
-from recurrent_depth.training.run import RunConfig
+from recurrent_depth.training.config import OptimizerConfig, RunConfig, RuntimeConfig
+from recurrent_depth.training.optimizer import build_optimizer
+from recurrent_depth.training.parallel import Ranks, blocks, build_model, start_processes
 
 LOSS_CHUNK = 4096
 WIDTH_128 = ModelConfig(n_embd=128, n_heads=4, intermediate_size=352, vocab_size=4096)
@@ -57,7 +57,13 @@ def planned_peak(config: ModelConfig, runtime: RuntimeConfig, rows: int, tokens:
     fixed = dataclasses.replace(
         config, sampling_scheme="fixed", mean_recurrence=sum(depth), mean_backprop_depth=depth[1]
     )
-    run = RunConfig(out="", data=PackedDataConfig(path=""), model=fixed, batch_size=rows, runtime=runtime)
+    run = RunConfig(
+        out="unused",
+        data=DataConfig(packed=PackedDataConfig(path="unused")),
+        model=fixed,
+        batch_size=rows,
+        runtime=runtime,
+    )
     return sum(memory(Job(run, 1, tokens)).values())
 
 

@@ -5,6 +5,8 @@ Imports nothing heavy.
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 from recurrent_depth.model.config import MAX_NUM_STEPS
 
@@ -54,3 +56,23 @@ def check_num_steps(name: str, *values: int | None) -> None:
     for value in values:
         if value is not None and not 1 <= value <= MAX_NUM_STEPS:
             raise ValueError(f"{name} is {value}; it must be at least 1 and at most {MAX_NUM_STEPS} iterations")
+
+
+def check_not_empty(name: str, text: str, example: str) -> None:
+    """Raise if a text that is needed is empty or white space."""
+    if not text.strip():
+        raise ValueError(f"{name} is {text!r}; it must not be empty, for example {example}")
+
+
+def one_section(options: Any) -> tuple[str, Any]:
+    """Return the name and the value of the one field of a dataclass that is set; the others must be None.
+
+    Raises:
+        ValueError: if none or several are set.
+    """
+    names = [field.name for field in fields(options)]
+    chosen = [(name, getattr(options, name)) for name in names if getattr(options, name) is not None]
+    if len(chosen) != 1:
+        given = " and ".join(name for name, _ in chosen) or "none"
+        raise ValueError(f"exactly one of {', '.join(names)} must be given, not {given}; set the others to null")
+    return chosen[0]

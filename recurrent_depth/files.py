@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,28 +66,52 @@ def atomic_folder(out: str | Path) -> Iterator[Path]:
     check_new_folder(out)
     created = _first_missing_parent(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with explain_full_disk(out):
-            temporary.mkdir()
-            yield temporary
-            if out.exists():
-                out.rmdir()
-            os.replace(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if created is not None:
-            _remove_empty_folders(out.parent, down_to=created)
-        raise
+    temporary = out.with_name(f".{out.name}.tmp")
+    temporary.mkdir(exist_ok=True)
+    with folder_lock(temporary, out):
+        try:
+            with explain_full_disk(out):
+                check_new_folder(out)  # another process may have finished it since
+                _empty(temporary)  # what a killed process left
+                yield temporary
+                if out.exists():
+                    out.rmdir()
+                (temporary / LOCK_FILE).unlink()
+                os.replace(temporary, out)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if created is not None:
+                _remove_empty_folders(out.parent, down_to=created)
+            raise
+
+
+@contextmanager
+def output_folder(out: str | Path) -> Iterator[Path]:
+    """Create `out` if it is missing, hold its lock, and yield it: for a folder that is written over a long time.
+
+    A folder that this call has created is removed again if the block fails before it has written anything.
+
+    Raises:
+        FolderInUseError: if another process holds the lock.
+    """
+    out = Path(out)
+    _check_folder_name(out)
+    created = None if out.exists() else _first_missing_parent(out) or out
+    out.mkdir(parents=True, exist_ok=True)
+    with folder_lock(out):
+        try:
+            yield out
+        except BaseException:
+            if created is not None and os.listdir(out) == [LOCK_FILE]:
+                (out / LOCK_FILE).unlink()
+                _remove_empty_folders(out, down_to=created)
+            raise
 
 
 def check_new_folder(out: str | Path) -> None:
     """Raise unless `out` can become a new folder: it must not exist, or be an empty folder."""
-    if str(out) in ("", "."):
-        raise ValueError("out: '' is not a folder name; give a new folder, for example --out runs/first")
+    _check_folder_name(out)
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"out: {out} is a file; give a new folder")
     if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"out: {out} exists and is not empty; give a new folder or remove it")
 
@@ -97,11 +122,20 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def json_hash(value: Any) -> str:
+    """Return the SHA-256 of a value as JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 @contextmanager
-def folder_lock(folder: str | Path) -> Iterator[None]:
+def folder_lock(folder: str | Path, name: str | Path | None = None) -> Iterator[None]:
     """Hold the lock on an existing output folder, so that no second process writes to it.
 
-    The operating system releases the lock when the process ends, however it ends.
+    The operating system releases the lock when the process ends, however it ends. A file system without locks
+    (Lustre mounted without `flock`) gives a warning instead of a lock.
+
+    Args:
+        name: what the error calls the folder, if not by its path.
 
     Raises:
         FolderInUseError: if another process holds the lock; the message names that process.
@@ -112,15 +146,24 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip() or "unknown process"
-            raise FolderInUseError(
-                f"{folder} is in use by {holder}; wait for it to end, or choose another --out"
-            ) from None
+            holder = file.read().strip() or "another process"
+            raise FolderInUseError(_in_use(name or folder, holder)) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            warning = f"{folder} cannot be locked ({error.strerror}); start no second command with this --out"
+            warnings.warn(warning, stacklevel=3)
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            raise FolderInUseError(_in_use(name or folder, "a process that has just ended"))
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
         file.truncate(0)
+
+
+def _in_use(folder: str | Path, holder: str) -> str:
+    return f"{folder} is in use by {holder}; wait for it to end, or choose another --out"
 
 
 @contextmanager
@@ -134,6 +177,22 @@ def explain_full_disk(target: str | Path) -> Iterator[None]:
         raise OSError(
             error.errno, f"{os.strerror(error.errno)} while writing {target}; free some space and run the command again"
         ) from error
+
+
+def _check_folder_name(out: str | Path) -> None:
+    if str(out) in ("", "."):
+        raise ValueError("out: '' is not a folder name; give a new folder, for example --out runs/first")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise FileExistsError(f"out: {out} is a file; give a new folder")
+
+
+def _empty(folder: Path) -> None:
+    """Remove everything in a folder but its lock."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK_FILE:
+            path.unlink()
 
 
 def _first_missing_parent(path: Path) -> Path | None:

@@ -1,14 +1,19 @@
 """The layout of a run folder, and reading a model from it.
 
 RUN/run.yaml                     the resolved configuration
-RUN/metrics.jsonl                one line a log event
+RUN/metrics.jsonl                one line per log event
 RUN/tokenizer.json               if the data has one
-RUN/checkpoints/step-00000100/   safetensors shards of model and optimizer, and checkpoint.json, written last
+RUN/rewinds.json                 if the loss spiked
+RUN/.lock                        locked by the process that writes to the folder
+RUN/checkpoints/step-00000100/   one checkpoint:
+    model/*.safetensors          weights, by parameter name
+    optimizer/*.safetensors      moments, as NAME.MOMENT; read and verified only by a resume
+    checkpoint.json              training step, model, checksums of the files; written last
 """
 
-import hashlib
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,37 +23,49 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+from recurrent_depth.errors import UserError
+from recurrent_depth.files import file_hash
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
 
 CHECKPOINT_FILE = "checkpoint.json"
+MODEL, OPTIMIZER = "model", "optimizer"
+"""Parts of a checkpoint, each a folder of safetensors files."""
+USE_OLDER = "move this checkpoint out of the run to use an older one"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that is missing, damaged or of another model."""
 
 
 def checkpoint_name(step: int) -> str:
+    """Return the folder name of the checkpoint of a training step."""
     return f"step-{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the training step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run folder, oldest first."""
+    """Return the complete checkpoints of a run folder, oldest first."""
     found = [p for p in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(p.name)]
-    return sorted((p for p in found if (p / CHECKPOINT_FILE).is_file()), key=lambda p: int(p.name.split("-")[1]))
+    return sorted((p for p in found if (p / CHECKPOINT_FILE).is_file()), key=step_of)
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether `path` is a run folder or one of its checkpoints."""
+    """Return whether `path` is a run folder or one of its checkpoints."""
     path = Path(path)
     return (path / CHECKPOINT_FILE).is_file() or (path / "checkpoints").is_dir()
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder that `path` names: itself, or the newest of a run."""
+    """Return the checkpoint folder that `path` names: itself, or the newest of a run."""
     path = Path(path)
     if (path / CHECKPOINT_FILE).is_file():
         return path
@@ -59,60 +76,111 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def read_details(checkpoint: Path) -> dict[str, Any]:
-    """checkpoint.json: step, model shape, fingerprints, checksums."""
+    """Return the content of checkpoint.json: step, model shape, checksums, and what a resume compares.
+
+    Raises:
+        CheckpointError: if the file is damaged or lacks what every checkpoint has.
+    """
+    path = checkpoint / CHECKPOINT_FILE
     try:
-        return json.loads((checkpoint / CHECKPOINT_FILE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        details = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); {USE_OLDER}") from error
+    check_fields(path, details, {"step": int, "model": dict, "files": dict})
+    return details
+
+
+def check_fields(path: Path, record: Any, kinds: dict[str, type]) -> None:
+    """Raise unless `record`, read from `path`, is an object with these fields of these types."""
+    fields = record if isinstance(record, dict) else {}
+    wrong = [name for name, kind in kinds.items() if not isinstance(fields.get(name), kind)]
+    if wrong:
+        raise CheckpointError(f"{path} has no valid {', '.join(wrong)}; restore the file, or {USE_OLDER}")
+
+
+def verify(checkpoint: Path, files: dict[str, str], part: str | None = None) -> None:
+    """Compare the files of a checkpoint, or of one part of it, with their checksums.
+
+    Raises:
+        CheckpointError: names the file that is missing, damaged, or not one of the checkpoint.
+    """
+    folder = checkpoint / part if part else checkpoint
+    found = {path.relative_to(checkpoint).as_posix() for path in folder.rglob("*.safetensors")}
+    for name in sorted(found | {name for name in files if part is None or name.startswith(f"{part}/")}):
+        path = checkpoint / name
+        if name not in files:
+            raise CheckpointError(f"{path} is not a file of this checkpoint; remove it")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; {USE_OLDER}")
+        if file_hash(path) != files[name]:
+            raise CheckpointError(f"{path} is damaged (its checksum differs); {USE_OLDER}")
+
+
+def read_part(checkpoint: Path, part: str, state: dict[str, Tensor], *, alone: bool) -> None:
+    """Read one part of a checkpoint into the tensors of `state`, in place.
+
+    Args:
+        alone: read whole tensors in this process only; else every rank calls this and reads its shards.
+
+    Raises:
+        CheckpointError: if the files are not safetensors, or do not hold these tensors.
+    """
+    reader = HuggingFaceStorageReader(str(checkpoint / part))
+    try:
+        with one_process():
+            dcp.load(state, storage_reader=reader, no_dist=alone)
+    except dcp.CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        if not isinstance(cause, Exception):  # Ctrl-C
+            raise cause from error
         raise CheckpointError(
-            f"{checkpoint / CHECKPOINT_FILE} cannot be read ({error}); use an older checkpoint"
+            f"{checkpoint / part} is damaged or lacks tensors of this model ({type(cause).__name__}: {cause}); "
+            f"{USE_OLDER}"
         ) from error
 
 
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def verify(checkpoint: Path, files: dict[str, str] | None = None) -> None:
-    """Compare every file with its checksum; a damaged checkpoint is an error that names the file."""
-    for name, expected in (files or read_details(checkpoint)["files"]).items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; use an older checkpoint")
-        if file_hash(path) != expected:
-            raise CheckpointError(f"{path} is damaged (its checksum differs); use an older checkpoint")
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint so that one that is half removed does not count as complete."""
+    (path / CHECKPOINT_FILE).unlink(missing_ok=True)
+    shutil.rmtree(path)
 
 
 def model_config(details: dict[str, Any]) -> ModelConfig:
+    """Return the model configuration that a checkpoint.json holds."""
     known = {field.name for field in fields(ModelConfig)}
     unknown = set(details["model"]) - known
     if unknown:
         raise CheckpointError(f"the checkpoint's model has fields this version does not know: {sorted(unknown)}")
-    return ModelConfig(**details["model"])
+    try:
+        return ModelConfig(**details["model"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's model is not valid ({error}); {USE_OLDER}") from error
 
 
 @contextmanager
 def one_process() -> Iterator[None]:
-    """torch warns whenever a checkpoint is read or written without a process group; here that is meant."""
+    """Silence torch's warning that a checkpoint is read or written without a process group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
 
 
 def load_run_model(path: str | Path) -> RecurrentDepthModel:
-    """The model of a run folder (newest checkpoint) or of one checkpoint, whole, in fp32 on the CPU."""
+    """Return the model of a run folder (newest checkpoint) or of one checkpoint, whole, in fp32 on the CPU.
+
+    Neither reads nor verifies the optimizer's files.
+    """
     checkpoint = find_checkpoint(path)
     details = read_details(checkpoint)
-    verify(checkpoint, details["files"])
+    verify(checkpoint, details["files"], MODEL)
     model = RecurrentDepthModel(model_config(details))
-    state = {f"model.{name}": p for name, p in model.named_parameters()}
-    with torch.no_grad(), one_process():
-        dcp.load(state, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    with torch.no_grad():
+        read_part(checkpoint, MODEL, dict(model.named_parameters()), alone=True)
     return model.eval()
 
 
 def run_tokenizer(path: str | Path) -> Path | None:
-    """The tokenizer.json that belongs to a run or checkpoint, if it has one."""
+    """Return the path of the tokenizer.json of a run or checkpoint; None if it has none."""
     path = Path(path)
     candidates = [path / "tokenizer.json", path.parent.parent / "tokenizer.json"]
     return next((p for p in candidates if p.is_file()), None)

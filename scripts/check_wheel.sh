@@ -13,7 +13,9 @@ import sys, zipfile
 names = zipfile.ZipFile(sys.argv[1]).namelist()
 tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
 assert tops == {"recurrent_depth", "recurrent_depth_kernels"}, f"the wheel has unexpected top-level packages: {tops}"
-for needed in ("recurrent_depth/py.typed", "recurrent_depth/evaluation/report.html"):
+for needed in (
+    "recurrent_depth/py.typed", "recurrent_depth/evaluation/report.html", "recurrent_depth/configs/model/tiny.yaml",
+):
     assert needed in names, f"the wheel lacks {needed}"
 CHECK
 
@@ -34,4 +36,8 @@ import recurrent_depth_kernels
 assert "/site/" in recurrent_depth_kernels.__file__, recurrent_depth_kernels.__file__
 CHECK
 PYTHONPATH="$work/site" "$python" -m recurrent_depth.cli --help > /dev/null
+# The commands of the README work in an empty folder: a shipped configuration is found by its path.
+mkdir "$work/empty" && cd "$work/empty"
+PYTHONPATH="$work/site" "$python" -m recurrent_depth.cli train --config configs/pretrain/quickstart/shell-game.yaml \
+  --dry-run | grep "name: shell_game" > /dev/null
 echo "wheel ok: $(basename "$wheel")"

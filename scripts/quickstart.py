@@ -20,12 +20,12 @@ def recurrent_depth(*arguments: str) -> None:
 
 def seconds_per_step(config: Path, probes: int = 24) -> float:
     """Mean time of a training step, sampled evenly over the run, so that short and long rows have their share."""
-    from recurrent_depth.cli import parse_options
-    from recurrent_depth.training.command import TrainCommand
+    from recurrent_depth.parsing import parse_options
+    from recurrent_depth.training.config import TrainCommand
     from recurrent_depth.training.parallel import start_processes
     from recurrent_depth.training.trainer import Trainer
 
-    options = parse_options(TrainCommand, "quickstart", ["--config", str(config)]).run_config()
+    options = parse_options(TrainCommand, ["--config", str(config)]).run_config()
     trainer = Trainer(options, start_processes(options.runtime))
     trainer.train_step()  # warm up
     total = 0.0
@@ -47,7 +47,7 @@ def main() -> None:
 
     recurrent = out / "shell-game"
     recurrent_depth("train", "--config", str(CONFIGS / "shell-game.yaml"), "--out", str(recurrent))
-    from recurrent_depth.training.summary import summarise
+    from recurrent_depth.evaluation.report import summarise
 
     budget = summarise(recurrent).seconds
     for name in ("depth-1", "fixed-10"):
@@ -58,10 +58,10 @@ def main() -> None:
 
     depths = "1,2,4,8,12,16,32,64"
     modes = "parallel,cache-full,cache-1"
-    evaluation = ["--dense", "shell_game", "--rows", "256"]
+    evaluation = ["--generated.tasks", "[shell_game]", "--generated.rows", "256"]
     recurrent_depth(
         "eval", "--model", str(recurrent), "--out", str(out / "eval-shell-game"), *evaluation, "--num-steps", depths,
-        "--modes", modes,
+        "--generated.modes", f"[{modes}]",
     )  # fmt: skip
     for name in ("depth-1", "fixed-10"):
         recurrent_depth(
@@ -74,17 +74,17 @@ def main() -> None:
 
     data = out / "text-data"
     recurrent_depth("prepare", "--source", "python-stdlib", "--sequence-length", "128", "--out", str(data))
-    text = ["--out", str(out / "text"), "--data.path", str(data)]
+    text = ["--out", str(out / "text"), "--data.packed.path", str(data)]
     recurrent_depth("train", "--config", str(CONFIGS / "text.yaml"), *text)
 
     runs = ",".join(str(out / name) for name in ("shell-game", "depth-1", "fixed-10", "text"))
     names = ("eval-shell-game", "eval-depth-1", "eval-fixed-10", "eval-harness")
     results = ",".join(str(out / name / "results.csv") for name in names)
     note = (
-        "The shell game: one core block, iterated. More steps at test time solve longer games. Both baselines had the "
-        "same training time on this machine. 'parallel' evaluates all positions at once and equals decoding with a "
-        "full cache; with a shared cache (cache-1) tokens see earlier tokens' finished entries, and few steps suffice. "
-        "The text model shows the same pipeline on source code: at this size more steps gain little."
+        "The shell game: one core block, iterated. More iterations at test time solve longer games. 'parallel' "
+        "evaluates all positions at once and equals decoding with a full cache; with a shared cache (cache-1) tokens "
+        "see earlier tokens' finished entries, and few iterations suffice. The text model shows the same commands on "
+        "source code: at this size more iterations gain little."
     )
     report = ["--out", str(out / "report.html"), "--runs", runs, "--results", results]
     recurrent_depth("report", *report, "--title", "Quickstart", "--note", note)

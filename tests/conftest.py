@@ -1,11 +1,15 @@
-"""A small chat model as a folder, as a user would have it."""
+"""Small chat models as folders, as a user would have them."""
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import recurrent_depth.hf  # noqa: F401
 from recurrent_depth.data.tokenizer import train_tokenizer
-from recurrent_depth.hf.loading import _fast_tokenizer, wrap
+from recurrent_depth.hf.loading import fast_tokenizer, wrap
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
+from support import ANSWER, QUESTION
 
 TEXT = "the quick brown fox jumps over the lazy dog. how many apples are there? there are 7 apples. "
 
@@ -14,7 +18,7 @@ TEXT = "the quick brown fox jumps over the lazy dog. how many apples are there? 
 def chat_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat-model")
     train_tokenizer([TEXT * 20], 320).save(str(folder / "bpe.json"))
-    tokenizer = _fast_tokenizer(folder / "bpe.json")
+    tokenizer = fast_tokenizer(folder / "bpe.json")
     config = ModelConfig(
         n_embd=32, n_heads=2, intermediate_size=64, vocab_size=320, block_size=2048, mean_recurrence=4
     )  # fmt: skip
@@ -23,5 +27,26 @@ def chat_folder(tmp_path_factory):
     silent = [i for token, i in tokenizer.get_vocab().items() if not token.isascii() or token.startswith("<|")]
     model.transformer.wte.weight.data[silent] = 0  # it writes letters, which a stream does not hold back
     wrap(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def answering_folder(chat_folder, tmp_path_factory):
+    """The chat model fine-tuned to answer QUESTION by ANSWER and to end its turn, saved by transformers."""
+    folder = tmp_path_factory.mktemp("answering-model")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(chat_folder), AutoTokenizer.from_pretrained(chat_folder)
+    with torch.no_grad():
+        model.transformer.wte.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+    ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)["input_ids"]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = model(ids, labels=ids, num_steps=4).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.1
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

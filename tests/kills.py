@@ -2,33 +2,44 @@
 
 import os
 import signal
+from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 
-import recurrent_depth.training.saving as saving
-from recurrent_depth.training.optimizer import HuginnAdam
-from recurrent_depth.training.trainer import Trainer
+from recurrent_depth.data.tasks.source import TaskSource
+
+
+def write_half_a_file(*args, **kwargs):
+    """What a process leaves that dies while it writes shards."""
+    (Path(kwargs["storage_writer"].path) / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
+
+
+def publishes_a_checkpoint(source, target):
+    return Path(target).name == "checkpoint.json" or Path(target).parent.name == "checkpoints"
+
 
 PHASES = {
-    "data": (Trainer, "_batch"),
+    "data": (TaskSource, "batch"),
     "backward": (torch.Tensor, "backward"),
-    "optimizer": (HuginnAdam, "_move"),
-    "save": (saving, "_write_shards"),
-    "finish": (saving, "_finish"),
+    "optimizer": (torch, "atan2"),
+    "save": (dcp, "save"),
+    "finish": (os, "replace"),
 }
 
 
 def plant_kill(phase: str, call: int, victim: int) -> None:
-    """Rank `victim` of this process group kills itself in the middle of the `call`-th call of the phase."""
+    """Rank `victim` of this process group kills itself at the `call`-th call of the phase."""
     owner, name = PHASES[phase]
     original, calls = getattr(owner, name), [0]
 
     def deadly(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == call and int(os.environ["RANK"]) == victim:
-            if phase == "save":  # half a file is on disk
-                (args[0] / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
-            os.kill(os.getpid(), signal.SIGKILL)
+        if phase != "finish" or publishes_a_checkpoint(*args):
+            calls[0] += 1
+            if calls[0] == call and int(os.environ["RANK"]) == victim:
+                if phase == "save":
+                    write_half_a_file(*args, **kwargs)
+                os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 
     setattr(owner, name, deadly)

@@ -4,14 +4,14 @@ import json
 
 import numpy as np
 
-from recurrent_depth.data.thinking import draw_puzzle, thinking_tokenizer
-from recurrent_depth.reasoning.pool import SourceConfig
+from recurrent_depth.data.tasks.puzzles import draw_puzzle, puzzle_tokenizer
+from recurrent_depth.reasoning.config import SourceConfig
 
 
 def write_rows(folder, rows):
     folder.mkdir(exist_ok=True)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    thinking_tokenizer().save(str(folder / "tokenizer.json"))
+    puzzle_tokenizer().save(str(folder / "tokenizer.json"))
     return {"rows": [SourceConfig(str(folder / "rows.jsonl"))], "tokenizer": str(folder)}
 
 

@@ -1,37 +1,48 @@
 """Several ranks on this machine, configurations small enough to train in a second, and models to decode with."""
 
+import errno
+import io
 import json
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from recurrent_depth.data.loader import TaskDataConfig
+from recurrent_depth.data.config import DataConfig, TaskDataConfig
 from recurrent_depth.generation.config import Mode
 from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.request import DecodableModel, Decoded, Decoding
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.runs import checkpoints
-from recurrent_depth.training.optimizer import OptimizerConfig
-from recurrent_depth.training.parallel import Ranks, RuntimeConfig
-from recurrent_depth.training.run import RunConfig
-from recurrent_depth.training.saving import CheckpointConfig
-from recurrent_depth.training.validation import ValidationConfig
+from recurrent_depth.training.config import (
+    CheckpointConfig,
+    OptimizerConfig,
+    RunConfig,
+    RuntimeConfig,
+    ValidationConfig,
+)
+from recurrent_depth.training.parallel import Ranks
+from recurrent_depth.training.trainer import Trainer
 
+QUESTION, ANSWER = "how many apples are there?", "there are 7 apples."  # of the chat models in conftest.py
 ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 
 
 def small_run(out: Path, **changes: Any) -> RunConfig:
     """Twelve steps of a tiny model on the shell game."""
     defaults: dict[str, Any] = {
-        "data": TaskDataConfig(name="shell_game", min_length=2, max_length=8),
+        "data": DataConfig(task=TaskDataConfig(name="shell_game", min_length=2, max_length=8)),
         "model": ModelConfig(
             n_embd=32, n_heads=2, intermediate_size=64, vocab_size=64, block_size=32, mean_recurrence=4,
             mean_backprop_depth=2,
@@ -40,7 +51,7 @@ def small_run(out: Path, **changes: Any) -> RunConfig:
         "batch_size": 8,
         "micro_steps": 2,
         "log_every": 1,
-        "optimizer": OptimizerConfig(lr=2e-3, warmup_steps=3, cooldown_steps=3),
+        "optimizer": OptimizerConfig(lr=2e-3, warmup_steps=3, cooldown_steps=min(3, changes.get("steps", 3))),
         "runtime": RuntimeConfig(device="cpu", threads=1),
         "checkpoint": CheckpointConfig(every=4),
         "validation": ValidationConfig(every=6, rows=8, num_steps=(1, 4)),
@@ -79,6 +90,53 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records if record["type"] == "train"]
 
 
+@contextmanager
+def changed_loss(change: Callable[[Trainer, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Pass the loss of every micro-step of training in this process through `change(trainer, loss)`."""
+    train_step, forward = Trainer.train_step, RecurrentDepthModel.forward
+    training: list[Trainer] = []
+
+    def watched_step(self: Trainer) -> dict[str, float]:
+        training.append(self)
+        try:
+            return train_step(self)
+        finally:
+            training.pop()
+
+    def changed_forward(self: RecurrentDepthModel, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        if training:
+            output.loss = change(training[-1], output.loss)
+        return output
+
+    Trainer.train_step, RecurrentDepthModel.forward = watched_step, changed_forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Trainer.train_step, RecurrentDepthModel.forward = train_step, forward  # type: ignore[method-assign]
+
+
+def assert_equal_runs(actual: Path, expected: Path) -> None:
+    """Losses, weights and moments of two runs are equal bit for bit."""
+    assert losses(actual) == losses(expected)
+    tensors, others = final_tensors(actual), final_tensors(expected)
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[name], others[name]) for name in others)
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The operating system has no room for files of this name: opening one to write fails."""
+    original = io.open
+
+    def full(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if name in str(file) and mode[0] in "wa":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        return original(file, mode, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", full)
+    monkeypatch.setattr("builtins.open", full)
+
+
 def outcome(folder: str | Path, action: Callable[..., Any], *args: Any) -> None:
     """Call `action`; what it raises is written to FOLDER/outcome-RANK.txt, and the process fails."""
     try:
@@ -91,8 +149,9 @@ def outcome(folder: str | Path, action: Callable[..., Any], *args: Any) -> None:
 def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     """Weights and moments of the newest checkpoint, by shard file and name."""
     tensors = {}
-    for path in sorted(checkpoints(run)[-1].glob("*.safetensors")):
-        tensors |= {f"{path.name}:{name}": value for name, value in load_file(path).items()}
+    newest = checkpoints(run)[-1]
+    for path in sorted(newest.rglob("*.safetensors")):
+        tensors |= {f"{path.relative_to(newest)}:{name}": value for name, value in load_file(path).items()}
     return tensors
 
 
@@ -138,3 +197,30 @@ def _free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
+
+
+_ABSENT = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("recurrent_depth", "recurrent_depth_kernels"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import torch
+"""
+
+
+def run_without_our_package(script: str, scratch: Path) -> str:
+    """What a script prints in a process that cannot import this package and has no terminal to ask questions on."""
+    env = {"HF_HOME": str(scratch), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
+    command = [sys.executable, "-I", "-c", _ABSENT + script]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def error_line(capsys: Any) -> str:
+    """The line in which a command has reported its error."""
+    lines = capsys.readouterr().err.splitlines()
+    assert not any(line.startswith("Traceback") for line in lines)
+    return next(line for line in lines if line.startswith("error: "))

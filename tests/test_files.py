@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import multiprocessing
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ from recurrent_depth.files import (
     check_new_folder,
     file_hash,
     folder_lock,
+    output_folder,
     write_json,
     write_text,
 )
@@ -86,3 +88,51 @@ def test_folder_lock_names_the_process_that_holds_it(tmp_path: Path) -> None:
     process.join()
     with folder_lock(tmp_path):  # the lock of a killed process is free
         pass
+
+
+def test_folder_lock_warns_where_the_file_system_has_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.warns(UserWarning, match="cannot be locked"), folder_lock(tmp_path):
+        pass
+
+
+def _write(out: str, held: "multiprocessing.synchronize.Event", end: "multiprocessing.synchronize.Event") -> None:
+    with atomic_folder(out) as folder:
+        (folder / "half").write_text("")
+        held.set()
+        end.wait(30)
+
+
+def test_atomic_folder_refuses_a_second_writer_and_clears_up_after_a_killed_one(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    context = multiprocessing.get_context("spawn")
+    held, end = context.Event(), context.Event()
+    process = context.Process(target=_write, args=(str(out), held, end))
+    process.start()
+    assert held.wait(30)
+    with pytest.raises(FolderInUseError, match=rf"/out is in use by process {process.pid} on"), atomic_folder(out):
+        pass
+    process.kill()
+    process.join()
+    with atomic_folder(out) as folder:
+        (folder / "whole").write_text("")
+    assert [*os.listdir(tmp_path), *os.listdir(out)] == ["out", "whole"]
+
+
+def test_output_folder_leaves_nothing_behind_a_refused_command(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "b"
+    with pytest.raises(ValueError, match="refused"), output_folder(out):
+        raise ValueError("refused")
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(ZeroDivisionError), output_folder(out) as folder:
+        (folder / "x").write_text(str((folder / "y").write_text("") / 0))
+    assert (out / "y").is_file()
+
+
+def test_output_folder_is_locked(tmp_path: Path) -> None:
+    with output_folder(tmp_path / "out"), pytest.raises(FolderInUseError, match=f"process {os.getpid()}"):  # noqa: SIM117
+        with output_folder(tmp_path / "out"):
+            pass

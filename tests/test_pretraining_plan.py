@@ -1,4 +1,4 @@
-"""The plan of a run against what real ranks hold and send, and what the command says."""
+"""The plan of a run against the memory and communication of real ranks, and the output of the command."""
 
 import dataclasses
 import json
@@ -8,14 +8,14 @@ import pytest
 
 from live_memory import LiveMemory
 from recurrent_depth.cli import main
-from recurrent_depth.data.loader import TaskDataConfig
+from recurrent_depth.data.config import DataConfig, TaskDataConfig
 from recurrent_depth.model.config import SHAPES, ModelConfig
 from recurrent_depth.model.flops import training_flops
 from recurrent_depth.planning.devices import DEVICES
 from recurrent_depth.planning.pretraining import Job, communication, fits, memory, remedies, throughput
-from recurrent_depth.training.optimizer import OptimizerConfig, local
-from recurrent_depth.training.parallel import RuntimeConfig, start_processes
-from recurrent_depth.training.schedule import DepthRampConfig
+from recurrent_depth.training.config import DepthRampConfig, OptimizerConfig, RuntimeConfig
+from recurrent_depth.training.optimizer import local
+from recurrent_depth.training.parallel import start_processes
 from recurrent_depth.training.trainer import Trainer
 from support import run_ranks, small_run
 
@@ -30,7 +30,7 @@ def wide_run(out, optimizer="huginn", micro_steps=1, **runtime):
     return small_run(
         out,
         model=MODEL,
-        data=TaskDataConfig(name="shell_game", min_length=TOKENS - 1, max_length=TOKENS - 1),
+        data=DataConfig(task=TaskDataConfig(name="shell_game", min_length=TOKENS - 1, max_length=TOKENS - 1)),
         micro_steps=micro_steps,
         optimizer=OptimizerConfig(name=optimizer),
         runtime=RuntimeConfig(**{"device": "cpu", "threads": 1, "dtype": "bfloat16"} | runtime),
@@ -38,7 +38,7 @@ def wide_run(out, optimizer="huginn", micro_steps=1, **runtime):
 
 
 def measured_peak(config) -> int:
-    """Bytes that one rank holds at most in its second step."""
+    """Return the peak bytes of one rank in its second training step."""
     trainer = Trainer(config, start_processes(config.runtime))
     trainer.train_step()
     moments = [value for p in trainer.parameters for value in trainer.optimizer.state[p].values()]
@@ -88,7 +88,7 @@ def huginn(**changes):
     )
 
 
-def test_weights_and_moments_are_divided_by_the_ranks_that_share_them():
+def test_planned_weights_and_moments_are_divided_by_the_ranks_that_share_them():
     parameters = 3_564_976_800
     parts = memory(Job(huginn(), 128, 4096))
     assert parts["weights (fp32)"] == 4 * parameters // 128
@@ -97,7 +97,7 @@ def test_weights_and_moments_are_divided_by_the_ranks_that_share_them():
     assert parts["gathered weights"] == 2 * parameters
 
 
-def test_a_run_that_does_not_fit_is_mended():
+def test_remedies_make_a_run_fit():
     config = huginn(micro_steps=1024, runtime={"activation_checkpointing": "none", "loss_chunk_size": None})
     job, device = Job(config, 4, 4096), DEVICES["a100"]
     assert not fits(job, device)
@@ -105,15 +105,15 @@ def test_a_run_that_does_not_fit_is_mended():
     assert "--runtime.activation_checkpointing step" in changes
     fields = {text.split()[0].removeprefix("--runtime."): text.split()[1] for text in changes}
     parsed = {name: json.loads(v) if v[0].isdigit() or v in ("true", "null") else v for name, v in fields.items()}
-    mended = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, **parsed))
-    assert fits(Job(mended, 4, 4096), device)
-    assert remedies(Job(mended, 4, 4096), device) == []
+    changed_run = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, **parsed))
+    assert fits(Job(changed_run, 4, 4096), device)
+    assert remedies(Job(changed_run, 4, 4096), device) == []
 
 
-def test_time_is_flops_over_peak_plus_bytes_over_links():
+def test_planned_time_is_flops_over_peak_plus_bytes_over_links():
     job, device = Job(huginn(runtime={"shard_size": 8}), 128, 4096), DEVICES["h100"]
     speed, sent = throughput(job, device, 0.5), communication(job)
-    assert speed.executed == pytest.approx(206e9, rel=0.02)  # 14.1 TFLOP a core step of 4096 tokens, r = 33, k = 8
+    assert speed.executed == pytest.approx(206e9, rel=0.02)  # 14.1 TFLOP per iteration of 4096 tokens, r = 33, k = 8
     assert speed.useful < speed.executed
     assert speed.compute_seconds == pytest.approx(speed.executed * 4096 * 4096 / 128 / (0.5 * 989e12))
     inside = (sent["gather"] + sent["reduce_scatter"]) * 7 / 8 / 450e9
@@ -124,7 +124,7 @@ def test_time_is_flops_over_peak_plus_bytes_over_links():
 
 
 @pytest.mark.parametrize("ramp_steps", [40, 100, 250])
-def test_a_ramp_of_the_depth_counts_by_the_depths_of_the_run(tmp_path, ramp_steps):
+def test_planned_flops_of_a_depth_ramp_are_the_mean_over_its_depths(tmp_path, ramp_steps):
     model = dataclasses.replace(MODEL, sampling_scheme="fixed", mean_recurrence=32, mean_backprop_depth=4)
     run = small_run(tmp_path, model=model, steps=100, depth_ramp=DepthRampConfig(start=4, steps=ramp_steps))
     depths = [round(4 + 28 * min(1, step / ramp_steps)) for step in range(100)]
@@ -132,15 +132,17 @@ def test_a_ramp_of_the_depth_counts_by_the_depths_of_the_run(tmp_path, ramp_step
     assert throughput(Job(run, 1, TOKENS), DEVICES["h100"], 0.5).executed == pytest.approx(executed / TOKENS, rel=0.01)
 
 
-def test_the_command_plans_a_shipped_configuration(capsys):
-    config = ["--config", "configs/pretrain/huginn-3.5b-h100.yaml", "--num-gpus", "128"]
+def test_plan_command_plans_a_shipped_configuration(capsys):
+    config = ["--run", "configs/pretrain/huginn-3.5b-h100.yaml", "--num-gpus", "128"]
     assert main(["plan", *config, "--utilisation", "0.5"]) == 0
     text = capsys.readouterr().out
     assert "It fits." in text
-    assert "| tokens a step, and of the run | 16,777,216 and 795,240,038,400 |" in text
-    assert main(["plan", *config, "--runtime.activation_checkpointing", "none", "--runtime.shard_size", "1"]) == 0
+    assert "| tokens per training step, and of the run | 16,777,216 and 795,240,038,400 |" in text
+    assert (
+        main(["plan", *config, "--run.runtime.activation_checkpointing", "none", "--run.runtime.shard_size", "1"]) == 0
+    )
     assert "It does not fit. It fits with --runtime.activation_checkpointing" in capsys.readouterr().out
-    assert main(["plan", *config, "--device", "tpu"]) == 1
-    assert "known devices" in capsys.readouterr().err
-    assert main(["plan", *config[:2], "--num-gpus", "100"]) == 1
+    assert main(["plan", *config, "--device", "tpu"]) == 2
+    assert "one of a100, h100" in capsys.readouterr().err
+    assert main(["plan", *config[:2], "--num-gpus", "100"]) == 2
     assert "do not divide" in capsys.readouterr().err

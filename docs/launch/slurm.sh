@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Pretraining under Slurm: one torchrun a node, restarts after faults, a checkpoint before the time limit.
-#   sbatch --nodes 16 docs/launch/slurm.sh configs/pretrain/huginn-3.5b-h100.yaml --data.path data/huginn
+#   sbatch --nodes 16 docs/launch/slurm.sh configs/pretrain/huginn-3.5b-h100.yaml --data.packed.path data/huginn
 #SBATCH --job-name=recurrent-depth
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8

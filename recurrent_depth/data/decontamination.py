@@ -1,15 +1,15 @@
-"""Which texts share a run of words with an evaluation set."""
+"""Find texts that share a run of words with an evaluation set."""
 
 from collections.abc import Iterable, Iterator
 
 
 def words_of(text: str) -> list[str]:
-    """The words that are compared: lower-cased, split at any white space."""
+    """Return the words that are compared: lower-cased, split at white space."""
     return text.lower().split()
 
 
 def word_ngrams(text: str, n: int) -> Iterator[str]:
-    """Every run of `n` words of a text, joined by single spaces; none if it has fewer words."""
+    """Yield every run of `n` words of a text, joined by single spaces; none if it has fewer words."""
     words = words_of(text)
     for first in range(len(words) - n + 1):
         yield " ".join(words[first : first + n])
@@ -18,8 +18,8 @@ def word_ngrams(text: str, n: int) -> Iterator[str]:
 class NgramIndex:
     """The word n-grams of an evaluation set.
 
-    The same rule serves pretraining data (13 words, as is usual there) and small reasoning sets (8 words,
-    arXiv 2501.19393). Evaluation texts of fewer than `n` words cannot be matched; `too_short` counts them.
+    The same rule serves pretraining data (13 words are usual) and small reasoning sets (8 words, arXiv 2501.19393).
+    Evaluation texts of fewer than `n` words cannot be matched; `too_short` counts them.
 
     Args:
         texts: the evaluation set.
@@ -38,5 +38,5 @@ class NgramIndex:
             self.ngrams |= found
 
     def overlap(self, text: str) -> str | None:
-        """The first n-gram of `text` that the evaluation set has too; None where they share none."""
+        """Return the first n-gram of `text` that the evaluation set contains too, or None."""
         return next((ngram for ngram in word_ngrams(text, self.n) if ngram in self.ngrams), None)

@@ -1,5 +1,1 @@
-"""Evaluation over test-time steps."""
-
-from recurrent_depth.evaluation.sweep import EvalConfig, evaluate
-
-__all__ = ["EvalConfig", "evaluate"]
+"""Evaluation over test-time iterations: lm-eval tasks, generated tasks, thinking budgets; tables and the report."""

@@ -1,20 +1,25 @@
-"""Questions put to a model under budgets: so many hidden steps, so many visible tokens, so many forced "Wait".
+"""Questions answered under thinking budgets: iterations per token, thinking tokens, forced "Wait"s.
 
-Everything is counted by the decoding engine: tokens written, steps of the core, FLOPs.
+Tokens, core iterations and FLOPs are counted where they are spent, in recurrent_depth.generation.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-from recurrent_depth.data.packed import DataError
-from recurrent_depth.evaluation.scaling import Cell
+from recurrent_depth.data.layout import DataError
+from recurrent_depth.evaluation.budget_metrics import Cell
+from recurrent_depth.evaluation.config import BudgetsConfig
 from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.request import DecodableModel, Decoding
+from recurrent_depth.reasoning.curation.answers import Checker
 from recurrent_depth.reasoning.format import Formatter
+from recurrent_depth.reasoning.pool import load_pool
 
 Grade = Callable[[Sequence["Question"], Sequence[str]], list[bool]]
-"""(questions, answers) -> which are right."""
+"""(questions, answers) -> which answers are right."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,10 @@ class Attempt:
     """One reply.
 
     Attributes:
-        thinking_tokens: between the delimiters, "Wait" included.
-        new_tokens: written in all, delimiters included.
-        answer: its text; empty where none was begun.
-        correct: what the grader says.
+        thinking_tokens: tokens between the delimiters, "Wait" included.
+        new_tokens: all tokens written, delimiters included.
+        answer: text of the answer; empty if none was begun.
+        correct: verdict of the grader.
     """
 
     thinking_tokens: int
@@ -44,17 +49,18 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Attempts:
-    """Replies to all questions, and what they took together."""
+    """The replies to all questions, with the core iterations and FLOPs of all of them together."""
 
     replies: list[Attempt]
     core_steps: int
     flops: int
 
-    def cell(self, label: str, num_steps: int, at_most: float = math.inf) -> Cell:
-        """Means over the questions; control counts traces of at most `at_most` tokens."""
+    def cell(self, mode: str, label: str, num_steps: int, at_most: float = math.inf) -> Cell:
+        """Return the means over the questions. A trace of at most `at_most` tokens is within its budget."""
         n = len(self.replies)
         accuracy = sum(reply.correct for reply in self.replies) / n
         return Cell(
+            mode=mode,
             label=label,
             num_steps=num_steps,
             accuracy=accuracy,
@@ -70,10 +76,10 @@ class Attempts:
 
 @dataclass(frozen=True)
 class Examiner:
-    """Asks a set of questions and grades the replies.
+    """Asks a model a set of questions and grades its replies.
 
     Args:
-        answer_tokens: tokens an answer may have, delimiters included.
+        answer_tokens: tokens of an answer, at most, delimiters included.
         batch_size: questions decoded together.
     """
 
@@ -84,9 +90,13 @@ class Examiner:
     answer_tokens: int = 32
     batch_size: int = 32
 
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(self.model)
+
     def __post_init__(self) -> None:
         if not self.questions:
-            raise DataError("there are no questions; name a file with the fields question and answer")
+            raise DataError("there are no questions; give a file with the fields question and answer")
 
     def ask(
         self,
@@ -99,18 +109,25 @@ class Examiner:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> Attempts:
-        """Put every question once.
+        """Ask every question once.
 
         Args:
-            num_steps: steps of the core for every token.
-            at_most: thinking tokens.
-            waits: ends of thinking that are replaced, within the budget.
-            forced: end the thinking at `at_most`; otherwise the model stops by itself, within the room of its block.
-            hint: words added to the question (a budget that the model is told, and may ignore).
-            temperature, seed: of sampling.
+            num_steps: core iterations of every token.
+            at_most: thinking tokens, at most.
+            waits: ends of thinking that are replaced by "Wait", within the budget.
+            forced: end the thinking at `at_most`; otherwise only the room in the model's block ends it.
+            hint: text added to the question, for example a budget that the model may ignore.
+            temperature: of sampling; 0 takes the most probable token.
+            seed: of sampling.
         """
-        prompts = [self.formatter.prompt(_hinted(question.text, hint)) for question in self.questions]
-        budget = self.formatter.budget(at_most, waits) if forced else self.formatter.budget(self._room(prompts))
+        prompts = [self.formatter.prompt(_with_hint(question.text, hint)) for question in self.questions]
+        room = self._room(prompts)
+        if forced and at_most > room:
+            raise ValueError(
+                f"thinking_tokens is {at_most}, but the model's block has room for {room} thinking tokens after its "
+                "longest prompt; lower thinking_tokens or answer_tokens"
+            )
+        budget = self.formatter.budget(at_most, waits) if forced else self.formatter.budget(room)
         options = Decoding(
             max_new_tokens=budget.at_most + self._overhead(),
             num_steps=num_steps,
@@ -128,36 +145,29 @@ class Examiner:
         ]
         return Attempts(replies, core_steps, flops)
 
-    def grid(self, num_steps: Sequence[int], thinking_tokens: Sequence[int], waits: Sequence[int]) -> list[Cell]:
-        """A cell for every combination."""
-        return [
-            self.ask(r, at_most, count).cell(budget_label(at_most, count), r, at_most)
-            for at_most in thinking_tokens
-            for count in waits
-            for r in num_steps
-        ]
-
     def _overhead(self) -> int:
-        """Tokens of a reply besides its trace: delimiters and answer."""
+        """Return the tokens of a reply besides its trace: delimiters and answer."""
         return 1 + len(self.formatter.budget(0).end) + self.answer_tokens
 
     def _room(self, prompts: list[list[int]]) -> int:
-        """Thinking tokens that fit the model's block after the longest prompt."""
+        """Return the thinking tokens that fit the model's block after the longest prompt."""
         block, longest = self.model.model_config.block_size, max(map(len, prompts))
         room = block - longest - self._overhead()
-        if room < 1:
-            raise ValueError(f"prompts of up to {longest} tokens leave no room to think in a block of {block}")
+        if room < 0:
+            raise ValueError(
+                f"prompts of up to {longest} tokens and an answer of {self.answer_tokens} do not fit the model's block "
+                f"of {block} tokens; lower answer_tokens or give shorter questions"
+            )
         return room
 
     def _decode(self, prompts: list[list[int]], options: Decoding) -> tuple[list[list[int]], int, int]:
-        """Prompts of like length together, so that little is padded; results in the order of the questions."""
+        """Decode prompts of similar length together, for little padding; return tokens in the order of the prompts."""
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         tokens: list[list[int]] = [[] for _ in prompts]
         core_steps = flops = 0
-        decoder = Decoder(self.model)
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            result = decoder.generate([prompts[index] for index in batch], options, requests=batch)
+            result = self._decoder.generate([prompts[index] for index in batch], options, requests=batch)
             for index, written in zip(batch, result.tokens, strict=True):
                 tokens[index] = written
             core_steps += result.core_steps
@@ -165,10 +175,30 @@ class Examiner:
         return tokens, core_steps, flops
 
 
-def budget_label(at_most: int, waits: int) -> str:
-    """A budget in the column `mode`."""
-    return f"think={at_most},waits={waits}"
+def make_examiner(
+    model: DecodableModel, tokenizer: Any, questions: Sequence[Question], config: BudgetsConfig, checker: Checker
+) -> Examiner:
+    """Return an Examiner that grades by rule (numbers, fractions, LaTeX, letters); undecided answers count as wrong."""
+
+    def grade(asked: Sequence[Question], answers: Sequence[str]) -> list[bool]:
+        pairs = zip(asked, answers, strict=True)
+        return [checker.check(question.answer, answer)[0] is True for question, answer in pairs]
+
+    formatter = Formatter(tokenizer, config.format)
+    return Examiner(model, formatter, questions, grade, config.answer_tokens, config.batch_size)
 
 
-def _hinted(question: str, hint: str) -> str:
+def load_questions(config: BudgetsConfig) -> list[Question]:
+    """Return the questions of the configured source."""
+    assert config.questions is not None
+    examples, _ = load_pool([config.questions])
+    return [Question(example.question, example.answer) for example in examples]
+
+
+def budget_label(thinking_tokens: int, waits: int) -> str:
+    """Return the budget as it stands in the column `budget`."""
+    return f"tokens={thinking_tokens} waits={waits}"
+
+
+def _with_hint(question: str, hint: str) -> str:
     return f"{question} {hint}" if hint else question

@@ -1,39 +1,41 @@
-"""lm-evaluation-harness at several numbers of steps, on a model loaded once."""
+"""lm-evaluation-harness at several numbers of iterations, on a model loaded once."""
 
 import json
 import logging
-import re
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from recurrent_depth.evaluation.table import Result
-from recurrent_depth.generation.config import EngineOptions, Thinking
+from recurrent_depth.building import build
+from recurrent_depth.data.tasks.state import TASKS
+from recurrent_depth.evaluation.budgets import budget_label
+from recurrent_depth.evaluation.config import LmEvalConfig, TaskGroup
+from recurrent_depth.evaluation.generated import LM_SUFFIX, export_task
+from recurrent_depth.evaluation.table import Result, natural
+from recurrent_depth.generation.config import EngineOptions
 from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.forcing import ThinkingBudget
 from recurrent_depth.hf.engine import decoding, joined, stop_at, unpadded
 
-if TYPE_CHECKING:
-    from recurrent_depth.evaluation.sweep import TaskGroup
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that a loaded model was passed, at every call
 
-logging.getLogger("lm_eval").setLevel(logging.WARNING)
-
-
-_THINKING = {f"think_{field.name}": field.name for field in fields(Thinking)}
+GENERATED_NAMES = {f"{name}{LM_SUFFIX}": task for name, task in TASKS.items()}
 
 
 class RecurrentLM(HFLM):
-    """lm-eval's Hugging Face model with a depth and an initial state that can be changed between runs.
+    """lm-eval's Hugging Face model, with a number of iterations and an initial state that change between runs.
 
-    Generation options that belong to the decoding engine (fields of `EngineOptions`, as in `gen_kwargs="exit=kl"`, or
-    of `Thinking` behind `think_`, as in `"think_at_most=256,think_rounds=2"`) send the requests to it. A thinking part
-    is cut off before an answer is read, and stop texts count behind it alone. `spent` adds up what the engine took.
+    Generation options that are fields of `EngineOptions` (for example `gen_kwargs: {thinking: {at_most: 256}}` or
+    `{exit: kl}`) send the requests to our decoding engine. A thinking part is cut off before an answer is read, and
+    a task's stop texts count after it only. `spent` sums up tokens, core iterations and FLOPs of the engine.
     """
 
     num_steps: int = 1
@@ -47,17 +49,18 @@ class RecurrentLM(HFLM):
             return self.model(inps, num_steps=self.num_steps, state_seed=self.state_seed).logits
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: Any, **kwargs: Any) -> torch.Tensor:
-        names = ({field.name for field in fields(EngineOptions)} | _THINKING.keys()) & kwargs.keys()
-        given = {name: kwargs.pop(name) for name in names}
-        thinking = {_THINKING[name]: given.pop(name) for name in _THINKING.keys() & names}
-        engine = {"num_steps": self.num_steps, "thinking": Thinking(**thinking) if thinking else None} | given
+        engine = engine_options(kwargs, num_steps=self.num_steps)
         self.think_end_token = None
-        if not names:
+        if engine is None:
             depth = {"num_steps": self.num_steps, "state_seed": self.state_seed}
             return super()._model_generate(context, max_length, stop, **depth, **kwargs)
         if self.state_seed is not None:
-            raise ValueError(f"{', '.join(sorted(names))}: the decoding engine starts from zeros; drop state_seeds")
-        return self._decode(EngineOptions(**engine), context, max_length, stop, **kwargs)
+            raise ValueError(
+                "lm_eval.gen_kwargs: exits, thinking and modes of decoding start from a state of zeros; leave "
+                "lm_eval.state_seeds out"
+            )
+        others = {name: value for name, value in kwargs.items() if not _is_engine_option(name)}
+        return self._decode(engine, context, max_length, stop, **others)
 
     def _decode(
         self,
@@ -71,7 +74,7 @@ class RecurrentLM(HFLM):
         top_k: int | None = None,
         top_p: float = 1.0,
     ) -> torch.Tensor:
-        """The same by the engine, with lm-eval's names for sampling."""
+        """Generate with the decoding engine; the sampling options have lm-eval's names."""
         options = decoding(
             engine,
             self.tokenizer,
@@ -91,99 +94,173 @@ class RecurrentLM(HFLM):
         return joined(context, result.tokens, self.tokenizer.pad_token_id)
 
 
+def flat(gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return generation options with sections written out: `{thinking: {rounds: 2}}` as `{thinking.rounds: 2}`.
+
+    lm-eval tells requests apart by plain values alone.
+    """
+    found: dict[str, Any] = {}
+    for name, value in gen_kwargs.items():
+        found |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, Mapping) else {name: value}
+    return found
+
+
+def engine_options(gen_kwargs: Mapping[str, Any], **further: Any) -> EngineOptions | None:
+    """Return the options of our decoding engine among generation options; None if there are none."""
+    values: dict[str, Any] = {}
+    for name, value in flat(gen_kwargs).items():
+        if _is_engine_option(name):
+            section, dot, key = name.partition(".")
+            values |= {section: values.get(section, {}) | {key: value}} if dot else {name: value}
+    return build(EngineOptions, further | values, "lm_eval.gen_kwargs") if values else None
+
+
+def _is_engine_option(name: str) -> bool:
+    return name.partition(".")[0] in {field.name for field in fields(EngineOptions)}
+
+
+def check_tasks(groups: Sequence[TaskGroup], config: LmEvalConfig) -> None:
+    """Load every task, and raise for one that is unknown, malformed, or cannot have a thinking budget."""
+    for group in groups:
+        engine_options(group.gen_kwargs)
+    if config.include_path is not None and not Path(config.include_path).is_dir():
+        raise FileNotFoundError(
+            f"lm_eval.include_path: {config.include_path} is not a folder; give one with task YAMLs"
+        )
+    names = [task for group in groups for task in group.tasks if task not in GENERATED_NAMES]
+    if not names:
+        return
+    manager = task_manager(config.include_path, None, defaults=True)
+    unknown = sorted(set(names) - set(manager.all_tasks))
+    if unknown:
+        raise ValueError(
+            f"tasks: {', '.join(unknown)} not found; `lm-eval ls tasks` lists the tasks, lm_eval.include_path adds "
+            "yours (a YAML file that is not valid is skipped), and the generated tasks are "
+            f"{', '.join(sorted(GENERATED_NAMES))}"
+        )
+    for name in names:
+        for task in _load(manager, name).values():
+            if config.budgets.thinking_tokens and task.OUTPUT_TYPE != "generate_until":
+                raise ValueError(
+                    f"lm_eval.budgets: {name} does not generate text ({task.OUTPUT_TYPE}), so it has no thinking "
+                    "budget; evaluate it in another call"
+                )
+
+
+def _load(manager: TaskManager, name: str) -> dict[str, Any]:
+    try:
+        return manager.load([name])["tasks"]
+    except Exception as error:  # lm-eval checks little: a malformed YAML ends in any error
+        raise ValueError(
+            f"tasks: lm-eval cannot load {name} ({type(error).__name__}: {error}); check its YAML and data with "
+            f"`lm-eval validate --tasks {name}`"
+        ) from error
+
+
+@lru_cache(maxsize=1)  # reading the thousands of files that lm-eval brings takes seconds
+def task_manager(include_path: str | None, generated: Path | None, defaults: bool) -> TaskManager:
+    """Return the tasks of `include_path`, of the folder of generated tasks, and with `defaults` those of lm-eval."""
+    folders = [str(folder) for folder in (include_path, generated) if folder is not None]
+    try:
+        return TaskManager(include_path=folders or None, include_defaults=defaults)
+    except Exception as error:
+        raise ValueError(f"lm_eval.include_path: lm-eval cannot read {include_path} ({error}); fix it") from error
+
+
 class Harness:
-    """A model loaded once, and the tasks it may be asked."""
+    """A loaded model, and the tasks it is asked.
+
+    Args:
+        name: of the model, for the results.
+        settings: takes an entry per group, initial state and budget, for results.json: the options, the chat template,
+            and what lm-eval reports of the tasks.
+    """
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        name: str,
-        include_path: str | None,
-        batch_size: int,
-        limit: int | None,
-        run_generated_code: bool,
-    ) -> None:
-        self.name, self.limit, self.run_generated_code = name, limit, run_generated_code
-        self.manager = TaskManager(include_path=include_path)
-        self.lm = RecurrentLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
+        self, model: Any, tokenizer: Any, name: str, config: LmEvalConfig, groups: Sequence[TaskGroup],
+        settings: list[dict[str, Any]],
+    ) -> None:  # fmt: skip
+        self.name, self.config, self.groups, self.settings = name, config, groups, settings
+        self.lm = RecurrentLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=config.batch_size)
         self.lm.spent = Counter()
 
-    def check(self, tasks: list[str]) -> None:
-        """Refuse unknown tasks before anything is run."""
-        unknown = [task for task in tasks if not self.manager.match_tasks([task])]
-        if unknown:
-            raise ValueError(
-                f"unknown task(s) {', '.join(unknown)}; `lm-eval ls tasks` lists them, --include-path adds yours"
-            )
+    def evaluate(self, num_steps: Sequence[int], tasks_folder: Path) -> Iterator[list[Result]]:
+        """Yield the results of each group, initial state, budget and number of iterations.
 
-    def run(
-        self, group: "TaskGroup", num_steps: list[int], state_seed: int | None, budget: str = ""
-    ) -> tuple[list[Result], dict[str, Any]]:
-        """Results of a group's tasks at every number of steps, and the settings they were asked with.
-
-        `budget` is a note on the group's thinking budget for the column `mode`.
+        Generated tasks are written to `tasks_folder`.
         """
-        self.lm.state_seed = state_seed
-        mode = "lm-eval" if state_seed is None else f"lm-eval, state seed {state_seed}"
-        mode = f"{mode}, {budget}" if budget else mode
-        results: list[Result] = []
-        report: dict[str, Any] = {}
-        spent: dict[int, dict[str, int]] = {}
-        for r in num_steps:
-            self.lm.num_steps, self.lm.spent = r, Counter()
-            report = simple_evaluate(
-                self.lm,
-                tasks=list(group.tasks),
-                task_manager=self.manager,
-                limit=self.limit,
-                num_fewshot=group.num_fewshot,
-                apply_chat_template=group.apply_chat_template,
-                system_instruction=group.system_instruction,
-                fewshot_as_multiturn=group.fewshot_as_multiturn,
-                gen_kwargs=group.gen_kwargs,
-                confirm_run_unsafe_code=self.run_generated_code,
-                log_samples=False,
-                bootstrap_iters=1000,
-            )
-            results.extend(_results(self.name, mode, r, report))
-            spent[r] = dict(self.lm.spent)
-        template = self.lm.tokenizer.chat_template if group.apply_chat_template else None
-        settings = {
-            "group": asdict(group),
-            "mode": mode,
-            "chat_template": template,
-            "state_seed": state_seed,
-            "engine_spent": spent,  # by the decoding engine, where gen_kwargs name its options
-            "configs": report.get("configs", {}),
-            "versions": report.get("versions", {}),
-        }
-        return results, json.loads(json.dumps(settings, default=str))
+        names = {task for group in self.groups for task in group.tasks}
+        generated = sorted(names & GENERATED_NAMES.keys())
+        for name in generated:
+            export_task(GENERATED_NAMES[name], tasks_folder, length=self.config.length)
+        others = bool(names - GENERATED_NAMES.keys())
+        manager = task_manager(self.config.include_path, tasks_folder if generated else None, defaults=others)
+        for group in self.groups:
+            for seed in self.config.state_seeds:
+                for budget, options in self._budgets():
+                    settings: dict[str, Any] = {"group": asdict(group), "budget": budget, "state_seed": seed}
+                    settings |= {"gen_kwargs": flat(group.gen_kwargs) | options, "engine_spent": {}}
+                    self.settings.append(settings)
+                    for r in num_steps:
+                        yield self._run(manager, group, seed, budget, settings, r)
+
+    def _budgets(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return every budget's label with its generation options; one without budget if there are none."""
+        budgets: list[tuple[str, dict[str, Any]]] = [
+            (budget_label(tokens, waits), {"thinking.at_most": tokens, "thinking.rounds": waits})
+            for tokens, waits in self.config.budgets.combinations()
+        ]
+        return budgets or [("", {})]
+
+    def _run(
+        self, manager: TaskManager, group: TaskGroup, seed: int | None, budget: str, settings: dict[str, Any], r: int
+    ) -> list[Result]:
+        self.lm.num_steps, self.lm.state_seed, self.lm.spent = r, seed, Counter()
+        report = simple_evaluate(
+            self.lm,
+            tasks=list(group.tasks),
+            task_manager=manager,
+            limit=self.config.limit,
+            num_fewshot=group.num_fewshot,
+            apply_chat_template=group.apply_chat_template,
+            system_instruction=group.system_instruction,
+            fewshot_as_multiturn=group.fewshot_as_multiturn,
+            gen_kwargs=settings["gen_kwargs"] or None,
+            confirm_run_unsafe_code=self.config.run_generated_code,
+            log_samples=False,
+            bootstrap_iters=1000,
+        )
+        settings["engine_spent"][r] = dict(self.lm.spent)
+        settings["chat_template"] = self.lm.tokenizer.chat_template if group.apply_chat_template else None
+        settings |= json.loads(json.dumps({k: report.get(k, {}) for k in ("configs", "versions")}, default=str))
+        return [
+            Result(self.name, "test", *_split_name(task), "lm-eval", budget, seed, metric, r, value, stderr, n)
+            for task, metric, value, stderr, n in read_report(report)
+        ]
 
 
-def _results(name: str, mode: str, r: int, report: dict[str, Any]) -> list[Result]:
-    rows = []
-    for task, metrics in sorted(report["results"].items(), key=lambda item: _natural(item[0])):
-        n = report["n-samples"].get(task, {}).get("effective", 0)
+def read_report(report: dict[str, Any]) -> Iterator[tuple[str, str, float, float | None, int]]:
+    """Yield (task, metric, value, standard error, documents) of lm-eval's report, in natural order of the tasks."""
+    for task, metrics in sorted(report["results"].items(), key=lambda item: natural(item[0])):
         for key, value in metrics.items():
             metric, _, rule = key.partition(",")
             if not rule or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            error = metrics.get(f"{metric}_stderr,{rule}")
-            stderr = float(error) if isinstance(error, int | float) else float("nan")
-            label = metric if rule == "none" else f"{metric},{rule}"
-            base, _, difficulty = task.partition("__")
-            rows.append(Result(name, "test", base, difficulty, mode, label, r, float(value), stderr, n))
-    return rows
+            stderr = metrics.get(f"{metric}_stderr,{rule}")
+            known = isinstance(stderr, int | float) and stderr == stderr  # else "N/A" or NaN
+            name = metric if rule == "none" else f"{metric},{rule}"
+            yield task, name, float(value), float(stderr) if known else None, _documents(report, task)
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts `task__5-8` before `task__13-16`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+def _documents(report: dict[str, Any], task: str) -> int:
+    """Return the documents of a task, or of all tasks of a group."""
+    samples = report["n-samples"].get(task)
+    if samples is not None:
+        return samples["effective"]
+    return sum(_documents(report, part) for part in report.get("group_subtasks", {}).get(task, []))
 
 
-def known_task_folder(path: str | Path) -> str:
-    """An include path that exists."""
-    if not Path(path).is_dir():
-        raise FileNotFoundError(f"{path} does not exist; export tasks there first, or mend --include-path")
-    return str(path)
+def _split_name(task: str) -> tuple[str, str]:
+    """Return name and difficulty of a task: of shell_game_lm__5-8, shell_game_lm and 5-8; of others, no difficulty."""
+    name, _, difficulty = task.partition("__")
+    return (name, difficulty) if name in GENERATED_NAMES else (task, "")

@@ -13,8 +13,9 @@ from recurrent_depth.generation.batch import Batch
 from recurrent_depth.generation.cache import RecurrentCache, cache_shape
 from recurrent_depth.generation.captured import CapturedToken, decode_captured
 from recurrent_depth.generation.config import Captured, Mode, Refill, Speculation, Wavefront
-from recurrent_depth.generation.request import DecodableModel, Decoded, Decoding, OnToken, Requests
+from recurrent_depth.generation.request import DecodableModel, Decoded, Decoding, OnToken, Requests, Stopping
 from recurrent_depth.generation.speculative import decode_speculatively
+from recurrent_depth.generation.tokens import Tokens
 from recurrent_depth.generation.wavefront import decode_wavefront
 
 
@@ -52,21 +53,49 @@ class Decoder:
         if isinstance(mode, Captured):
             return decode_captured(self, asked)
         if isinstance(mode, Speculation):
-            cache = self.cache(asked, len(prompts), asked.room + mode.tokens)
+            cache = self._cache_for(asked, len(prompts), asked.room + mode.tokens)
             return decode_speculatively(self.model, asked, cache, mode)
         if isinstance(mode, Wavefront):
-            return decode_wavefront(self.model, asked, self.cache(asked, len(prompts), asked.room), mode)
+            return decode_wavefront(self.model, asked, self._cache_for(asked, len(prompts), asked.room), mode)
         lanes = min(mode.lanes, len(prompts)) if isinstance(mode, Refill) else len(prompts)
-        return Batch(self.model, asked, self.cache(asked, lanes, asked.room), mode).run()
+        return Batch(self.model, asked, self._cache_for(asked, lanes, asked.room), mode).run()
 
-    def cache(self, requests: Requests, lanes: int, length: int) -> RecurrentCache:
+    @torch.inference_mode()
+    def logits(
+        self, input_ids: Tensor, num_steps: int, cache_budget: int | None = None, chunks: Sequence[int] | None = None
+    ) -> Tensor:
+        """Return the logits [B, T, V] of given tokens [B, T], which enter one after another as in decoding.
+
+        Args:
+            chunks: numbers of tokens that enter together, T in all; default one at a time.
+        """
+        B, T = input_ids.shape
+        tokens = Tokens(self.model, self._cache(B, T, num_steps, cache_budget))
+        found, first = [], 0
+        for n in [1] * T if chunks is None else chunks:
+            ids, columns = input_ids[:, first : first + n].flatten().tolist(), list(range(first, first + n)) * B
+            lanes = [lane for lane in range(B) for _ in range(n)]
+            tokens.start(ids, lanes, columns, [0] * len(ids), [Stopping(num_steps)] * len(ids))
+            while len(tokens.iterating):
+                tokens.advance()
+            found.append(tokens.finish(list(range(B)), every=True)[1].view(B, n, -1))
+            first += n
+        return torch.cat(found, dim=1)
+
+    def _cache_for(self, requests: Requests, lanes: int, length: int) -> RecurrentCache:
+        options = requests.options
+        cache = self._cache(lanes, length, requests.most_steps, options.cache_budget, options.released_cache)
+        requests.result.cache_bytes = cache.num_bytes
+        return cache
+
+    def _cache(
+        self, lanes: int, length: int, num_steps: int, budget: int | None, released: bool = False
+    ) -> RecurrentCache:
         """Return an empty cache for a call, in memory that is used again."""
-        weight, options, config = self.model.lm_head.weight, requests.options, self.model.model_config
-        shape = (config, lanes, length, requests.most_steps, options.cache_budget)
+        weight = self.model.lm_head.weight
+        shape = (self.model.model_config, lanes, length, num_steps, budget)
         size = math.prod(cache_shape(*shape))
         if self.memory is None or self.memory.numel() < size or self.memory.dtype != weight.dtype:
             self.memory = None  # give the old memory back before more is asked for
             self.memory = torch.empty(size, dtype=weight.dtype, device=weight.device)
-        cache = RecurrentCache(*shape, released=options.released_cache, memory=self.memory)
-        requests.result.cache_bytes = cache.num_bytes
-        return cache
+        return RecurrentCache(*shape, released=released, memory=self.memory)

@@ -175,10 +175,10 @@ class Tokens:
         self.iterating = self.iterating + group
         self.exits.extend([limits.rule for limits in group.stopping])
 
-    def finish(self, lanes: list[int]) -> tuple[Group, Tensor]:
+    def finish(self, lanes: list[int], every: bool = False) -> tuple[Group, Tensor]:
         """Run the coda over the stopped tokens of these lanes, which are done, and forget them.
 
-        Returns the tokens, lane after lane, and the logits [n, V] of the last one of each lane.
+        Returns the tokens, lane after lane, and the logits [n, V] of the last one of each lane, or of every token.
         """
         group, order = self.stopped, {lane: place for place, lane in enumerate(lanes)}
         of, column = group.layout.lanes, group.layout.columns
@@ -186,6 +186,8 @@ class Tokens:
         others = [n for n, lane in enumerate(of) if lane not in order]
         done = group.at(mine)
         self.stopped = group.at(others) if others else self.empty
+        if every:
+            return done, self.logits(done)[:, 0]
         of = done.layout.lanes
         last = [n for n, lane in enumerate(of) if n + 1 == len(of) or of[n + 1] != lane]
         return done, self.logits(done, last)[:, 0]

@@ -1,18 +1,42 @@
-"""The chat format of Huginn, as a template for transformers."""
+"""The chat format of Huginn: a template for transformers, and the tokens that end an answer."""
 
-CHAT_TEMPLATE = (
-    "<|begin_text|>"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}"
-    "<|begin_header|>Huginn<|end_header|>\n\n"
-    "{% generation %}{{ message['content'] | trim }}<|end_turn|>{% endgeneration %}"
-    "{% else %}"
-    "<|begin_header|>{{ message['role'] }}<|end_header|>\n\n{{ message['content'] | trim }}<|end_turn|>"
-    "{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|begin_header|>Huginn<|end_header|>\n\n{% endif %}"
-)
-"""`<|begin_text|>` once, then a header, two newlines, the trimmed text and `<|end_turn|>` a message."""
+from typing import Any
 
-CHAT_TOKENS = ("<|begin_text|>", "<|begin_header|>", "<|end_header|>", "<|end_turn|>")
-"""What a tokenizer must hold for the template to work."""
+from recurrent_depth.data.chat import CHAT_TEMPLATE, CHAT_TOKENS  # noqa: F401
+
+END_TOKENS = ("<|end_turn|>", "<|end_text|>")
+"""Tokens that end a turn or a document, and so generation."""
+
+
+def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Return the ids that end generation: those of the model's generation config, and the tokenizer's own.
+
+    Args:
+        model: a transformers model, or None.
+        tokenizer: a transformers tokenizer, or None.
+    """
+    given = None if model is None else model.generation_config.eos_token_id
+    ids = {given} if isinstance(given, int) else set(given or ())
+    if tokenizer is not None:
+        vocabulary = tokenizer.get_vocab()
+        ids |= {vocabulary[token] for token in END_TOKENS if token in vocabulary}
+        ids |= {tokenizer.eos_token_id} - {None}
+    return tuple(sorted(ids))
+
+
+def set_generation_tokens(model: Any, tokenizer: Any) -> None:
+    """Tell a model, and a tokenizer, where a text ends: eos, bos and pad ids, and the longest input.
+
+    So `generate()` stops at the end of a turn. Ids that the generation config names already are kept.
+    """
+    if tokenizer is None or getattr(model, "generation_config", None) is None:
+        return
+    config = model.generation_config
+    ends = stop_ids(model, tokenizer)
+    config.eos_token_id = list(ends) or None
+    config._from_model_config = False  # transformers 4 derives it anew from config.json otherwise
+    if config.bos_token_id is None:
+        config.bos_token_id = tokenizer.bos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)

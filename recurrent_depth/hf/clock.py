@@ -1,14 +1,14 @@
-"""Which training step a fine-tuned model is at, so that its depth and noise are functions of it."""
+"""The training step a fine-tuned model is at; its depth and noise are functions of it."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class DepthClock:
-    """The names that depth and noise are drawn by: (seed, step, micro-step).
+    """(seed, training step, micro-step), of which depth and noise are functions.
 
-    A trainer's callback sets them (`recurrent_depth.hf.finetuning.DepthCallback`). Where nobody does, the model counts
-    its own forward passes in training.
+    A trainer's callback sets them (`recurrent_depth.hf.finetuning.DepthCallback`). Without one, the model counts its
+    own forward passes in training.
     """
 
     seed: int = 0
@@ -17,8 +17,8 @@ class DepthClock:
     driven: bool = False
 
     def read(self) -> tuple[int, int, int]:
-        """(seed, step, micro-step) of the forward pass that begins now."""
-        names = self.seed, self.step, self.micro_step
+        """Return (seed, step, micro-step) of the forward pass that starts now."""
+        current = self.seed, self.step, self.micro_step
         if not self.driven:
             self.step += 1
-        return names
+        return current

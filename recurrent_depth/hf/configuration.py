@@ -43,7 +43,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
     """Fields of `ModelConfig`, and what a forward pass does unless a call says otherwise.
 
     Args:
-        num_steps: steps of the core; null: mean_recurrence, and sampled depths in training.
+        num_steps: core iterations, in training too; null: mean_recurrence, and sampled depths in training.
         state_seed: draw the initial state from (seed, position, channel); null: zeros.
     """
 
@@ -118,6 +118,18 @@ class RecurrentDepthConfig(PreTrainedConfig):
             "init_orthogonal": False,
             "test_time_noise_type": "fixed",
         }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what config.json holds: every field of a released folder, where there are two spellings the released.
+
+        The released class passes `tie_word_embeddings` on from `tie_embeddings`; a file with both does not load there.
+        """
+        values = super().to_diff_dict() | self.released_fields()
+        values.pop("tie_word_embeddings", None)
+        values["architectures"] = ["RavenForCausalLM"]
+        if "dtype" in values:
+            values["torch_dtype"] = values["dtype"]  # the name in transformers 4
+        return values
 
     def to_model_config(self) -> ModelConfig:
         """The architecture alone."""

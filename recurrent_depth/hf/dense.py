@@ -1,6 +1,7 @@
 """The control of a fine-tuning: a dense transformers model through the same rows, schedule and number of steps."""
 
-from dataclasses import dataclass
+import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +11,21 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from recurrent_depth.data.loader import Batch, PackedDataConfig, Source, open_source
-from recurrent_depth.training.optimizer import OptimizerConfig
-from recurrent_depth.training.run import RunConfig
+from recurrent_depth.data.batch import Batch, Source
+from recurrent_depth.data.config import DataConfig
+from recurrent_depth.data.loader import open_source
+from recurrent_depth.files import LOCK_FILE, output_folder
+from recurrent_depth.hub import check_folder_or_hub_name
+from recurrent_depth.training.config import DenseConfig, OptimizerConfig, RunConfig
+from recurrent_depth.training.parallel import Ranks, start_processes
 from recurrent_depth.training.schedule import learning_rate
 
 
-@dataclass(frozen=True, kw_only=True)
-class DenseCommand(RunConfig):
-    """Fine-tune a dense transformers model by the recipe of a recurrent one.
-
-    Reads the same file as `recurrent-depth train`: data, steps, batch_size, micro_steps, seed, log_every, optimizer,
-    runtime.dtype and runtime.activation_checkpointing. `model`, health and validation depths are a recurrent model's
-    and have no meaning here. Rows must be prepared with the dense model's own tokenizer. For several GPUs start it by
-    torchrun; the rows of a micro-step are divided among the ranks.
-
-    Args:
-        dense: folder or hub name of the model.
-        resume: continue from the newest checkpoint in `out`.
-    """
-
-    dense: str
-    resume: bool = False
-
-
 class Rows(Dataset):
-    """A source's rows in the order in which the trainer of recurrent models reads them."""
+    """A source's rows in the order in which the trainer of recurrent models reads them.
+
+    accelerate gives batch m * ranks + r to rank r, which makes the rows of a micro-step those of the recurrent trainer.
+    """
 
     def __init__(self, source: Source, count: int) -> None:
         self.source, self.count = source, count
@@ -68,34 +58,47 @@ class InOrder(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def train_dense(command: DenseCommand) -> Path:
-    """Fine-tune; returns the folder of the model."""
-    config = command
-    if not isinstance(config.data, PackedDataConfig):
-        raise ValueError("a dense model is fine-tuned on prepared rows: give data.path")
-    if config.data.document_masking and not config.data.restart_positions:
-        raise ValueError("a dense model knows packed examples by their positions: set data.restart_positions: true")
+def train_dense(config: DenseConfig) -> Path:
+    """Fine-tune a dense model; return its folder."""
+    check_folder_or_hub_name(config.model)
+    rows = config.run.rows_per_rank(int(os.environ.get("WORLD_SIZE", 1)))
     out = Path(config.out)
-    if out.exists() and any(out.iterdir()) and not command.resume:
+    ranks = start_processes(config.run.runtime)
+    try:
+        with ExitStack() as stack:
+            ranks.on_main(lambda: _claim(stack.enter_context(output_folder(out)), config.resume))
+            _train(config, ranks, rows)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return out / "model"
+
+
+def _claim(out: Path, resume: bool) -> None:
+    if any(path.name != LOCK_FILE for path in out.iterdir()) and not resume:
         raise FileExistsError(f"{out} is not empty; continue with --resume true or choose another out")
-    source = open_source(config.data, "train", config.seed, config.steps)
-    model = load_dense(config.dense)
+
+
+def _train(config: DenseConfig, ranks: Ranks, rows: int) -> None:
+    run = config.run
+    source = open_source(DataConfig(packed=config.rows), "train", run.seed, run.steps)
+    model = load_dense(config.model)
     if source.vocab_size > model.config.vocab_size:
         raise ValueError(
-            f"the rows use {source.vocab_size} token ids, {config.dense} has {model.config.vocab_size}; prepare them "
+            f"the rows use {source.vocab_size} token ids, {config.model} has {model.config.vocab_size}; prepare them "
             "with its own tokenizer"
         )
-    optimizer, schedule = optimizer_of(model, config.optimizer, config.steps)
+    optimizer, schedule = optimizer_of(model, run.optimizer, run.steps)
     trainer = InOrder(
         model=model,
-        args=arguments(config),
-        train_dataset=Rows(source, config.steps * config.batch_size),
+        args=arguments(run, rows, config.out),
+        train_dataset=Rows(source, run.steps * run.batch_size),
         optimizers=(optimizer, schedule),
     )
-    trainer.train(resume_from_checkpoint=command.resume or None)
-    trainer.save_model(str(out / "model"))
-    AutoTokenizer.from_pretrained(config.dense).save_pretrained(out / "model")
-    return out / "model"
+    trainer.train(resume_from_checkpoint=config.resume or None)
+    folder = Path(config.out) / "model"
+    trainer.save_model(str(folder))
+    ranks.on_main(lambda: AutoTokenizer.from_pretrained(config.model).save_pretrained(folder))
 
 
 def load_dense(path: str) -> Any:
@@ -105,13 +108,12 @@ def load_dense(path: str) -> Any:
     return model
 
 
-def arguments(config: RunConfig) -> TrainingArguments:
-    """The recipe in transformers' words."""
-    rows = config.rows_per_rank(int(torch.distributed.get_world_size()) if torch.distributed.is_initialized() else 1)
+def arguments(config: RunConfig, rows: int, out: str) -> TrainingArguments:
+    """Return transformers' options for the recipe; every rank takes `rows` rows of a micro-step."""
     gpu = config.runtime.device != "cpu" and torch.cuda.is_available()
     half = config.runtime.dtype == "bfloat16" or (config.runtime.dtype == "auto" and gpu)
     return TrainingArguments(
-        output_dir=config.out,
+        output_dir=out,
         max_steps=config.steps,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=config.micro_steps,
@@ -124,13 +126,12 @@ def arguments(config: RunConfig) -> TrainingArguments:
         seed=config.seed,
         report_to=[],
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
     )
 
 
 def optimizer_of(model: nn.Module, config: OptimizerConfig, steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
     """AdamW with decay on matrices alone, and the schedule of the recurrent recipe."""
-    if config.name != "adamw":
-        raise ValueError(f"optimizer.name is {config.name!r}; the dense control is trained with adamw")
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]

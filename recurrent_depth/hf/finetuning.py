@@ -5,15 +5,16 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from recurrent_depth.checks import check_at_least
 from recurrent_depth.hf.clock import DepthClock
 from recurrent_depth.hf.modeling import RecurrentDepthForCausalLM
 
 
 class DepthCallback(TrainerCallback):
-    """Depth and noise of a fine-tuning step as functions of (seed, step, micro-step): a resumed run repeats them.
+    """Make depth and noise functions of (seed, training step, micro-step), so that a resumed run repeats them.
 
     Pass it to any Trainer: `Trainer(..., callbacks=[DepthCallback()])`. Without it the model counts its own training
-    passes from zero. A fixed depth needs neither: set `model.config.num_steps`.
+    passes from zero. A fixed depth needs no callback: set `model.config.num_steps`.
     """
 
     def __init__(self) -> None:
@@ -36,3 +37,14 @@ class DepthCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.clock.driven = False
+
+
+def fix_depth(model: RecurrentDepthForCausalLM, num_steps: int) -> None:
+    """Make training passes take `num_steps` iterations from a zero state, as passes without gradient do.
+
+    For reinforcement learning: sampled depths and initial states would give the tokens of a rollout other
+    log-probabilities in the update than in the rollout, and the model a divergence from itself. The last
+    mean_backprop_depth iterations carry gradient.
+    """
+    check_at_least("num_steps", num_steps, 1)
+    model.config.num_steps, model.config.state_init = num_steps, "zero"

@@ -1,16 +1,39 @@
-"""A model and its tokenizer from whatever a user names: a run, a checkpoint, an export, a hub name."""
+"""A model and its tokenizer from what a user names: a run, a checkpoint, an export, a Hugging Face folder, a hub name.
 
+Weights are read from safetensors alone, never from a pickle.
+"""
+
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from huggingface_hub import HfApi
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
+from recurrent_depth.devices import choose_device
 from recurrent_depth.hf import RecurrentDepthConfig, RecurrentDepthForCausalLM
-from recurrent_depth.hf.chat import CHAT_TEMPLATE, CHAT_TOKENS
+from recurrent_depth.hf.chat import CHAT_TEMPLATE, CHAT_TOKENS, set_generation_tokens
+from recurrent_depth.hub import check_folder_or_hub_name, in_hub_cache
 from recurrent_depth.model.config import Kernels
 from recurrent_depth.model.transformer import RecurrentDepthModel
-from recurrent_depth.runs import is_run, load_run_model, run_tokenizer
+from recurrent_depth.runs import CheckpointError, is_run, load_run_model, run_tokenizer
+
+T = TypeVar("T")
+_HUB_SECONDS = 5
+_OPTIONAL = re.compile(r"qk_bias$|^freqs_cis$")
+"""Tensors that a folder may lack: a bias that is zero, and the rotary table, which follows from the configuration."""
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded; the message names the cause and what to do."""
 
 
 def load_model(
@@ -19,15 +42,31 @@ def load_model(
     device: str | torch.device = "cpu",
     kernels: Kernels = "auto",
 ) -> tuple[RecurrentDepthForCausalLM, Any]:
-    """Model (in evaluation mode) and tokenizer (None where the folder has none)."""
+    """Return the model, in evaluation mode, and its tokenizer (None where the folder has none).
+
+    Args:
+        path: run folder, checkpoint, export, Hugging Face folder or hub name.
+        dtype: of the weights; None: float32.
+        device: auto, cpu, cuda or cuda:N.
+        kernels: implementation of the element-wise operations: auto, triton, torch.
+
+    Raises:
+        ModelError: if there is no such model, or it is damaged; the message names the file and what to do.
+        CheckpointError: the same for a run.
+    """
+    chosen = choose_device(str(device))
+    model: Any
     if is_run(path):
-        model = wrap(load_run_model(path))
-        tokenizer = _fast_tokenizer(run_tokenizer(path))
+        inner = _explained(f"{path}: the checkpoint cannot be loaded", lambda: load_run_model(path))
+        model, tokenizer = wrap(inner), fast_tokenizer(run_tokenizer(path))
     else:
-        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype or torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(str(path)) if _has_tokenizer(path) else None
-    model = model.to(device=device, dtype=dtype).eval()
+        options = _where(path)
+        model = _load_weights(path, dtype or torch.float32, options)
+        tokenizer = _load_tokenizer(path, options)
+    _check_vocabulary(path, model, tokenizer)
+    model = model.to(device=chosen, dtype=dtype).eval()
     if isinstance(model, RecurrentDepthForCausalLM):  # difficulty of questions is measured with any model
+        set_generation_tokens(model, tokenizer)
         model.set_kernels(kernels)
     return model, tokenizer
 
@@ -41,14 +80,14 @@ def wrap(model: RecurrentDepthModel) -> RecurrentDepthForCausalLM:
     return wrapped
 
 
-def _has_tokenizer(path: str | Path) -> bool:
-    return not Path(path).is_dir() or any(Path(path).glob("tokenizer*"))
-
-
-def _fast_tokenizer(file: Path | None) -> Any:
+def fast_tokenizer(file: Path | None) -> Any:
+    """Return the transformers tokenizer of a run's tokenizer.json, with its special tokens and chat template."""
     if file is None:
         return None
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), clean_up_tokenization_spaces=False)
+    tokenizer: Any = _explained(
+        f"{file} is not a tokenizer of the tokenizers library",
+        lambda: PreTrainedTokenizerFast(tokenizer_file=str(file), clean_up_tokenization_spaces=False),
+    )
     known = tokenizer.get_vocab()
     names = {"bos_token": "<|begin_text|>", "eos_token": "<|end_text|>", "pad_token": "<|pad|>"}
     tokenizer.add_special_tokens({role: token for role, token in names.items() if token in known})
@@ -57,3 +96,97 @@ def _fast_tokenizer(file: Path | None) -> Any:
     if tokenizer.eos_token is None:  # generated tasks have padding only; lm-eval wants an end of text
         tokenizer.eos_token = tokenizer.pad_token
     return tokenizer
+
+
+def _where(path: str | Path) -> dict[str, Any]:
+    """Options of `from_pretrained` for a folder or hub name, once it is known to be there.
+
+    One short request tells whether the hub has the model; `from_pretrained` itself would try for over a minute.
+    """
+    name = str(path)
+    check_folder_or_hub_name(name)
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise ModelError(
+                f"model: {name} holds neither config.json nor checkpoints; name a run, a checkpoint, an export or a "
+                "Hugging Face folder"
+            )
+        return {"local_files_only": True}
+    try:
+        HfApi().model_info(name, timeout=_HUB_SECONDS)
+    except Exception as error:  # offline, unreachable or unknown: each library version has its own classes for it
+        if in_hub_cache(name):
+            return {"local_files_only": True}
+        raise ModelError(
+            f"model: there is no folder {name!r}; as a hub name it cannot be loaded either ({_first_line(error)})"
+        ) from error
+    return {}
+
+
+def _load_weights(path: str | Path, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth") for p in folder.glob(kind))
+        found = f"only {', '.join(pickles)}, a pickle, which is never read" if pickles else "none"
+        raise ModelError(f"model: {path} holds no weights as .safetensors: {found}. Save the model as safetensors")
+    kind = _explained(f"model: config.json of {path} cannot be read", lambda: _model_type(path, options))
+    if kind not in CONFIG_MAPPING:
+        raise ModelError(
+            f"model: config.json of {path} has model_type {kind!r}, which neither this package nor transformers knows; "
+            f"a recurrent-depth model has {RecurrentDepthConfig.model_type!r}"
+        )
+    model, info = _explained(
+        f"model: {path} cannot be loaded",
+        lambda: AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options
+        ),
+    )
+    if isinstance(model, RecurrentDepthForCausalLM):
+        missing = sorted(name for name in info["missing_keys"] if not _OPTIONAL.search(name))
+        for kind, names in (("lack", missing), ("have, beyond its config.json,", sorted(info["unexpected_keys"]))):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise ModelError(
+                    f"model: the weights of {path} {kind} {', '.join(names[:3])}{more}; config.json and weights do "
+                    "not belong together, take both from one folder"
+                )
+    return model
+
+
+def _model_type(path: str | Path, options: dict[str, Any]) -> Any:
+    return PreTrainedConfig.get_config_dict(str(path), **options)[0].get("model_type")
+
+
+def _load_tokenizer(path: str | Path, options: dict[str, Any]) -> Any:
+    if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
+        return None
+    return _explained(
+        f"model: the tokenizer of {path} cannot be loaded",
+        lambda: AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, **options),
+    )
+
+
+def _check_vocabulary(path: str | Path, model: Any, tokenizer: Any) -> None:
+    """Raise if the tokenizer has ids for which the model has no embedding."""
+    if tokenizer is None:
+        return
+    rows, largest = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
+    if largest >= rows:
+        raise ModelError(
+            f"model: the tokenizer of {path} has ids up to {largest}, but the model embeds {rows} tokens; use the "
+            "tokenizer the model was trained with"
+        )
+
+
+def _explained(message: str, load: Callable[[], T]) -> T:
+    """Return load(); what the libraries raise for a damaged file becomes a ModelError that starts with `message`."""
+    try:
+        return load()
+    except CheckpointError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exceptions, safetensors its SafetensorError
+        raise ModelError(f"{message} ({type(error).__name__}: {_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -6,7 +6,8 @@ Shapes: B batch, T tokens, D width, V vocabulary.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -62,6 +63,9 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     gradient_checkpointing = False
     freqs_cis: Tensor
+    write_code: ClassVar[Callable[[Any, Path], None] | None] = None
+    """Writes the modelling code into a saved folder. `recurrent_depth.hf` sets it; for the copy of this code that such
+    a folder carries, transformers copies the files itself."""
 
     def __init__(self, config: RecurrentDepthConfig) -> None:
         super().__init__(config)
@@ -86,6 +90,14 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             released_rounding: in bfloat16, round inside the norms as the released code does.
         """
         use_ops(self, choose_ops(kernels, self.device, released_rounding))
+
+    def save_pretrained(
+        self, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """Write weights, configuration and the modelling code, so that the folder loads without this package."""
+        if self.write_code is not None and is_main_process:
+            self.write_code(Path(save_directory))
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.transformer.wte
@@ -125,9 +137,11 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         """Run the model.
 
         Args:
-            num_steps: steps of the core, an int or (without, with) gradient; default: in training a sampled depth
-                (see `DepthClock`), else the config's num_steps, or its mean_recurrence.
-            input_states: initial state [B, T, D]; default: in training the config's state_init, else zeros.
+            num_steps: core iterations, an int (all carry gradient) or (without, with) gradient. Default: the config's
+                num_steps, of which the last mean_backprop_depth carry gradient in training. Where the config has none:
+                in training a sampled depth (see `DepthClock`), otherwise mean_recurrence.
+            input_states: initial state [B, T, D]; default: in training the config's state_init, otherwise zeros.
+                Training means training mode with gradients enabled; under no_grad a pass is deterministic.
             state_seed: draw the initial state from (seed, position, channel) instead; default: the config's.
             output_hidden_states: return the embeddings and the output of every layer in the order of computation,
                 1 + unrolled layers tensors [B, T, D]; `core_states` arranges them by (step, layer).
@@ -249,26 +263,39 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     def _depth_and_state(
         self, x: Tensor, positions: Tensor, steps: NumSteps | None, state: Tensor | None, state_seed: int | None
     ) -> tuple[NumSteps, Tensor]:
-        """How many steps this pass takes, and the state [B, T, D] it starts from."""
-        config = self.model_config
-        seed, step, micro_step = self.clock.read() if self.training else (0, 0, 0)
-        if steps is None and self.training and self.config.num_steps is None:
-            steps = sample_depth(config, seed=seed, step=step, micro_step=micro_step)
+        """How many iterations this pass takes, and the state [B, T, D] it starts from.
+
+        A pass without gradient is deterministic in training mode as well: trainers generate and compute reference
+        log-probabilities there.
+        """
+        training = self.training and torch.is_grad_enabled()
+        seed, step, micro_step = self.clock.read() if training else (0, 0, 0)
         if steps is None:
-            steps = self.config.num_steps or self.config.mean_recurrence
+            steps = self._training_depth(seed, step, micro_step) if training else self._depth()
         split_steps(steps)
         if state is not None:
             return steps, state.to(x.dtype)
         row, ops = torch.arange(x.shape[0], device=x.device), self.transformer.core_block.ops
-        if self.training and config.state_init == "like-init":
+        if training and self.config.state_init == "like-init":
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
             row = row + (micro_step << 24) + rank * x.shape[0]
-            return steps, random_state(config, row, positions, seed=seed, step=step, ops=ops).to(x.dtype)
+            return steps, random_state(self.model_config, row, positions, seed=seed, step=step, ops=ops).to(x.dtype)
         state_seed = self.config.state_seed if state_seed is None else state_seed
         if state_seed is None:
             return steps, torch.zeros_like(x)
-        state = random_state(config, torch.zeros_like(row), positions, seed=state_seed, ops=ops)
+        state = random_state(self.model_config, torch.zeros_like(row), positions, seed=state_seed, ops=ops)
         return steps, state.to(x.dtype)
+
+    def _depth(self) -> int:
+        return self.config.mean_recurrence if self.config.num_steps is None else self.config.num_steps
+
+    def _training_depth(self, seed: int, step: int, micro_step: int) -> NumSteps:
+        """Sampled, or the config's num_steps; the last mean_backprop_depth iterations carry gradient."""
+        if self.config.num_steps is None:
+            return sample_depth(self.model_config, seed=seed, step=step, micro_step=micro_step)
+        total, k = self.config.num_steps, self.config.mean_backprop_depth
+        with_gradient = total if k is None else min(k, total)
+        return total - with_gradient, with_gradient
 
     def _attention(self, mask: Any, layers: CacheLayers | None, kwargs: dict[str, Any]) -> AttentionFunction:
         """transformers' attention function and cache, in the form the blocks call."""
@@ -301,7 +328,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         kind = generation_config.cache_implementation
         wanted = generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None
         if wanted and kind in (None, "dynamic", "static"):
-            steps = model_kwargs.get("num_steps") or self.config.num_steps or self.config.mean_recurrence
+            steps = model_kwargs.get("num_steps") or self._depth()
             max_length = max(args[-1], getattr(generation_config, "max_cache_len", None) or 0)
             static_length = max_length if kind == "static" else None
             model_kwargs["past_key_values"] = make_cache(

@@ -6,6 +6,8 @@ from typing import Literal
 
 SamplingScheme = Literal["poisson-lognormal-filling", "fixed"]
 
+Checkpointing = Literal["none", "step", "block"]
+
 MAX_NUM_STEPS = 4096
 """Most core iterations that an option may ask for; a typing error must not occupy a machine for hours."""
 
@@ -15,20 +17,24 @@ Kernels = Literal["auto", "triton", "torch"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a recurrent-depth transformer and how many recurrences it is trained for.
+    """Shape of a recurrent-depth transformer and how many iterations it is trained for.
 
     Args:
         n_embd: width D.
         n_heads: attention heads H; the head size K = n_embd / n_heads must be even.
         intermediate_size: inner width of the gated MLP.
         n_layers_in_prelude, n_layers_in_recurrent_block, n_layers_in_coda: blocks of each part.
-        vocab_size: rows of the (tied) embedding V.
+        vocab_size: rows of the embedding V.
         block_size: longest sequence the rotary table covers, in tokens.
-        mean_recurrence: mean of the sampled depth in training; the default depth at test time.
-        mean_backprop_depth: last steps that carry gradient (k); None trains through all of them.
+        mean_recurrence: mean of the iterations sampled in training; the default number of iterations at test time.
+        mean_backprop_depth: last iterations that carry gradient (k); null trains through all of them.
         sampling_scheme: `poisson-lognormal-filling` samples the depth, `fixed` always runs `mean_recurrence`.
         state_init: `like-init` draws the initial state in training, `zero` starts from zeros.
         norm: class of the norms, by its name in `recurrent_depth.model.layers.NORMS`.
+        norm_eps: epsilon of the norms.
+        rope_base: base of the rotary embedding.
+        qk_bias: queries and keys have a bias.
+        tie_embeddings: the output projection is the embedding.
     """
 
     n_embd: int = 64
@@ -51,27 +57,25 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "n_embd",
-            "n_heads",
-            "intermediate_size",
-            "n_layers_in_prelude",
-            "n_layers_in_recurrent_block",
-            "n_layers_in_coda",
-            "vocab_size",
-            "block_size",
-            "mean_recurrence",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+            "n_embd", "n_heads", "intermediate_size", "n_layers_in_prelude", "n_layers_in_recurrent_block",
+            "n_layers_in_coda", "vocab_size", "block_size", "mean_recurrence", "mean_backprop_depth",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.mean_recurrence > MAX_NUM_STEPS:
+            raise ValueError(
+                f"mean_recurrence is {self.mean_recurrence}; it must be at most {MAX_NUM_STEPS} iterations"
+            )
         if self.n_embd % self.n_heads or (self.n_embd // self.n_heads) % 2:
             raise ValueError(
-                f"model.n_embd {self.n_embd} over model.n_heads {self.n_heads} must give an even whole head size "
-                "(rotary embedding turns pairs); change one of them"
+                f"n_embd is {self.n_embd} and n_heads is {self.n_heads}; the head size n_embd / n_heads must be even "
+                "(rotary embedding turns pairs): change one of them"
             )
-        if self.mean_backprop_depth is not None and self.mean_backprop_depth < 1:
-            raise ValueError("model.mean_backprop_depth must be at least 1, or null for all steps")
-        if self.norm_eps <= 0 or self.rope_base <= 1:
-            raise ValueError("model.norm_eps must be positive and model.rope_base above 1")
+        if not 0 < self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps is {self.norm_eps}; it must be a finite number above 0")
+        if not 1 < self.rope_base < math.inf:
+            raise ValueError(f"rope_base is {self.rope_base}; it must be a finite number above 1")
 
     @property
     def head_dim(self) -> int:

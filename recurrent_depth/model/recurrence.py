@@ -5,14 +5,14 @@ Shapes: B batch, T tokens, D width, R iterations.
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from recurrent_depth.model.attention import AttentionFunction, Rotary
-from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.config import Checkpointing, ModelConfig
 from recurrent_depth.model.layers import SandwichBlock
 from recurrent_depth.model.ops import TORCH_OPS, Ops
 from recurrent_depth.model.random import DEPTH_STREAM, generator
@@ -26,7 +26,6 @@ Adapt = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor], bool | None]
 """Called with (iterations done, state) after every iteration; returning True ends the loop."""
 
-Checkpointing = Literal["none", "step", "block"]
 
 DEPTH_SIGMA = 0.5
 

@@ -1,4 +1,4 @@
-"""What autograd keeps of a training step, counted and not estimated.
+"""Bytes of activations that autograd keeps for the backward pass of a training step.
 
 The model runs on torch's meta device, which allocates nothing, and every tensor that autograd would keep is counted.
 Shapes: B batch, T tokens, H heads, K head size.
@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from recurrent_depth.model.attention import on_heads
-from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.config import Checkpointing, ModelConfig
 from recurrent_depth.model.layers import rotary_at
-from recurrent_depth.model.recurrence import Checkpointing
 from recurrent_depth.model.transformer import RecurrentDepthModel
 
 
 class _Flash(torch.autograd.Function):
-    """Attention's shape and what a fused kernel keeps (q, k, v, the output, a number a query); no arithmetic."""
+    """Attention's output shape, and what a fused kernel keeps: q, k, v, the output, one number per query."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -28,7 +27,7 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        raise RuntimeError("nothing is computed here")
+        raise RuntimeError("this attention has shapes only, no backward pass")
 
 
 @lru_cache
@@ -40,7 +39,13 @@ def activation_bytes(
     checkpointing: Checkpointing = "none",
     dtype: torch.dtype = torch.bfloat16,
 ) -> int:
-    """Bytes that autograd keeps from prelude to coda for a backward pass; the head and its loss are not included."""
+    """Return the bytes that autograd keeps from prelude to coda; the head and its loss are not included.
+
+    Args:
+        steps: iterations without and with gradient.
+        checkpointing: what the backward pass recomputes: nothing, every iteration (`step`) or every block.
+        dtype: of weights and activations.
+    """
     with torch.device("meta"):
         model = RecurrentDepthModel(config).to(dtype)
         table = torch.empty(model.freqs_cis.shape)
@@ -53,7 +58,7 @@ def activation_bytes(
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in owned:
-            kept[storage._cdata] = (storage.nbytes(), tensor)  # the tensor, so that no address is used twice
+            kept[storage._cdata] = (storage.nbytes(), tensor)  # holds the tensor, so that its address is not reused
         return tensor
 
     def attend(q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
@@ -69,14 +74,17 @@ def activation_bytes(
 
 
 def head_bytes(config: ModelConfig, batch: int, tokens: int) -> int:
-    """Logits of all tokens at once: in bf16 and fp32, their softmax and its gradient in fp32, the gradient in bf16."""
+    """Return the bytes of the head for all tokens at once.
+
+    Logits in bf16 and fp32, their softmax and its gradient in fp32, the gradient in bf16.
+    """
     return batch * tokens * config.vocab_size * (2 + 4 + 4 + 4 + 2)
 
 
 def recomputed_bytes(
     config: ModelConfig, batch: int, tokens: int, checkpointing: Checkpointing, dtype: torch.dtype = torch.bfloat16
 ) -> int:
-    """What a recomputed block, or a recomputed step of all core blocks, keeps while its backward pass runs."""
+    """Return the bytes that a recomputed block, or a recomputed iteration, keeps while its backward pass runs."""
     if checkpointing == "none":
         return 0
     one, two = (activation_bytes(config, batch, tokens, (0, k), "none", dtype) for k in (1, 2))

@@ -1,16 +1,17 @@
-"""Accelerators by their vendors' data sheets. Bandwidths are of one direction, in bytes per second and GPU."""
+"""Accelerators, by their vendors' data sheets. Bandwidths are per GPU and direction, in bytes/s."""
 
 from dataclasses import dataclass
 
 from recurrent_depth.model.flops import PEAK_FLOPS
+from recurrent_depth.planning.config import DeviceName
 
 GB = 10**9
 
 RESERVE = 0.08
-"""Share of a card left free: the CUDA context, cuBLAS workspaces, fragmentation. An allowance, not a measurement."""
+"""Share of a card's memory left free for the CUDA context, cuBLAS workspaces and fragmentation; not measured."""
 
 LINK_EFFICIENCY = 0.7
-"""Share of a link's bandwidth that large collectives are assumed to reach."""
+"""Share of a link's bandwidth that large collectives are assumed to reach; not measured."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,9 @@ class Device:
 
     Attributes:
         memory: bytes.
-        peak: dense bfloat16 operations per second.
+        peak: dense bfloat16 FLOP/s.
         link: bandwidth to the other GPUs of the node.
-        network: bandwidth to other nodes, this GPU's share.
+        network: this GPU's share of the bandwidth to other nodes.
         per_node: GPUs in a node.
     """
 
@@ -32,7 +33,7 @@ class Device:
     per_node: int = 8
 
 
-DEVICES = {
+DEVICES: dict[DeviceName, Device] = {
     "a100": Device(80 * GB, PEAK_FLOPS["A100"], 300 * GB, 25 * GB),  # NVLink 3, 200 Gb/s a GPU
     "h100": Device(80 * GB, PEAK_FLOPS["H100"], 450 * GB, 50 * GB),  # NVLink 4, 400 Gb/s a GPU
     "h200": Device(141 * GB, PEAK_FLOPS["H200"], 450 * GB, 50 * GB),

@@ -1,13 +1,13 @@
-"""The memory of fine-tuning on one card, before a GPU is rented."""
+"""Memory of fine-tuning on one card, by method and sequence length."""
 
 from typing import Literal
 
 import torch
 
-from recurrent_depth.model.config import SHAPES, ModelConfig
-from recurrent_depth.model.recurrence import Checkpointing
+from recurrent_depth.model.config import SHAPES, Checkpointing, ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.planning.activations import activation_bytes, head_bytes, recomputed_bytes
+from recurrent_depth.planning.config import FinetuningConfig
 from recurrent_depth.planning.devices import GB, RESERVE
 
 Method = Literal["full-fp32", "full-bf16", "full-bf16-8bit", "lora"]
@@ -18,15 +18,15 @@ BYTES_PER_PARAMETER: dict[Method, tuple[int, int, int]] = {
     "full-bf16-8bit": (2, 2, 2),
     "lora": (2, 0, 0),
 }
-"""Weights, gradients, optimizer: fp32 with the bf16 copies of autocast; all in bf16; bf16 and an 8-bit Adam; frozen."""
+"""Bytes of weights, gradients and optimizer: fp32 with bf16 copies for autocast; bf16; bf16 with 8-bit Adam; frozen."""
 
-_LORA_BYTES = 16  # weights, gradients and two moments in fp32, of the added matrices alone
+_LORA_BYTES = 16  # per added parameter: weight, gradient and two moments in fp32
 CARDS = (24, 48, 80, 141)
 LENGTHS = (512, 1024, 2048, 4096)
 
 
 def lora_parameters(config: ModelConfig, rank: int) -> int:
-    """Added weights of LoRA on every linear layer of prelude, core and coda, and on the adapter."""
+    """Return the parameters that LoRA adds on every linear layer of prelude, core and coda, and on the adapter."""
     d, i = config.n_embd, config.intermediate_size
     block = (d + 3 * d) + (d + d) + (d + 2 * i) + (i + d)
     return rank * (config.unrolled_layers(1) * block + 2 * d + d)
@@ -40,7 +40,7 @@ def finetuning_bytes(
     checkpointing: Checkpointing = "block",
     lora_rank: int = 16,
 ) -> dict[str, int]:
-    """Peak bytes of a fine-tuning step at micro-batch 1, by part."""
+    """Return the peak bytes of a training step at micro-batch 1, by part."""
     with torch.device("meta"):
         parameters = RecurrentDepthModel(config).num_parameters
     weights, gradients, optimizer = (parameters * size for size in BYTES_PER_PARAMETER[method])
@@ -57,14 +57,16 @@ def finetuning_bytes(
     }
 
 
-def finetuning_table(shape: str, backprop_depth: int, checkpointing: Checkpointing, lora_rank: int) -> str:
-    """Markdown: a row per method and sequence length, the peak in GB, and the cards it fits."""
-    config = SHAPES[shape]
+def finetuning_table(options: FinetuningConfig) -> str:
+    """Return Markdown: a row per method and sequence length, the peak in GB, and the cards it fits."""
+    config = SHAPES[options.shape]
     lines = ["| method | tokens | weights + gradients + optimizer, GB | activations, GB | peak, GB | fits, GB |"]
     lines.append("|---|---|---|---|---|---|")
     for method in BYTES_PER_PARAMETER:
         for tokens in (t for t in LENGTHS if t <= config.block_size):
-            parts = finetuning_bytes(config, method, tokens, backprop_depth, checkpointing, lora_rank)
+            parts = finetuning_bytes(
+                config, method, tokens, options.backprop_depth, options.checkpointing, options.lora_rank
+            )
             total = sum(parts.values())
             fixed = total - parts["activations"]
             cards = [str(card) for card in CARDS if total <= card * GB * (1 - RESERVE)]

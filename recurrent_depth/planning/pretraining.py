@@ -1,7 +1,8 @@
 """Memory, communication and time of a pretraining run, from its configuration.
 
-Memory is that of FSDP2 with the core as one unit (training/parallel.py): what is kept, and the largest moment of
-a step. Communication is counted in whole tensors, as tests/training/test_collectives.py counts it on real ranks.
+Memory is that of FSDP2 with the core as one unit (training/parallel.py): what is kept throughout, plus the largest
+moment of a training step. Communication is counted in whole tensors; tests/training/test_collectives.py compares it
+with real ranks.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from recurrent_depth.model.recurrence import sample_depth
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.planning.activations import activation_bytes, head_bytes, recomputed_bytes
 from recurrent_depth.planning.devices import LINK_EFFICIENCY, RESERVE, Device
-from recurrent_depth.training.run import RunConfig
+from recurrent_depth.training.config import RunConfig
 from recurrent_depth.training.schedule import ramped
 
 _MASTER = 4  # bytes of a weight, a gradient or a moment in fp32
@@ -25,7 +26,7 @@ _MASTER = 4  # bytes of a weight, a gradient or a moment in fp32
 
 @dataclass(frozen=True)
 class Job:
-    """A run on `gpus` GPUs with rows of `tokens` tokens."""
+    """A run, the GPUs it runs on, and the tokens of its rows."""
 
     run: RunConfig
     gpus: int
@@ -38,25 +39,36 @@ class Job:
 
     @property
     def replicas(self) -> int:
+        """Copies of the weights."""
         return self.gpus // self.shards
 
     @property
     def compute_dtype(self) -> torch.dtype:
+        """Dtype of activations and gathered weights."""
         return torch.float32 if self.run.runtime.dtype == "float32" else torch.bfloat16
 
     @property
     def is_wrapped(self) -> bool:
-        """One process in fp32 trains without FSDP."""
+        """Whether FSDP wraps the model; a single process in fp32 trains without it."""
         return self.gpus > 1 or self.compute_dtype != torch.float32
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of a training step, over all GPUs."""
         return self.run.batch_size * self.tokens
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of the FSDP units (`outer`: all blocks outside the loop, `block`: one) and the optimizer's numbers."""
+    """Parameters of the FSDP units, and the values that the optimizer keeps.
+
+    Attributes:
+        total: of the whole model.
+        core: of the core.
+        outer: of all blocks of prelude and coda.
+        block: of one such block.
+        moments: values of the optimizer's moments.
+    """
 
     total: int
     core: int
@@ -66,12 +78,12 @@ class Sizes:
 
     @property
     def root(self) -> int:
-        """Embedding, adapter and final norm, gathered throughout a step."""
+        """Parameters of embedding, adapter and final norm, gathered throughout a training step."""
         return self.total - self.core - self.outer
 
 
 def sizes(job: Job) -> Sizes:
-    """Counted on the meta device."""
+    """Return the sizes of a job's model, counted on the meta device."""
     return _sizes(job.run.model, job.run.optimizer.name == "muon")
 
 
@@ -92,7 +104,7 @@ def _count(module: nn.Module) -> int:
 
 
 def memory(job: Job) -> dict[str, int]:
-    """Bytes of one GPU by part, at the moment of a step that needs most; their sum is the peak."""
+    """Return the bytes of one GPU by part, at the moment of a training step that needs most. Their sum is the peak."""
     size, width = sizes(job), job.compute_dtype.itemsize
     always = {
         "weights (fp32)": _MASTER * size.total // job.shards,
@@ -115,11 +127,11 @@ def memory(job: Job) -> dict[str, int]:
 
 
 def _activations(job: Job) -> tuple[int, int, int]:
-    """Kept for the backward pass, kept again while a part is recomputed, and the head's."""
+    """Return the bytes kept for the backward pass, those of a part that is recomputed, and those of the head."""
     run, runtime, config, dtype = job.run, job.run.runtime, job.run.model, job.compute_dtype
     rows, recompute = run.rows_per_rank(job.gpus), runtime.activation_checkpointing
     one, two = (activation_bytes(config, rows, job.tokens, (0, k), recompute, dtype) for k in (1, 2))
-    kept = one + (_deepest(job) - 1) * (two - one)  # every step keeps the same
+    kept = one + (_deepest(job) - 1) * (two - one)  # every iteration keeps the same
     again = recomputed_bytes(config, rows, job.tokens, recompute, dtype)
     at_once = min(rows * job.tokens, runtime.loss_chunk_size or rows * job.tokens)
     return kept, again, head_bytes(config, 1, at_once)
@@ -134,7 +146,7 @@ def _gathered(job: Job, size: Sizes) -> int:
 
 
 def _deepest(job: Job) -> int:
-    """Most steps with gradient, for full backpropagation of the run's first 4096 depths; those without keep nothing."""
+    """Return the most iterations with gradient; with full backpropagation, among the run's first 4096 depths."""
     run = job.run
     if run.model.mean_backprop_depth is not None and run.model.sampling_scheme != "fixed":
         return run.model.mean_backprop_depth
@@ -143,7 +155,10 @@ def _deepest(job: Job) -> int:
 
 
 def communication(job: Job) -> dict[str, int]:
-    """Bytes of the whole tensors that one GPU takes part in sending, in one optimizer step, whatever the depth."""
+    """Return the bytes of the whole tensors that one GPU helps to send in a training step, by collective.
+
+    They do not depend on the depth.
+    """
     if not job.is_wrapped or job.gpus == 1:
         return {"gather": 0, "reduce_scatter": 0, "all_reduce": 0}
     size, width = sizes(job), job.compute_dtype.itemsize
@@ -157,10 +172,10 @@ def communication(job: Job) -> dict[str, int]:
 
 
 def communication_seconds(job: Job, device: Device) -> float:
-    """Of a step, if nothing overlaps: rings at LINK_EFFICIENCY of the links."""
+    """Return the seconds of a training step's communication without overlap: rings at LINK_EFFICIENCY of the links."""
     whole, shards, replicas = communication(job), job.shards, job.replicas
     one_node = shards <= device.per_node
-    # A ring over several nodes leaves each of them once, over all its network ports.
+    # A ring over several nodes leaves each node once, over all network ports of the node.
     inside = device.link if one_node else min(device.link, device.network * device.per_node)
     across = device.link if job.gpus <= device.per_node else device.network
     seconds = (whole["gather"] + whole["reduce_scatter"]) * (shards - 1) / shards / inside
@@ -170,7 +185,15 @@ def communication_seconds(job: Job, device: Device) -> float:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Of a run. FLOPs are per token; `useful` leaves recomputation out (MFU), `executed` includes it (HFU)."""
+    """Expected speed of a run.
+
+    Attributes:
+        useful: FLOPs per token without recomputation, as MFU counts them.
+        executed: FLOPs per token with recomputation, as HFU counts them.
+        compute_seconds: of a training step.
+        communication_seconds: of a training step, without overlap.
+        tokens_per_second: over all GPUs.
+    """
 
     useful: float
     executed: float
@@ -180,7 +203,7 @@ class Throughput:
 
 
 def throughput(job: Job, device: Device, utilisation: float) -> Throughput:
-    """Expected speed where executed FLOPs run at `utilisation` of the peak and communication does not overlap."""
+    """Return the expected speed, with executed FLOPs at `utilisation` of the peak and communication not overlapped."""
     useful = _mean_flops(job, "none") / job.tokens
     executed = _mean_flops(job, job.run.runtime.activation_checkpointing) / job.tokens
     compute = executed * job.tokens_per_step / job.gpus / (device.peak * utilisation)
@@ -189,7 +212,7 @@ def throughput(job: Job, device: Device, utilisation: float) -> Throughput:
 
 
 def _mean_flops(job: Job, recompute: Recompute) -> float:
-    """Of a row, over the whole run: a ramp of the depth counts by the share of the run that it takes."""
+    """Return the mean FLOPs of a row over the run; a depth ramp counts by the share of the run that it takes."""
     run, flops = job.run, mean_training_flops(job.run.model, job.tokens, recompute)
     if run.depth_ramp is None:
         return flops
@@ -202,11 +225,12 @@ def _mean_flops(job: Job, recompute: Recompute) -> float:
 
 
 def fits(job: Job, device: Device) -> bool:
+    """Whether the peak memory fits the device, RESERVE left free."""
     return sum(memory(job).values()) <= device.memory * (1 - RESERVE)
 
 
 def remedies(job: Job, device: Device) -> list[str]:
-    """Changes that, made one after the other, make the run fit; empty if it fits already or none of them helps."""
+    """Return options that, changed one after the other, make the run fit; none if it fits or cannot be made to."""
     taken: list[str] = []
     if fits(job, device):
         return taken

@@ -1,99 +1,62 @@
-"""Rows of question, trace and answer -> packed rows for fine-tuning, with the loss on the reply alone."""
+"""`recurrent-depth prepare-reasoning`: packed rows for fine-tuning from examples, with the loss on the reply alone."""
 
 import hashlib
-import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from recurrent_depth.data.packed import MANIFEST, DataError
+from recurrent_depth.data.layout import MANIFEST, TOKENIZER, DataError
+from recurrent_depth.data.preparation.rows import row_schema, write_parquet
 from recurrent_depth.data.tokenizer import load_tokenizer
-from recurrent_depth.reasoning.format import IGNORE, Formatter, ThinkingFormat, encode
-from recurrent_depth.reasoning.pool import Example, SourceConfig, load_pool
-from recurrent_depth.runs import file_hash
-
-WhenTooLong = Literal["refuse", "drop", "cut"]
-ROWS_PER_GROUP = 1000
-
-
-@dataclass(frozen=True)
-class ReasoningDataConfig:
-    """Turn questions with traces and answers into rows for `recurrent-depth train`.
-
-    Args:
-        out: folder to write; it gets train/, validation/, tokenizer.json and manifest.json.
-        rows: where the examples come from: what `recurrent-depth curate` wrote, or any JSONL, parquet or data set.
-        tokenizer: a tokenizer.json, or a folder that holds one (a run, an export).
-        format: the words around question, trace and answer.
-        block: most tokens of an example.
-        when_too_long: an example longer than the block is an error (`refuse`), left out (`drop`), or loses the end
-            of its trace (`cut`).
-        pack: several examples a row, which do not see each other; without it one example a row, padded.
-        unlearned: texts in a trace that carry no loss, because they are forced at test time and the model should not
-            write them by itself.
-        validation_share: share of the examples held out, chosen by a hash of the question; at least one.
-    """
-
-    out: str
-    rows: list[SourceConfig]
-    tokenizer: str
-    format: ThinkingFormat = field(default_factory=ThinkingFormat)
-    block: int = 4096
-    when_too_long: WhenTooLong = "refuse"
-    pack: bool = True
-    unlearned: list[str] = field(default_factory=list)
-    validation_share: float = 0.03
-
-    def __post_init__(self) -> None:
-        if not self.rows:
-            raise ValueError("rows is empty; name a source, for example --rows+ '{path: curated/examples.parquet}'")
-        if self.block < 8:
-            raise ValueError(f"block is {self.block}; it must be at least 8 tokens")
-        if not 0 < self.validation_share < 1:
-            raise ValueError("validation_share must lie between 0 and 1")
+from recurrent_depth.files import atomic_folder, check_new_folder, file_hash, write_json, write_text
+from recurrent_depth.model.loss import IGNORE_INDEX
+from recurrent_depth.reasoning.config import ReasoningDataConfig
+from recurrent_depth.reasoning.format import Formatter, encode
+from recurrent_depth.reasoning.pool import Example, load_pool
+from recurrent_depth.terminal import print_line
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One example: ids, and the aligned label of every id (-100 where there is no loss)."""
+    """One example: its ids, and the aligned label of every id (-100 where there is no loss)."""
 
     ids: list[int]
     labels: list[int]
 
 
 def tokenize(formatter: Formatter, example: Example, unlearned: Sequence[str] = (), keep: int | None = None) -> Tokens:
-    """An example with labels on the reply; `keep` cuts the trace to so many tokens."""
+    """Return an example with labels on the reply.
+
+    Args:
+        unlearned: texts of the reply that get no label.
+        keep: tokens of the trace that stay; None keeps all.
+    """
     prompt, opening, trace, closing = formatter.example(example.question, example.trace, example.answer)
-    trace = trace if keep is None else trace[:keep]
-    reply = [*opening, *trace, *closing]
-    learned = [True] * len(reply)
+    reply = [*opening, *(trace if keep is None else trace[:keep]), *closing]
+    targets = list(reply)
     for text in unlearned:
-        for start in _places(reply, encode(formatter.tokenizer, text)):
-            learned[start] = False
-    targets = [token if wanted else IGNORE for token, wanted in zip(reply, learned, strict=True)]
-    return Tokens([*prompt, *reply], [IGNORE] * (len(prompt) - 1) + targets + [IGNORE])
+        for place in _places(reply, encode(formatter.tokenizer, text)):
+            targets[place] = IGNORE_INDEX
+    return Tokens([*prompt, *reply], [*[IGNORE_INDEX] * (len(prompt) - 1), *targets, IGNORE_INDEX])
 
 
 def _places(ids: list[int], part: list[int]) -> Iterable[int]:
-    """Every index of `ids` that lies in an occurrence of `part`."""
+    """Yield every index of `ids` that is inside an occurrence of `part`."""
     for start in range(len(ids) - len(part) + 1):
         if part and ids[start : start + len(part)] == part:
             yield from range(start, start + len(part))
 
 
 def tokenize_all(config: ReasoningDataConfig, tokenizer: Any) -> tuple[list[tuple[Example, Tokens]], Counter[str]]:
-    """Every example that can be trained on, and the counts of those that were dropped or cut, by reason.
+    """Return every example that can be trained on, and the counts of those dropped or cut, by reason.
 
     Raises:
-        DataError: examples exceed the block and nothing said what to do; or none is left.
+        DataError: if examples exceed the block and `when_too_long` is refuse, or if none is left.
     """
     formatter = Formatter(tokenizer, config.format)
     examples, lacking = load_pool(config.rows)
@@ -103,31 +66,33 @@ def tokenize_all(config: ReasoningDataConfig, tokenizer: Any) -> tuple[list[tupl
     for example in examples:
         if not example.trace:
             counts["no trace"] += 1
-        elif formatter.stray_delimiter(example.question, example.trace, example.answer):
+            continue
+        if formatter.stray_delimiter(example.question, example.trace, example.answer):
             counts["a delimiter inside the text"] += 1
-        else:
-            tokens = tokenize(formatter, example, config.unlearned)
-            excess = len(tokens.ids) - config.block
-            if excess <= 0:
-                kept.append((example, tokens))
-                continue
-            too_long.append(len(tokens.ids))
-            shorter = _cut(formatter, example, config, excess) if config.when_too_long == "cut" else None
-            counts["trace cut to the block" if shorter else "longer than the block"] += 1
-            if shorter:
-                kept.append((example, shorter))
+            continue
+        tokens = tokenize(formatter, example, config.unlearned)
+        excess = len(tokens.ids) - config.block
+        if excess <= 0:
+            kept.append((example, tokens))
+            continue
+        too_long.append(len(tokens.ids))
+        shorter = _cut(formatter, example, config, excess) if config.when_too_long == "cut" else None
+        counts["trace cut to the block" if shorter else "longer than the block"] += 1
+        if shorter:
+            kept.append((example, shorter))
     if too_long and config.when_too_long == "refuse":
         raise DataError(
             f"{len(too_long)} of {len(examples)} examples are longer than the block of {config.block} tokens (the "
             f"longest has {max(too_long)}); raise block, or choose --when-too-long drop or cut"
         )
     if not kept:
-        raise DataError(f"no example is left of {len(examples) + len(lacking)} ({dict(counts)}); mend rows or block")
+        total = len(examples) + len(lacking)
+        raise DataError(f"no example is left of {total} ({dict(counts)}); fix rows or raise block")
     return kept, counts
 
 
 def _cut(formatter: Formatter, example: Example, config: ReasoningDataConfig, excess: int) -> Tokens | None:
-    """The example with the end of its trace cut off; None where question and answer alone are too long."""
+    """Return the example without the end of its trace; None if question and answer alone are too long."""
     keep = len(encode(formatter.tokenizer, example.trace.strip())) - excess
     return tokenize(formatter, example, config.unlearned, keep) if keep >= 1 else None
 
@@ -142,7 +107,10 @@ class FineTuningRow:
 
 
 def lay_out(examples: Sequence[Tokens], length: int, pad: int, *, pack: bool) -> list[FineTuningRow]:
-    """Whole examples into rows of `length` tokens: the longest first, each into the first row with room."""
+    """Return rows of `length` tokens that hold whole examples, and padding (id `pad`) at the end.
+
+    With `pack`, the longest examples come first, each in the first row with room; without, each has its own row.
+    """
     bins: list[list[Tokens]] = []
     room: list[int] = []
     order = sorted(examples, key=lambda tokens: -len(tokens.ids)) if pack else examples
@@ -165,44 +133,38 @@ def _row(members: list[Tokens], length: int, pad: int) -> FineTuningRow:
     empty = length - len(ids)
     if empty:
         starts.append(len(ids))
-    return FineTuningRow(ids + [pad] * empty, (labels + [IGNORE] * empty)[:-1], starts)
+    return FineTuningRow(ids + [pad] * empty, (labels + [IGNORE_INDEX] * empty)[:-1], starts)
 
 
 def prepare_reasoning(config: ReasoningDataConfig) -> dict[str, Any]:
-    """Write the rows of `config`; returns the manifest."""
-    out = Path(config.out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists; choose another --out or remove it")
+    """Write the rows of `config` and return the manifest.
+
+    Raises:
+        FileExistsError: if `out` exists.
+        DataError: if the rows cannot be read, or are too long for the block.
+    """
+    check_new_folder(config.out)
     tokenizer = load_tokenizer(config.tokenizer)
+    print_line(f"prepare-reasoning: {len(config.rows)} source{'s' if len(config.rows) > 1 else ''} -> {config.out}")
     examples, counts = tokenize_all(config, tokenizer)
     splits = _split(examples, config.validation_share)
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        manifest = _write_all(config, tokenizer, splits, counts, temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    os.replace(temporary, out)
-    print(_summary(out, manifest))
+    with atomic_folder(config.out) as folder:
+        manifest = _write_all(config, tokenizer, splits, counts, folder)
+    print_line(_summary(config.out, manifest))
     return manifest
 
 
 def _split(examples: list[tuple[Example, Tokens]], share: float) -> dict[str, list[Tokens]]:
-    """The questions with the smallest hashes are held out; equal questions stay together."""
-
-    def place(pair: tuple[Example, Tokens]) -> str:
-        return hashlib.sha256(pair[0].question.encode()).hexdigest()
-
-    hashes = sorted({place(pair) for pair in examples})
-    if len(hashes) < 2:
-        raise DataError("all examples ask the same question; training and validation need one each")
-    held_out = set(hashes[: max(1, round(share * len(hashes)))])
-    return {
-        "train": [pair[1] for pair in examples if place(pair) not in held_out],
-        "validation": [pair[1] for pair in examples if place(pair) in held_out],
-    }
+    """Hold out the questions with the smallest hashes. Equal questions stay together."""
+    hashes = [hashlib.sha256(example.question.encode()).hexdigest() for example, _ in examples]
+    distinct = sorted(set(hashes))
+    if len(distinct) < 2:
+        raise DataError("all examples ask the same question; training and validation need at least one each")
+    held_out = set(distinct[: max(1, round(share * len(distinct)))])
+    splits: dict[str, list[Tokens]] = {"train": [], "validation": []}
+    for (_, tokens), question in zip(examples, hashes, strict=True):
+        splits["validation" if question in held_out else "train"].append(tokens)
+    return splits
 
 
 def _write_all(
@@ -212,57 +174,52 @@ def _write_all(
     counts: Counter[str],
     folder: Path,
 ) -> dict[str, Any]:
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_text(folder / TOKENIZER, tokenizer.to_str(pretty=True))
     pad = tokenizer.token_to_id("<|pad|>") or 0
     longest = max(len(tokens.ids) for members in splits.values() for tokens in members)
     length = config.block if config.pack else longest
+    schema = row_schema(tokenizer.get_vocab_size(), labels=True)
     reports = {}
     for name, members in splits.items():
-        rows = lay_out(members, max(length, longest), pad, pack=config.pack)
-        _write(folder / name, rows, tokenizer.get_vocab_size())
+        rows = lay_out(members, length, pad, pack=config.pack)
+        (folder / name).mkdir()
+        table = pa.table({column: [getattr(row, column) for row in rows] for column in schema.names}, schema=schema)
+        write_parquet(table, folder / name / "part-00000.parquet")
         reports[name] = _report(members, rows)
     manifest = {
         "format": 1,
         "vocab_size": tokenizer.get_vocab_size(),
-        "tokenizer_sha256": file_hash(folder / "tokenizer.json"),
-        "sequence_length": max(length, longest) - 1,
-        "policy": "whole examples, packed" if config.pack else "one example a row",
+        "tokenizer_sha256": file_hash(folder / TOKENIZER),
+        "sequence_length": length - 1,
+        "policy": "whole examples, packed" if config.pack else "one example per row",
         "sources": [asdict(source) for source in config.rows],
         "thinking_format": asdict(config.format),
         "not_trained_on": dict(counts),
         "splits": reports,
         "content": {file.relative_to(folder).as_posix(): file_hash(file) for file in sorted(folder.rglob("*.parquet"))},
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    write_json(folder / MANIFEST, manifest)
     return manifest
 
 
 def _report(members: list[Tokens], rows: list[FineTuningRow]) -> dict[str, Any]:
+    tokens = sum(len(member.ids) for member in members)
     return {
         "documents": len(members),
         "rows": len(rows),
-        "tokens_kept": sum(len(tokens.ids) for tokens in members),
+        "tokens_kept": tokens,
         "tokens_dropped": 0,
-        "tokens_with_loss": sum(label != IGNORE for tokens in members for label in tokens.labels),
-        "padding": sum(len(row.input_ids) for row in rows) - sum(len(tokens.ids) for tokens in members),
+        "tokens_with_loss": sum(label != IGNORE_INDEX for member in members for label in member.labels),
+        "padding": sum(len(row.input_ids) for row in rows) - tokens,
     }
 
 
-def _write(folder: Path, rows: list[FineTuningRow], vocab_size: int) -> None:
-    folder.mkdir()
-    ids = pa.uint16() if vocab_size <= 2**16 else pa.int32()
-    columns = {"input_ids": ids, "labels": pa.int32(), "doc_starts": pa.int32()}
-    schema = pa.schema([(name, pa.list_(kind)) for name, kind in columns.items()])
-    table = pa.table({name: [getattr(row, name) for row in rows] for name in columns}, schema=schema)
-    pq.write_table(table, folder / "part-00000.parquet", compression="zstd", row_group_size=ROWS_PER_GROUP)
-
-
-def _summary(out: Path, manifest: dict[str, Any]) -> str:
+def _summary(out: str, manifest: dict[str, Any]) -> str:
     train, held_out = manifest["splits"]["train"], manifest["splits"]["validation"]
     lines = [
         f"{out}: {train['documents']} examples in {train['rows']} rows of {manifest['sequence_length'] + 1} tokens, "
         f"{train['tokens_with_loss']:,} tokens with loss; {held_out['documents']} examples held out",
-        f"5 epochs of 16 examples a step: {-(-5 * train['documents'] // 16)} steps of batch_size "
+        f"5 epochs of 16 examples per training step: {-(-5 * train['documents'] // 16)} steps of batch_size "
         f"{max(1, round(16 * train['rows'] / train['documents']))}",
     ]
     lines += [f"{reason}: {count}" for reason, count in manifest["not_trained_on"].items()]

@@ -1,89 +1,41 @@
-"""How a thought-out answer is written: a chat, and in the reply a trace and an answer between delimiters.
+"""The thinking format: a chat whose reply is a trace and an answer between delimiters.
 
     <prompt with the question><|begin_think|>trace<|end_think|><|begin_answer|>answer<|end_answer|><|end_turn|>
 
 A delimiter must be one token of the tokenizer, since budget forcing (recurrent_depth.generation.forcing) watches for
-it. The tokenizers trained here have tokens for the four; on Huginn's the spares `<|c_0|>` ... stand in (`SPARES`).
+it. Tokenizers trained here have tokens for the four. On Huginn's, spare tokens `<|c_0|>` ... replace them (`SPARES`).
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
 from recurrent_depth.generation.forcing import ThinkingBudget
-
-HUGINN_PROMPT = (
-    "<|begin_text|><|begin_header|>user<|end_header|>\n\n{question}<|end_turn|><|begin_header|>Huginn<|end_header|>\n\n"
-)
-IGNORE = -100
-
-
-@dataclass(frozen=True)
-class ThinkingFormat:
-    """The words around question, trace and answer.
-
-    Args:
-        prompt: text before the reply; {question} is the trimmed question.
-        begin_think, end_think: delimiters of the trace.
-        begin_answer, end_answer: delimiters of the answer.
-        answer_prefix: text before the answer, for example "Answer: ".
-        end_turn: text after the reply.
-        wait: text that is put in place of the end of thinking to make a model think on.
-    """
-
-    prompt: str = HUGINN_PROMPT
-    begin_think: str = "<|begin_think|>"
-    end_think: str = "<|end_think|>"
-    begin_answer: str = "<|begin_answer|>"
-    end_answer: str = "<|end_answer|>"
-    answer_prefix: str = ""
-    end_turn: str = "<|end_turn|>"
-    wait: str = "Wait"
-
-    def __post_init__(self) -> None:
-        if self.prompt.count("{question}") != 1:
-            raise ValueError(f"format.prompt is {self.prompt!r}; it must hold {{question}} once")
-        if len(set(self.delimiters)) < len(self.delimiters):
-            raise ValueError(f"the delimiters of the format, {self.delimiters}, must all be different")
-
-    @property
-    def delimiters(self) -> tuple[str, str, str, str]:
-        return self.begin_think, self.end_think, self.begin_answer, self.end_answer
-
-    def prompt_text(self, question: str) -> str:
-        """The prompt of a question."""
-        return self.prompt.replace("{question}", question.strip())
-
-    def reply_parts(self, trace: str, answer: str) -> tuple[str, str, str]:
-        """The reply up to the trace, the trace, and what follows it."""
-        closing = f"{self.end_think}{self.begin_answer}{self.answer_prefix}{answer.strip()}{self.end_answer}"
-        return self.begin_think, trace.strip(), closing + self.end_turn
-
+from recurrent_depth.reasoning.config import ThinkingFormat
 
 SPARES = ThinkingFormat(begin_think="<|c_0|>", end_think="<|c_1|>", begin_answer="<|c_2|>", end_answer="<|c_3|>")
 """For Huginn's released tokenizer, whose spare tokens were never trained."""
 
 
 def fast_tokenizer(tokenizer: Any) -> Tokenizer:
-    """The tokenizers.Tokenizer of a transformers tokenizer, or the thing itself."""
+    """Return the tokenizers.Tokenizer of a transformers tokenizer, or the argument if it is one."""
     inner = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if not isinstance(inner, Tokenizer):
-        raise DataError(f"{type(tokenizer).__name__} is no fast tokenizer; one with a tokenizer.json is needed")
+        raise DataError(f"{type(tokenizer).__name__} is not a fast tokenizer; use one with a tokenizer.json")
     return inner
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text, with nothing added."""
+    """Return the ids of a text without special tokens added."""
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 class Formatter:
-    """A format on a tokenizer.
+    """Writes and reads the format with one tokenizer.
 
     Raises:
-        DataError: for a delimiter that is not exactly one token.
+        DataError: if a delimiter is not exactly one token.
     """
 
     def __init__(self, tokenizer: Any, form: ThinkingFormat) -> None:
@@ -96,39 +48,47 @@ class Formatter:
         ids = encode(self.tokenizer, text)
         if ids != [self.tokenizer.token_to_id(text)]:
             raise DataError(
-                f"the delimiter {text!r} is {len(ids)} token(s) of this tokenizer and none of its own; budget forcing "
-                "needs one. Map it to a token of the vocabulary, on Huginn's to a spare (<|c_0|>, <|c_1|>, ...)"
+                f"the delimiter {text!r} is {len(ids)} token(s) of this tokenizer and has no id itself; budget forcing "
+                "needs one token. Map it to one of the vocabulary, on Huginn's to a spare (<|c_0|>, <|c_1|>, ...)"
             )
         return ids[0]
 
     def prompt(self, question: str) -> list[int]:
-        """Ids a model continues."""
+        """Return the ids that a model continues."""
         return encode(self.tokenizer, self.format.prompt_text(question))
 
     def example(self, question: str, trace: str, answer: str) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Ids of prompt, opening of the reply, trace, and closing of the reply."""
+        """Return the ids of prompt, opening of the reply, trace, and closing of the reply."""
         opening, inner, closing = self.format.reply_parts(trace, answer)
         begin, trace_ids, end = (encode(self.tokenizer, text) for text in (opening, inner, closing))
         return self.prompt(question), begin, trace_ids, end
 
     def stray_delimiter(self, *texts: str) -> str | None:
-        """A delimiter or turn mark inside question, trace or answer, where it would break the format."""
+        """Return a delimiter or turn mark inside question, trace or answer, where it would break the format."""
         marks = (*self.format.delimiters, self.format.end_turn)
         return next((mark for mark in marks if mark and any(mark in text for text in texts)), None)
 
     def budget(self, at_most: int, waits: int = 0) -> ThinkingBudget:
-        """Budget forcing in this format: at most so many thinking tokens, the end replaced `waits` times."""
+        """Return budget forcing in this format.
+
+        Args:
+            at_most: thinking tokens allowed.
+            waits: times that the end of thinking is replaced.
+        """
         end = (self.end_think, self.begin_answer, *encode(self.tokenizer, self.format.answer_prefix))
         return ThinkingBudget((self.begin_think,), end, self.wait if waits else (), at_most=at_most, rounds=waits)
 
     def read_reply(self, ids: list[int]) -> tuple[int, str]:
-        """Thinking tokens and the text of the answer (empty where none was begun) of the ids a model has written."""
+        """Return the number of thinking tokens and the text of the answer in what a model has written.
+
+        The answer is empty if none was begun.
+        """
         start = ids.index(self.begin_think) + 1 if self.begin_think in ids else 0
         stop = ids.index(self.end_think, start) if self.end_think in ids[start:] else len(ids)
         if self.begin_answer not in ids[stop:]:
             return stop - start, ""
         answer = ids[ids.index(self.begin_answer, stop) + 1 :]
-        ends = [answer.index(mark) for mark in (self.end_answer, *encode(self.tokenizer, self.format.end_turn)[:1])
-                if mark in answer]  # fmt: skip
+        marks = (self.end_answer, *encode(self.tokenizer, self.format.end_turn)[:1])
+        ends = [answer.index(mark) for mark in marks if mark in answer]
         text = self.tokenizer.decode(answer[: min(ends, default=len(answer))])
         return stop - start, text.removeprefix(self.format.answer_prefix.strip()).strip()

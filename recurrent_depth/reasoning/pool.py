@@ -1,38 +1,47 @@
-"""Rows of a question, a reasoning trace and an answer: their columns, and how they are read from several sources."""
+"""Examples (a question, a reasoning trace, an answer): their columns, and how they are read from several sources."""
 
-import json
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from recurrent_depth.data.packed import DataError
+from recurrent_depth.data.layout import DataError
+from recurrent_depth.data.records import (
+    Record,
+    local_files,
+    open_hub,
+    parquet_columns,
+    read_hub,
+    read_parquet,
+    read_records,
+    without_surrogates,
+)
+from recurrent_depth.reasoning.config import OPTIONAL, REQUIRED, SourceConfig
 
-AnswerFormat = Literal["plain", "gsm8k"]
-_REQUIRED = ("question", "answer")
-_OPTIONAL = ("id", "source", "trace", "trace_answer", "trace_correct", "domain")
+EXAMPLES = "examples.parquet"
+SUFFIXES = (".jsonl", ".parquet")
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row. `recurrent-depth curate` writes these columns as parquet.
+    """One row of a pool. `recurrent-depth curate` writes these columns as parquet.
 
     Attributes:
         id: unique in the pool.
-        source: name of the source it came from.
-        question: as put to a model.
-        trace: the reasoning; empty where the pool has none (see recurrent_depth.reasoning.teacher).
+        source: name of the source it was read from.
+        question: as given to a model.
+        trace: the reasoning; empty if the pool has none (the stage `teacher` asks for it).
         answer: the reference answer.
-        trace_answer: the answer that the trace's author reached, where it is known.
-        trace_correct: whether that agrees with the reference; None: not graded.
-        domain: label of the domain; None: not labelled.
-        trace_tokens: length of the trace in tokens; None: not measured.
-        picked: why the row was selected ("seed", "uniform", "benchmark", "random", "longest"); None: no selection.
+        trace_answer: the answer that the trace's author reached, if known.
+        trace_correct: whether that agrees with the reference; None if not graded.
+        domain: label of the domain; None if not labelled.
+        trace_tokens: length of the trace in tokens; None if not measured.
+        picked: why the row was selected ("seed", "uniform", "benchmark", "random", "longest"); None without selection.
     """
 
     id: str
@@ -62,7 +71,12 @@ COLUMNS = tuple(field.name for field in fields(Example))
 
 @dataclass(frozen=True)
 class Drop:
-    """A row that left the pool, the stage that dropped it, and why (`reason` is counted, `detail` is for a reader)."""
+    """A dropped row, the stage that dropped it, and why.
+
+    Attributes:
+        reason: a few words, counted in the report.
+        detail: what a reader should see, for example an excerpt.
+    """
 
     example: Example
     stage: str
@@ -70,49 +84,11 @@ class Drop:
     detail: str = ""
 
 
-@dataclass(frozen=True)
-class SourceConfig:
-    """Where rows come from.
-
-    Args:
-        path: a file (.jsonl, .parquet), a folder of them, or the name of a Hugging Face data set, NAME or NAME:SUBSET.
-        name: of the source; null takes the path's last part. A field `source` of a row goes before it.
-        split: of a data set.
-        fields: column of `Example` -> field of the source. A dot goes inside lists and objects: `traces.0.text`.
-            Columns not named keep their name. The questions of an evaluation set need `question` alone.
-        answer_format: `gsm8k` splits its field `answer` into the trace and the final answer behind `####`.
-        keep_calculator_marks: keep the marks `<<48/2=24>>` of gsm8k.
-        limit: rows to read; null reads all.
-    """
-
-    path: str
-    name: str | None = None
-    split: str = "train"
-    fields: dict[str, str] = field(default_factory=dict)
-    answer_format: AnswerFormat = "plain"
-    keep_calculator_marks: bool = False
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.fields) - {*_REQUIRED, *_OPTIONAL})
-        if unknown:
-            raise ValueError(f"fields of {self.path} names {unknown}; columns are {', '.join(_REQUIRED + _OPTIONAL)}")
-        if self.answer_format not in ("plain", "gsm8k"):
-            raise ValueError(f"answer_format is {self.answer_format!r}; it must be plain or gsm8k")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit is {self.limit}; it must be at least 1, or null")
-
-    @property
-    def label(self) -> str:
-        """The name in ids, and in the column `source` of rows that bring none."""
-        return self.name or Path(self.path.partition(":")[0]).stem
-
-
 def load_pool(sources: Sequence[SourceConfig], root: Path = Path()) -> tuple[list[Example], list[Drop]]:
-    """All rows of all sources, in order, and those that lack a question or an answer.
+    """Return all rows of all sources, in order, and those that lack a question or an answer.
 
     Raises:
-        DataError: for a source of which no row can be used, and for ids that occur twice.
+        DataError: if no row of a source can be used, or an id occurs twice.
     """
     kept: list[Example] = []
     drops: list[Drop] = []
@@ -123,7 +99,7 @@ def load_pool(sources: Sequence[SourceConfig], root: Path = Path()) -> tuple[lis
     seen: set[str] = set()
     for example in kept:
         if example.id in seen:
-            raise DataError(f"the id {example.id!r} occurs twice; give sources different names, or map no id")
+            raise DataError(f"the id {example.id!r} occurs twice; give the sources different names, or do not map id")
         seen.add(example.id)
     return kept, drops
 
@@ -132,7 +108,7 @@ def _load_source(source: SourceConfig, root: Path) -> tuple[list[Example], list[
     kept: list[Example] = []
     drops: list[Drop] = []
     found: set[str] = set()
-    for number, record in enumerate(read_records(source, root)):
+    for number, record in enumerate(read_source(source, root)):
         found |= record.keys()
         example, fault = _example(source, number, record)
         if fault is None:
@@ -142,16 +118,16 @@ def _load_source(source: SourceConfig, root: Path) -> tuple[list[Example], list[
     if not kept:
         reasons = ", ".join(sorted({drop.reason for drop in drops})) or "no rows"
         raise DataError(
-            f"{source.path}: no row can be used ({reasons}); it has the fields {sorted(found)}: mend `fields`"
+            f"{source.path}: no row can be used ({reasons}); it has the fields {sorted(found)}; fix `fields`"
         )
     return kept, drops
 
 
 def _example(source: SourceConfig, number: int, record: Mapping[str, Any]) -> tuple[Example, str | None]:
-    """The row, and what it lacks if it lacks something."""
-    values = {name: lookup(record, source.fields.get(name, name)) for name in (*_REQUIRED, *_OPTIONAL)}
+    """Return the row, and what it lacks (None if it is complete)."""
+    values = {name: lookup(record, source.fields.get(name, name)) for name in (*REQUIRED, *OPTIONAL)}
     question, answer, trace = (_text(values[name]) for name in ("question", "answer", "trace"))
-    fault = next((f"no {name}" for name in _REQUIRED if not _text(values[name])), None)
+    fault = next((f"no {name}" for name in REQUIRED if not _text(values[name])), None)
     if fault is None and source.answer_format == "gsm8k":
         trace, answer = split_gsm8k(answer, source.keep_calculator_marks)
         fault = None if answer else "no final answer (####)"
@@ -170,7 +146,7 @@ def _example(source: SourceConfig, number: int, record: Mapping[str, Any]) -> tu
 
 
 def split_gsm8k(answer: str, keep_calculator_marks: bool = False) -> tuple[str, str]:
-    """(trace, final answer) of a GSM8K answer; the final answer is empty where `####` is missing."""
+    """Return trace and final answer of a GSM8K answer; the final answer is empty if `####` is missing."""
     trace, mark, final = answer.rpartition("####")
     if not mark:
         return answer.strip(), ""
@@ -179,7 +155,7 @@ def split_gsm8k(answer: str, keep_calculator_marks: bool = False) -> tuple[str, 
 
 
 def lookup(record: Mapping[str, Any], path: str) -> Any:
-    """The value at `path`: a field, or `field.0.inner` through lists and objects; None where there is none."""
+    """Return the value at `path`: a field, or `field.0.inner` through lists and objects; None if there is none."""
     if path in record:
         return record[path]
     value: Any = record
@@ -194,86 +170,41 @@ def lookup(record: Mapping[str, Any], path: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    """Text and numbers as text; anything else counts as missing."""
+    """Return text and numbers as text; anything else counts as missing."""
     if isinstance(value, str):
-        return value.strip()
+        return without_surrogates(value).strip()
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
 
 
-def read_records(source: SourceConfig, root: Path = Path()) -> Iterator[dict[str, Any]]:
-    """The rows of a source as they are, `limit` at most."""
-    for number, record in enumerate(_records(source, root)):
-        if number == source.limit:
-            return
-        yield record
+def read_source(source: SourceConfig, root: Path = Path()) -> Iterator[Record]:
+    """Yield the records of a source as they are, `limit` at most."""
+    return itertools.islice(_all_records(source, root), source.limit)
 
 
 def source_files(source: SourceConfig, root: Path) -> list[Path]:
-    """The files of a source; none for a data set by name."""
-    path = root / source.path
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in (".jsonl", ".parquet"))
-        if not files:
-            raise DataError(f"{path} holds no .jsonl or .parquet file")
-        return files
-    if path.is_file():
-        return [path]
-    if path.suffix in (".jsonl", ".parquet") or Path(source.path).is_absolute() or source.path.startswith("."):
-        raise FileNotFoundError(f"{path} does not exist; mend the path, or --root, the folder of relative paths")
-    return []
+    """Return the files of a source; none for the name of a Hugging Face data set."""
+    return local_files(source.path, SUFFIXES, root) or []
 
 
-def _records(source: SourceConfig, root: Path) -> Iterator[dict[str, Any]]:
+def _all_records(source: SourceConfig, root: Path) -> Iterator[Record]:
     files = source_files(source, root)
     if not files:
-        yield from _hub_records(source)
-    for file in files:
-        yield from read_jsonl(file) if file.suffix == ".jsonl" else _parquet_records(file)
-
-
-def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file; a line that is none is an error that names it."""
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{file}, line {number} is not JSON ({error})") from error
-            if not isinstance(record, dict):
-                raise DataError(f"{file}, line {number} is no object; each line must be {{...}}")
-            yield record
-
-
-def _parquet_records(file: Path) -> Iterator[dict[str, Any]]:
-    try:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file} is not a whole parquet file ({error})") from error
-
-
-def _hub_records(source: SourceConfig) -> Iterator[dict[str, Any]]:
-    try:
-        from datasets import load_dataset
-    except ModuleNotFoundError as error:
-        raise DataError(f"{source.path} is no file; for data sets: pip install 'recurrent-depth[curate]'") from error
-    name, _, subset = source.path.partition(":")
-    yield from load_dataset(name, subset or None, split=source.split, streaming=True)
+        return read_hub(open_hub(source.path, source.split), source.path)
+    return itertools.chain.from_iterable(map(read_records, files))
 
 
 def to_table(examples: Sequence[Example]) -> pa.Table:
-    """Rows as a table of `SCHEMA`."""
+    """Return rows as a table of `SCHEMA`."""
     return pa.Table.from_pylist([asdict(example) for example in examples], schema=SCHEMA)
 
 
 def read_examples(path: str | Path) -> list[Example]:
-    """Rows written by `recurrent-depth curate`: a parquet file, or the folder that holds examples.parquet."""
+    """Return rows written by `recurrent-depth curate`: a parquet file, or the folder that holds examples.parquet."""
     path = Path(path)
-    file = path / "examples.parquet" if path.is_dir() else path
+    file = path / EXAMPLES if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; run recurrent-depth curate, or mend the path")
-    records = list(_parquet_records(file))
-    missing = sorted({"id", "source", "question", "trace", "answer"} - set(pq.read_schema(file).names))
+        raise FileNotFoundError(f"{file} does not exist; run recurrent-depth curate, or fix the path")
+    missing = sorted({"id", "source", "question", "trace", "answer"} - set(parquet_columns(file)))
     if missing:
         raise DataError(f"{file} lacks the columns {missing}; it must be one that recurrent-depth curate wrote")
-    return [Example(**{name: record[name] for name in COLUMNS if name in record}) for record in records]
+    return [Example(**{name: record[name] for name in COLUMNS if name in record}) for record in read_parquet(file)]

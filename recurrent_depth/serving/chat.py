@@ -1,110 +1,140 @@
 """`recurrent-depth chat`: talk to a model on a terminal, through the server that others would use."""
 
-import json
-import socket
+import os
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
-from recurrent_depth.serving.serve import ServeConfig, servable, start
+from openai import APIConnectionError, APIError, APIStatusError, AuthenticationError, BadRequestError, OpenAI
 
+from recurrent_depth.serving.config import KEY_VARIABLE, ChatConfig, Limits, ServeConfig
 
-@dataclass(frozen=True)
-class ChatConfig:
-    """Talk to a model; an empty line or end of input ends the conversation.
-
-    Args:
-        model: run folder, export or hub name; with a url: the model's name there.
-        url: a server that runs already, for example http://localhost:8000/v1; null starts one for this chat.
-        num_steps: steps of the core; null takes the model's.
-        max_new_tokens: longest answer.
-        temperature: 0 takes the likeliest token.
-        system: system message; null for none.
-        device: auto, cpu or cuda.
-    """
-
-    model: str
-    url: str | None = None
-    num_steps: int | None = None
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    system: str | None = None
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(f"num_steps is {self.num_steps}; it must be at least 1")
+_CONNECT_SECONDS, _ANSWER_SECONDS = 10, 600
 
 
 def chat(config: ChatConfig) -> None:
-    """Read questions from standard input, write answers as they come."""
+    """Read questions from standard input and write answers as they come."""
     if config.url is not None:
-        _converse(config, config.url, config.model)
+        _converse(config, _client(config, config.url))
         return
-    with servable(config.model) as folder:
-        port = _free_port()
-        server = start(ServeConfig(folder, port=port, device=config.device), folder, background=True)
+    with _own_server(config) as url:
+        _converse(config, _client(config, url))
+
+
+@contextmanager
+def _own_server(config: ChatConfig) -> Iterator[str]:
+    """Start a server for this conversation alone, without limits and without logs; yield its URL."""
+    from transformers.utils import logging
+
+    from recurrent_depth.serving.serve import Server, listen, load
+
+    logging.set_verbosity_error()
+    limits = Limits(num_steps=2**30, new_tokens=2**30, cache_gib=2.0**20, seconds=2.0**30, requests=4)
+    assert config.model is not None
+    with listen("127.0.0.1", 0) as listener:
+        options = ServeConfig(config.model, device=config.device, limits=limits)
+        print(f"loading {config.model}", file=sys.stderr, flush=True)
+        server = Server(options, load(options), "critical")
+        server.start(listener)
         try:
-            url = f"http://localhost:{port}"
-            _wait_until_up(url)
-            _converse(config, f"{url}/v1", folder)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
         finally:
-            server.kill_server()
+            server.stop()
 
 
-def _converse(config: ChatConfig, url: str, model: str) -> None:
-    from openai import OpenAI
+def _client(config: ChatConfig, url: str) -> OpenAI:
+    key = config.api_key or os.environ.get(KEY_VARIABLE) or "none"
+    return OpenAI(base_url=url, api_key=key, max_retries=0, timeout=_ANSWER_SECONDS)
 
-    client = OpenAI(base_url=url, api_key="none")
+
+def _served_name(config: ChatConfig, client: OpenAI) -> str:
+    """Return the name of the model at the server.
+
+    Raises:
+        OSError: if no server answers.
+        ValueError: if the server wants another key, or has another model.
+    """
+    try:
+        names = [model.id for model in client.models.list(timeout=_CONNECT_SECONDS)]
+    except APIConnectionError as error:
+        raise OSError(
+            f"url: no server answers at {client.base_url} ({error.__cause__ or error}); start one with "
+            "recurrent-depth serve, or fix the address"
+        ) from error
+    except AuthenticationError as error:
+        raise ValueError(f"api_key: the server at {client.base_url} wants another one (--api-key)") from error
+    except APIError as error:
+        raise ValueError(
+            f"url: {client.base_url} is not an OpenAI-compatible server ({error}); it usually ends in /v1"
+        ) from error
+    if config.url is None or config.model is None:
+        return names[0]
+    if config.model not in names:
+        raise ValueError(f"model: {config.model!r} is not served at {client.base_url}; served are {', '.join(names)}")
+    return config.model
+
+
+def _converse(config: ChatConfig, client: OpenAI) -> None:
+    model = _served_name(config, client)
     messages: list[Any] = [] if config.system is None else [{"role": "system", "content": config.system}]
     while question := _ask():
         messages.append({"role": "user", "content": question})
         answer = ""
-        for piece in _answer(client, config, model, messages):
-            print(piece, end="", flush=True)
-            answer += piece
+        try:
+            for piece in _answer(config, client, model, messages):
+                print(piece, end="", flush=True)
+                answer += piece
+        except KeyboardInterrupt:
+            print(" ...", end="", flush=True)
+        except APIError as error:
+            print(f"error: {_explained(error, client)}", file=sys.stderr, flush=True)
         print(flush=True)
-        messages.append({"role": "assistant", "content": answer})
+        if answer:
+            messages.append({"role": "assistant", "content": answer})
+        else:
+            messages.pop()  # a question that has no answer is not part of the conversation
 
 
 def _ask() -> str:
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         return ""
 
 
-def _answer(client: Any, config: ChatConfig, model: str, messages: list[Any]) -> Iterator[str]:
-    generation = {
-        "max_new_tokens": config.max_new_tokens,
-        "do_sample": config.temperature > 0,
-        **({"temperature": config.temperature} if config.temperature > 0 else {}),
-        **({"num_steps": config.num_steps} if config.num_steps is not None else {}),
-    }
-    stream = client.chat.completions.create(
-        model=model, messages=messages, stream=True, extra_body={"generation_config": json.dumps(generation)}
-    )
-    for event in stream:
-        if event.choices and event.choices[0].delta.content:
-            yield event.choices[0].delta.content
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
-def _wait_until_up(url: str, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+def _answer(config: ChatConfig, client: OpenAI, model: str, messages: list[Any]) -> Iterator[str]:
+    """Yield the answer as it comes; the oldest messages are dropped where the conversation exceeds the context."""
+    depth = None if config.num_steps is None else {"num_steps": config.num_steps}
+    while True:
         try:
-            with urllib.request.urlopen(f"{url}/health", timeout=1):
-                return
-        except OSError:
-            pass
-        time.sleep(0.2)
-    raise TimeoutError(f"the server at {url} did not come up within {seconds:.0f} s")
+            stream = client.chat.completions.create(
+                model=model, messages=messages, stream=True, max_tokens=config.max_new_tokens,
+                temperature=config.temperature, extra_body=depth,
+            )  # fmt: skip
+            break
+        except BadRequestError as error:
+            if error.code != "context_length_exceeded" or not _forget_oldest(messages):
+                raise
+            print("(the context is full: the oldest question and answer are forgotten)", file=sys.stderr, flush=True)
+    with stream:  # closing it tells the server that nobody listens any more
+        for event in stream:
+            if event.choices and event.choices[0].delta.content:
+                yield event.choices[0].delta.content
+
+
+def _forget_oldest(messages: list[Any]) -> bool:
+    """Remove the oldest question and its answer. Return False where there is only the last question."""
+    first = 1 if messages[0]["role"] == "system" else 0
+    if len(messages) - first < 3:
+        return False
+    del messages[first : first + 2]
+    return True
+
+
+def _explained(error: APIError, client: OpenAI) -> str:
+    if isinstance(error, APIConnectionError):
+        return f"no server answers at {client.base_url}; ask again once it is back"
+    if isinstance(error, APIStatusError) and isinstance(error.body, dict):
+        return str(error.body.get("message", error))
+    return str(error)

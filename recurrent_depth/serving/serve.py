@@ -1,72 +1,129 @@
-"""`recurrent-depth serve`: transformers' OpenAI-compatible server with our classes known to it."""
+"""`recurrent-depth serve`: load a model, listen, stop on a signal."""
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import os
+import resource
+import signal
+import socket
+import threading
+import time
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
-import transformers
+import uvicorn
+from transformers.utils import logging as transformers_logging
 
-from recurrent_depth.hf import RecurrentDepthForCausalLM
-from recurrent_depth.hf.export import ExportConfig, export
-from recurrent_depth.runs import is_run
-
-
-@dataclass(frozen=True)
-class ServeConfig:
-    """Serve a model over the OpenAI protocol (chat completions, completions, models).
-
-    A request sets its number of steps by `generation_config`, a JSON object in a string:
-    `extra_body={"generation_config": '{"num_steps": 8, "max_new_tokens": 64}'}`.
-
-    Args:
-        model: run folder (exported to a temporary folder first), export or hub name.
-        host: address to listen on.
-        port: port to listen on.
-        device: auto, cpu or cuda.
-        dtype: of the weights; auto takes the folder's.
-        continuous_batching: paged attention over requests that come and go.
-    """
-
-    model: str
-    host: str = "localhost"
-    port: int = 8000
-    device: str = "auto"
-    dtype: str = "auto"
-    continuous_batching: bool = False
+from recurrent_depth.devices import choose_device, choose_dtype
+from recurrent_depth.hf.chat import stop_ids
+from recurrent_depth.hf.loading import ModelError, load_model
+from recurrent_depth.hf.modeling import RecurrentDepthForCausalLM
+from recurrent_depth.serving.app import Service, build_app
+from recurrent_depth.serving.config import KEY_VARIABLE, ServeConfig
+from recurrent_depth.serving.engine import DecoderEngine, Engine
 
 
 def serve(config: ServeConfig) -> None:
-    """Serve until interrupted."""
-    with servable(config.model) as folder:
-        print(f"serving {config.model} as model {folder!r} on http://{config.host}:{config.port}/v1", flush=True)
-        start(config, folder, background=False)
+    """Serve until Ctrl-C or SIGTERM; requests in progress have limits.shutdown_seconds to finish."""
+    listener = listen(config.host, config.port)  # before the model is loaded: a port in use is told at once
+    with listener:
+        print(f"loading {config.model}", flush=True)
+        service = load(config)
+        port = listener.getsockname()[1]
+        print(
+            f"serving {service.name} on http://{config.host}:{port}/v1 (protocol: http://{config.host}:{port}/docs)",
+            flush=True,
+        )
+        server = Server(config, service, "info")
+        for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises the signal again once it has shut down
+            signal.signal(number, signal.SIG_IGN)
+        server.run(sockets=[listener])
+    print("stopped", flush=True)
+    if not service.engine.close(1.0):
+        os._exit(0)  # a pass over a long prompt cannot be interrupted, and nothing waits for its result
 
 
-def start(config: ServeConfig, folder: str, background: bool) -> Any:
-    """transformers' server over a folder; in the background it returns at once (stop it with `kill_server`)."""
-    from transformers.cli.serve import Serve
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to an address.
 
-    for name in ("RavenForCausalLM", "RecurrentDepthForCausalLM"):
-        setattr(transformers, name, RecurrentDepthForCausalLM)  # where the server looks a model's class up
-    return Serve(
-        folder,
-        host=config.host,
-        port=config.port,
-        device=config.device,
-        dtype=config.dtype,
-        continuous_batching=config.continuous_batching,
-        non_blocking=background,
-    )
+    Raises:
+        OSError: if the address is in use or unknown; the message says what to change.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise OSError(f"host: {host!r} cannot be listened on ({error}); use localhost or 0.0.0.0") from error
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise OSError(f"port: {host}:{port} cannot be listened on ({error.strerror}); choose another --port") from error
+    return listener
 
 
-@contextmanager
-def servable(model: str) -> Iterator[str]:
-    """A folder or hub name that transformers can load: the model itself, or a temporary export of a run."""
-    if not (Path(model).exists() and is_run(model)):
-        yield model
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        yield str(export(ExportConfig(model=model, out=f"{scratch}/{Path(model).name}")))
+def load(config: ServeConfig) -> Service:
+    """Return the service of a model, on its device, with its engine started."""
+    device = choose_device(config.device)
+    transformers_logging.disable_progress_bar()
+    model, tokenizer = load_model(config.model, choose_dtype(config.dtype, device), device, config.kernels)
+    if not isinstance(model, RecurrentDepthForCausalLM):
+        raise ModelError(f"model: {config.model} is not a recurrent-depth model; only those are served")
+    if tokenizer is None:
+        raise ModelError(f"model: {config.model} has no tokenizer, so it cannot be served; add its tokenizer.json")
+    folder = Path(config.model)
+    name = config.served_name or (folder.resolve().name if folder.is_dir() else config.model)
+    engine: Engine = DecoderEngine(model, frozenset(stop_ids(model, tokenizer)), config.limits)
+    return Service(engine, tokenizer, name, config.limits)
+
+
+class Server(uvicorn.Server):
+    """uvicorn with this package's application, and an end for requests that do not finish in time.
+
+    Args:
+        config: key and limits.
+        service: the model.
+        log_level: of uvicorn: info logs requests, critical nothing.
+    """
+
+    def __init__(self, config: ServeConfig, service: Service, log_level: str) -> None:
+        self.service, self.limits = service, config.limits
+        app = build_app(service, config.api_key or os.environ.get(KEY_VARIABLE))
+        _allow_many_connections()
+        super().__init__(
+            uvicorn.Config(
+                app, log_level=log_level, lifespan="off",
+                timeout_graceful_shutdown=int(config.limits.shutdown_seconds) + 5,
+            )
+        )  # fmt: skip
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by uvicorn for SIGINT and SIGTERM."""
+        super().handle_exit(sig, frame)
+        self._end_requests_later()
+
+    def _end_requests_later(self) -> None:
+        timer = threading.Timer(self.limits.shutdown_seconds, self.service.engine.close, args=(0.0,))
+        timer.daemon = True
+        timer.start()
+
+    def start(self, listener: socket.socket) -> None:
+        """Run in a thread; return once the server answers. `stop` ends it."""
+        self.thread = threading.Thread(target=self.run, kwargs={"sockets": [listener]}, name="server", daemon=True)
+        self.thread.start()
+        while not self.started:
+            if not self.thread.is_alive():
+                raise OSError("the server ended while it was starting")
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """End the server that `start` has started, and its engine, without waiting for requests in progress."""
+        self.service.engine.close(0.0)
+        self.should_exit = True
+        self.thread.join(timeout=10)
+
+
+def _allow_many_connections() -> None:
+    """Raise the limit of open files to what the system allows: idle connections must not use it up."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

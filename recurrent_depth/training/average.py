@@ -2,73 +2,53 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import torch
 import yaml
 from torch import Tensor
 
-from recurrent_depth.runs import CheckpointError, checkpoints, load_run_model, read_details, run_tokenizer
+from recurrent_depth.files import atomic_folder, check_new_folder, write_text
+from recurrent_depth.runs import (
+    MODEL,
+    CheckpointError,
+    checkpoints,
+    is_run,
+    load_run_model,
+    read_details,
+    run_tokenizer,
+)
+from recurrent_depth.training.config import AverageConfig, AverageMethod, CheckpointConfig
 from recurrent_depth.training.parallel import Ranks
-from recurrent_depth.training.saving import CheckpointConfig, CheckpointWriter
-
-Method = Literal["ema", "uniform"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AverageConfig:
-    """Merge checkpoints of a run into one.
-
-    Args:
-        model: run folder; checkpoint.keep_last and checkpoint.keep_every decide what it holds.
-        out: new run folder with the merged weights; it evaluates, exports and starts other runs (init_from).
-        method: `ema` gives every checkpoint `decay` of the weight of the next newer one (the oldest one the rest),
-            `uniform` the mean.
-        decay: of `ema`.
-        last: how many checkpoints are merged; null for all.
-        every: take every n-th checkpoint, counted back from the newest.
-    """
-
-    model: str
-    out: str
-    method: Method = "ema"
-    decay: float = 0.9
-    last: int | None = None
-    every: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay is {self.decay}; it must lie in [0, 1)")
-        if self.every < 1 or (self.last is not None and self.last < 2):
-            raise ValueError("every must be at least 1 and last at least 2 (or null)")
+from recurrent_depth.training.saving import CheckpointWriter
 
 
 def average(config: AverageConfig) -> Path:
-    """Write the merged run; returns its folder."""
+    """Write the merged run; return its folder."""
     run, out = Path(config.model), Path(config.out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists; choose another --out")
+    if not is_run(run):
+        raise CheckpointError(f"model: {str(run)!r} is not a run folder; give the `out` of recurrent-depth train")
+    check_new_folder(out)
     chosen = checkpoints(run)[::-1][:: config.every][: config.last][::-1]
     if len(chosen) < 2:
         raise CheckpointError(
             f"{run} has {len(checkpoints(run))} checkpoint(s), of which {len(chosen)} would be merged; keep more of "
             "them with checkpoint.keep_last or checkpoint.keep_every, or lower --every"
         )
-    weights = merged(chosen, config.method, config.decay)
-    details = read_details(chosen[-1])
-    step = details.pop("step")
-    details |= {"average": {**asdict(config), "steps": [read_details(path)["step"] for path in chosen]}}
-    writer = CheckpointWriter(out, CheckpointConfig(background=False), Ranks(0, 1, torch.device("cpu")))
-    writer.save(step, {f"model.{name}": value for name, value in weights.items()}, details)
-    _copy_run_files(run, out)
-    print(f"merged {len(chosen)} checkpoints, steps {details['average']['steps']}, into {out}")
+    steps = [read_details(path)["step"] for path in chosen]
+    details = read_details(chosen[-1]) | {"average": {**asdict(config), "steps": steps}}
+    with atomic_folder(out) as folder:
+        weights = merged(chosen, config.method, config.decay)
+        writer = CheckpointWriter(folder, CheckpointConfig(background=False), Ranks(0, 1, torch.device("cpu")))
+        writer.save(details.pop("step"), {MODEL: weights}, details)
+        _copy_run_files(run, folder, out)
+    print(f"merged {len(chosen)} checkpoints, steps {steps}, into {out}")
     return out
 
 
-def merged(paths: Sequence[Path], method: Method, decay: float) -> dict[str, Tensor]:
-    """The average over checkpoints, oldest first, in fp32; one checkpoint is in memory beside it."""
+def merged(paths: Sequence[Path], method: AverageMethod, decay: float) -> dict[str, Tensor]:
+    """Return the average over checkpoints, oldest first, in fp32. One checkpoint is in memory beside it."""
     result: dict[str, Tensor] = {}
     for number, path in enumerate(paths):
         share = 1 - decay if method == "ema" else 1 / (number + 1)
@@ -83,9 +63,12 @@ def merged(paths: Sequence[Path], method: Method, decay: float) -> dict[str, Ten
     return result
 
 
-def _copy_run_files(run: Path, out: Path) -> None:
-    settings = yaml.safe_load((run / "run.yaml").read_text()) | {"out": str(out)}
-    (out / "run.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+def _copy_run_files(run: Path, folder: Path, out: Path) -> None:
+    try:
+        settings = yaml.safe_load((run / "run.yaml").read_text()) | {"out": str(out)}
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{run / 'run.yaml'} cannot be read ({error}); restore it") from error
+    write_text(folder / "run.yaml", yaml.safe_dump(settings, sort_keys=False))
     tokenizer = run_tokenizer(run)
     if tokenizer is not None:
-        shutil.copy(tokenizer, out / "tokenizer.json")
+        shutil.copy(tokenizer, folder / "tokenizer.json")

@@ -1,29 +1,11 @@
 """`recurrent-depth train` and train.py."""
 
-import dataclasses
-from dataclasses import dataclass
+from importlib.util import find_spec
 
+from recurrent_depth.hub import check_folder_or_hub_name
+from recurrent_depth.runs import is_run
+from recurrent_depth.training.config import TrainCommand, as_yaml
 from recurrent_depth.training.launch import train
-from recurrent_depth.training.run import RunConfig, as_yaml
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainCommand(RunConfig):
-    """Pretrain or fine-tune a recurrent-depth model.
-
-    Args:
-        resume: continue from the newest checkpoint in `out`, or start if there is none.
-        accept_changed_data: resume although the data set has changed.
-        dry_run: print the resolved configuration and stop.
-    """
-
-    resume: bool = False
-    accept_changed_data: bool = False
-    dry_run: bool = False
-
-    def run_config(self) -> RunConfig:
-        names = [field.name for field in dataclasses.fields(RunConfig)]
-        return RunConfig(**{name: getattr(self, name) for name in names})
 
 
 def run(command: TrainCommand) -> None:
@@ -31,5 +13,9 @@ def run(command: TrainCommand) -> None:
     config = command.run_config()
     if command.dry_run:
         print(as_yaml(config))
-    else:
-        train(config, resume=command.resume, accept_changed_data=command.accept_changed_data)
+        return
+    if config.init_from is not None and not is_run(config.init_from):
+        check_folder_or_hub_name(config.init_from, "init_from")
+        if find_spec("transformers") is None:  # before the model is built
+            raise ModuleNotFoundError("init_from reads a Hugging Face folder", name="transformers")
+    train(config, resume=command.resume, accept_changed_data=command.accept_changed_data)

@@ -1,4 +1,4 @@
-"""What can go wrong between ranks, said so that it can be mended: different files, a rank that hangs, one that died."""
+"""Turn distributed failures into errors that name the cause and the fix: different files, a rank that hangs or died."""
 
 import hashlib
 import os
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 import recurrent_depth
 from recurrent_depth.runs import CheckpointError
@@ -17,11 +16,12 @@ from recurrent_depth.training.parallel import Ranks
 
 
 def check_ranks_agree(ranks: Ranks, what: dict[str, dict[str, Any]]) -> None:
-    """All ranks must hold the same values. `what` maps a thing (code, configuration, data) to its named values."""
-    if ranks.world_size == 1:
-        return
-    everyone: list[dict[str, dict[str, Any]]] = [{} for _ in range(ranks.world_size)]
-    dist.all_gather_object(everyone, what)
+    """Raise on every rank unless all hold the same values.
+
+    Args:
+        what: a thing (code, configuration, data) to its named values.
+    """
+    everyone = ranks.gather(what)
     complaints = []
     for rank, seen in enumerate(everyone):
         for thing, values in everyone[0].items():
@@ -52,13 +52,12 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def flight_recorder(folder: Path) -> None:
     """Let NCCL and RCCL keep their last collectives and write them to `folder` when one hangs, unless the user chose.
 
-    Must run before the process group exists.
+    Must run before the process group exists. The folder must exist when something hangs, not yet now.
     """
     if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # its name before torch 2.9
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in os.environ and "TORCH_FR_DUMP_TEMP_FILE" not in os.environ:
-        folder.mkdir(parents=True, exist_ok=True)
         os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(folder.absolute() / "rank_")
 
 

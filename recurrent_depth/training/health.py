@@ -10,24 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class HealthConfig:
-    """Limits of the health checks, which run with every validation.
-
-    Args:
-        collapse_correlation: token correlation above which the run is aborted.
-        collapse_checks: checks in a row above that limit before the abort.
-        ignored_state_gap: share of the loss; a smaller gain of the mean depth over one step means an ignored state.
-        ignored_state_checks: checks in a row (after warm-up) below that share before the warning.
-        skipped_steps: steps in a row with a non-finite loss or gradient before the abort.
-    """
-
-    collapse_correlation: float = 0.99
-    collapse_checks: int = 3
-    ignored_state_gap: float = 0.01
-    ignored_state_checks: int = 5
-    skipped_steps: int = 10
+from recurrent_depth.errors import UserError
+from recurrent_depth.training.config import HealthConfig
 
 
 @torch.no_grad()
@@ -50,7 +34,7 @@ def state_metrics(states: list[Tensor]) -> dict[str, float]:
     return {"token_correlation": correlation, "state_norm": norm, "relative_residual": residual}
 
 
-class TrainingAborted(RuntimeError):
+class TrainingAborted(UserError, RuntimeError):
     """The run cannot succeed as it is configured."""
 
 

@@ -1,4 +1,4 @@
-"""Start from somebody's weights instead of from noise."""
+"""Start from the weights of another run or a Hugging Face folder instead of random ones."""
 
 from pathlib import Path
 
@@ -29,7 +29,12 @@ def load_weights(model: RecurrentDepthModel, path: str) -> None:
 def _weights(path: str) -> dict[str, torch.Tensor]:
     if Path(path).exists() and is_run(path):
         return dict(load_run_model(path).named_parameters())
-    from recurrent_depth.hf.loading import load_model
-
+    try:
+        from recurrent_depth.hf.loading import load_model
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"init_from: {path} is not a run; a Hugging Face folder or name needs the package {error.name}: "
+            "pip install 'recurrent-depth[hf]'"
+        ) from error
     model, _ = load_model(path, dtype=torch.float32)
     return dict(model.named_parameters())

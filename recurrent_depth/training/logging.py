@@ -1,13 +1,15 @@
-"""What a run tells: metrics.jsonl always, TensorBoard if it is installed, and progress on the terminal."""
+"""Run logging: metrics.jsonl always, TensorBoard if it is installed, and progress on the terminal."""
 
 import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from recurrent_depth.files import explain_full_disk, write_text
 
 
 class RunLog:
@@ -16,7 +18,7 @@ class RunLog:
     def __init__(self, run: Path, start_step: int, total_steps: int) -> None:
         self.path = run / "metrics.jsonl"
         _drop_records_from(self.path, start_step)
-        self.file = self.path.open("a")
+        self.file = _open(self.path)
         self.tensorboard = _tensorboard(run)
         self.console = Console(stderr=True)
         self.progress = _progress(self.console) if self.console.is_terminal else None
@@ -27,18 +29,18 @@ class RunLog:
 
     def write(self, step: int, record: dict[str, Any]) -> None:
         """Append one record to metrics.jsonl (and TensorBoard)."""
-        self.file.write(json.dumps({"step": step, **record}) + "\n")
-        self.file.flush()
-        if self.tensorboard is not None:
-            for name, value in record.items():
-                if isinstance(value, int | float):
-                    self.tensorboard.add_scalar(name, value, step)
+        with explain_full_disk(self.path):
+            self.file.write(json.dumps({"step": step, **record}) + "\n")
+            if self.tensorboard is not None:
+                for name, value in record.items():
+                    if isinstance(value, int | float):
+                        self.tensorboard.add_scalar(name, value, step)
 
     def rewind(self, step: int, record: dict[str, Any]) -> None:
-        """Forget the records after `step`, which will run again, and say why."""
+        """Remove the records after `step`, which will be written again, and write why."""
         self.file.close()
         _drop_records_from(self.path, step)
-        self.file = self.path.open("a")
+        self.file = _open(self.path)
         self.write(step, record)
 
     def show(self, step: int, total: int, text: str) -> None:
@@ -49,20 +51,29 @@ class RunLog:
             self.last_line = time.monotonic()
             print(f"step {step}/{total} {text}", file=sys.stderr, flush=True)
 
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+    def say(self, text: str, warning: bool = False) -> None:
+        """Print a line that stays."""
+        style = "bold yellow" if warning else None
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
+        """Stop the progress bar and close the files."""
         if self.progress is not None:
             self.progress.stop()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-        self.file.close()
+        with explain_full_disk(self.path):
+            self.file.close()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+
+
+def _open(path: Path) -> TextIO:
+    """Open metrics.jsonl to append. Each line is written at once: a buffer would be lost with the process."""
+    with explain_full_disk(path):
+        return path.open("a", buffering=1)
 
 
 def _drop_records_from(path: Path, step: int) -> None:
-    """After a resume, steps that will run again leave the log; so does a half-written last line."""
+    """Remove the records after `step`, which will be written again, and a half-written last line."""
     if not path.exists():
         return
     kept = []
@@ -72,9 +83,7 @@ def _drop_records_from(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    write_text(path, "".join(kept))
 
 
 def _tensorboard(run: Path) -> Any:

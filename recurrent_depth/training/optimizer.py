@@ -2,68 +2,15 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from recurrent_depth.training.config import OptimizerConfig
 from recurrent_depth.training.muon import MuonAdamW
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """How weights move.
-
-    Args:
-        name: `huginn` (arXiv 2502.05171, section 4.3: atan2 form, no epsilon, update clipping), `adamw` and `nadamw`
-            (torch's, decoupled weight decay), or `muon` (matrices of the blocks by Muon, the rest by AdamW).
-        lr: peak learning rate.
-        weight_decay: decay of matrices; none on norms and biases. For `huginn` it is not multiplied by lr, but by
-            lr / peak lr.
-        eps: of the Adam variants; `huginn` has none.
-        momentum: of `muon`.
-        gradient_clip: largest global gradient norm.
-        schedule: after the warm-up: `trapezoid` (hold, then decay over cooldown_steps), `constant`, or `linear` and
-            `cosine` decay to the end of the run.
-        warmup_steps: linear warm-up.
-        cooldown_steps: of `trapezoid`: linear decay over the last steps of the run; 0 for none.
-        final_lr: where a decay ends, as a share of lr.
-    """
-
-    name: Literal["huginn", "adamw", "nadamw", "muon"] = "huginn"
-    lr: float = 4e-5
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 4e-5
-    eps: float = 1e-8
-    momentum: float = 0.95
-    gradient_clip: float = 1.0
-    schedule: Literal["trapezoid", "constant", "linear", "cosine"] = "trapezoid"
-    warmup_steps: int = 4096
-    cooldown_steps: int = 0
-    final_lr: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"optimizer.lr is {self.lr}; it must be positive")
-        if self.gradient_clip <= 0:
-            raise ValueError("optimizer.gradient_clip must be positive; use .inf for no clipping")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimizer.betas is {self.betas}; each must lie in [0, 1)")
-        if self.weight_decay < 0 or self.warmup_steps < 0 or self.cooldown_steps < 0:
-            raise ValueError(
-                "optimizer.weight_decay, optimizer.warmup_steps and optimizer.cooldown_steps must not be negative"
-            )
-        if self.eps <= 0 or not 0 <= self.momentum < 1 or not 0 <= self.final_lr <= 1:
-            raise ValueError(
-                "optimizer.eps must be positive, optimizer.momentum in [0, 1) and optimizer.final_lr in [0, 1]"
-            )
-        if self.cooldown_steps and self.schedule != "trapezoid":
-            raise ValueError(
-                f"optimizer.cooldown_steps belongs to the schedule trapezoid; set it to 0 for {self.schedule}"
-            )
 
 
 class HuginnAdam(torch.optim.Optimizer):

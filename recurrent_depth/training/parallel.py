@@ -1,9 +1,10 @@
 """Processes, devices and sharding."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,50 +14,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from recurrent_depth.model.config import Kernels, ModelConfig
+from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.layers import rotary_table
 from recurrent_depth.model.ops import choose_ops, use_ops
-from recurrent_depth.model.recurrence import Checkpointing
 from recurrent_depth.model.transformer import RecurrentDepthModel, initial_value
+from recurrent_depth.training.config import RuntimeConfig
 
-
-@dataclass(frozen=True)
-class RuntimeConfig:
-    """How a run uses its machine; never part of the architecture.
-
-    Args:
-        device: `auto` takes a GPU (CUDA or ROCm) if there is one.
-        dtype: of the forward and backward pass; `auto` is bfloat16 on a GPU and float32 on a CPU. Weights, optimizer
-            and gradient reductions stay float32.
-        shard_size: ranks that share one copy of the weights; null: all ranks (FSDP). 1 is plain replication, a
-            number between is hybrid sharding.
-        reshard_after_forward: free gathered weights after the forward pass (ZeRO-3) instead of keeping them (ZeRO-2).
-        activation_checkpointing: recompute single `block`s or whole `step`s of the core in the backward pass.
-        compile: torch.compile each block (never the loop).
-        kernels: who computes the element-wise operations; `auto` is `triton` on a GPU and `torch` on a CPU.
-        loss_chunk_size: tokens whose logits exist at one time; null: all.
-        threads: CPU threads of each process; null leaves torch's choice.
-        timeout_minutes: how long a rank waits in a collective for the others before the run is ended.
-    """
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    shard_size: int | None = None
-    reshard_after_forward: bool = False
-    activation_checkpointing: Checkpointing = "none"
-    compile: bool = False
-    kernels: Kernels = "auto"
-    loss_chunk_size: int | None = None
-    threads: int | None = None
-    timeout_minutes: float = 10.0
-
-    def __post_init__(self) -> None:
-        for name in ("shard_size", "loss_chunk_size", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"runtime.{name} is {value}; it must be at least 1, or null")
-        if self.timeout_minutes <= 0:
-            raise ValueError("runtime.timeout_minutes must be positive")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,8 +42,36 @@ class Ranks:
         return tensor
 
     def barrier(self) -> None:
+        """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()
+
+    def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """Return the values of all ranks, in their order. Values are pickled: for small ones."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=group)
+        return values
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Return the result of `action`, which only the main rank runs; an error there is raised on every rank.
+
+        For what must be read once or may fail: ranks that read a file at different times may see different files, and
+        one that fails alone leaves the others waiting.
+        """
+        result: tuple[T | None, Exception | None] = (None, None)
+        if self.is_main:
+            try:
+                result = (action(), None)
+            except Exception as error:
+                if self.world_size == 1:
+                    raise
+                result = (None, error)
+        value, failure = self.gather(result)[0]
+        if failure is not None:
+            raise failure
+        return value
 
 
 def start_processes(config: RuntimeConfig) -> Ranks:

@@ -1,7 +1,8 @@
 """Loss spikes: go back to a checkpoint and leave out the data that led there (PaLM, arXiv 2204.02311, section 5.1).
 
-Data, depths and noise of a step are functions of a number, its draw. Without rewinds the draw is the step. A rewind
-from step s to checkpoint c moves the draws of all later steps on by s - c: the rows between are not seen again.
+Data, depths and noise of a training step are functions of one number, its data step. Without rewinds that is the step
+itself. A rewind from step s to checkpoint c adds s - c to the data steps of all later steps: the rows between are not
+seen again.
 """
 
 import json
@@ -10,38 +11,17 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from recurrent_depth.runs import checkpoints
+from recurrent_depth.files import write_json
+from recurrent_depth.runs import CheckpointError, checkpoints, remove_checkpoint, step_of
+from recurrent_depth.training.config import SpikeConfig
 from recurrent_depth.training.health import TrainingAborted
 
 REWINDS_FILE = "rewinds.json"
 
 
 @dataclass(frozen=True)
-class SpikeConfig:
-    """When a loss counts as a spike.
-
-    Args:
-        factor: a loss above this multiple of the median of the last losses is a spike; null turns the guard off.
-        window: how many losses the median is taken of; the guard waits until it has that many.
-        margin: steps that must lie between the checkpoint and the spike, since a spike often begins before it shows.
-        max_rewinds: of one run; another spike aborts it.
-    """
-
-    factor: float | None = None
-    window: int = 128
-    margin: int = 0
-    max_rewinds: int = 5
-
-    def __post_init__(self) -> None:
-        if self.factor is not None and self.factor <= 1:
-            raise ValueError("spikes.factor must be above 1, or null for no guard")
-        if self.window < 1 or self.margin < 0 or self.max_rewinds < 0:
-            raise ValueError("spikes.window must be at least 1, spikes.margin and spikes.max_rewinds at least 0")
-
-
-@dataclass(frozen=True)
 class Rewind:
-    """One rewind: from `step` on, draws are `skipped` further on. `spike` is the step whose loss was `loss`."""
+    """One rewind: from `step` on, data steps are `skipped` further on. `spike` is the step whose loss was `loss`."""
 
     step: int
     skipped: int
@@ -50,8 +30,19 @@ class Rewind:
     median: float
 
 
+def read_rewinds(run: Path) -> list[Rewind]:
+    """Return the rewinds of a run, oldest first."""
+    path = run / REWINDS_FILE
+    if not path.is_file():
+        return []
+    try:
+        return [Rewind(**entry) for entry in json.loads(path.read_text())]
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); restore it, or start a new run") from error
+
+
 class SpikeGuard:
-    """Watches the losses of a run. All ranks see the same numbers, so they decide alike."""
+    """Watches the losses of a run. All ranks see the same losses, so they decide alike."""
 
     def __init__(self, config: SpikeConfig, run: Path) -> None:
         self.config, self.run = config, run
@@ -59,50 +50,42 @@ class SpikeGuard:
         self.rewinds: list[Rewind] = []
 
     def restore(self, losses: list[float]) -> None:
-        """Go on from a checkpoint: its last losses, and the run's rewinds."""
+        """Continue with the last losses of a checkpoint."""
         self.losses = deque(losses, maxlen=self.config.window)
-        path = self.run / REWINDS_FILE
-        if path.is_file():
-            self.rewinds = [Rewind(**entry) for entry in json.loads(path.read_text())]
 
-    def draw(self, step: int) -> int:
-        """The number that names data, depths and noise of a step."""
+    def data_step(self, step: int) -> int:
+        """Return the number that data, depths and noise of a training step are functions of."""
         return step + sum(rewind.skipped for rewind in self.rewinds if rewind.step <= step)
 
     def is_spike(self, loss: float) -> bool:
-        """Whether `loss` is one; if not, it joins the losses that the next one is compared with."""
+        """Return whether `loss` is a spike; if not, the next ones are compared with it too."""
         full = len(self.losses) == self.config.window
         if self.config.factor is not None and full and loss > self.config.factor * statistics.median(self.losses):
             return True
         self.losses.append(loss)
         return False
 
-    def target(self, spike: int) -> Path:
-        """The checkpoint to go back to."""
+    def prepare_rewind(self, spike: int, loss: float) -> tuple[Path, Rewind]:
+        """Choose the checkpoint to go back to, remove newer ones, and write the rewind down. For one rank.
+
+        A run that is killed at any point of this resumes from that checkpoint, and either knows of the rewind or sees
+        the same spike again.
+        """
         if len(self.rewinds) >= self.config.max_rewinds:
             raise TrainingAborted(
                 f"step {spike}: the loss spikes again after {len(self.rewinds)} rewinds (spikes.max_rewinds); "
                 "lower optimizer.lr, or look for broken data"
             )
-        found = [path for path in checkpoints(self.run) if _step(path) <= spike - self.config.margin]
+        complete = checkpoints(self.run)
+        found = [path for path in complete if step_of(path) <= spike - self.config.margin]
         if not found:
             raise TrainingAborted(
                 f"step {spike}: the loss spikes and no checkpoint is {self.config.margin} steps older; "
                 "lower checkpoint.every, or raise checkpoint.keep_last"
             )
-        return found[-1]
-
-    def record(self, spike: int, loss: float, checkpoint: Path, *, write: bool) -> Rewind:
-        """Note a rewind; the rank that writes makes it last before training goes on."""
-        step = _step(checkpoint)
+        for newer in reversed(complete[len(found) :]):
+            remove_checkpoint(newer)
+        step = step_of(found[-1])
         rewind = Rewind(step, spike + 1 - step, spike, loss, statistics.median(self.losses))
-        self.rewinds.append(rewind)
-        if write:
-            temporary = self.run / f"{REWINDS_FILE}.tmp"
-            temporary.write_text(json.dumps([asdict(entry) for entry in self.rewinds], indent=1))
-            temporary.replace(self.run / REWINDS_FILE)
-        return rewind
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
+        write_json(self.run / REWINDS_FILE, [asdict(entry) for entry in [*self.rewinds, rewind]])
+        return found[-1], rewind

@@ -2,10 +2,9 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
 
 from recurrent_depth.model.config import ModelConfig
-from recurrent_depth.training.optimizer import OptimizerConfig
+from recurrent_depth.training.config import DepthRampConfig, OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -24,23 +23,6 @@ def _remaining(config: OptimizerConfig, step: int, total_steps: int) -> float:
         return 1.0
     linear = left / (total_steps - config.warmup_steps + 1)
     return linear if config.schedule == "linear" else (1 - math.cos(math.pi * linear)) / 2
-
-
-@dataclass(frozen=True)
-class DepthRampConfig:
-    """A curriculum on depth: the mean recurrence grows linearly from `start` to model.mean_recurrence.
-
-    Args:
-        start: mean recurrence of the first step.
-        steps: optimizer steps until the full mean. Sampling never takes a mean below model.mean_backprop_depth.
-    """
-
-    start: int = 1
-    steps: int = 1000
-
-    def __post_init__(self) -> None:
-        if self.start < 1 or self.steps < 1:
-            raise ValueError("depth_ramp.start and depth_ramp.steps must be at least 1")
 
 
 def ramped(model: ModelConfig, ramp: DepthRampConfig | None, step: int) -> ModelConfig:

@@ -1,6 +1,7 @@
-"""The training loop: one readable step, the rest around it."""
+"""The training loop: `train_step`, and what happens between training steps."""
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -12,25 +13,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recurrent_depth.data.loader import Batch, open_source
+from recurrent_depth.data.batch import Batch
+from recurrent_depth.data.loader import open_source
 from recurrent_depth.model.flops import training_flops
 from recurrent_depth.model.loss import valid_targets
 from recurrent_depth.model.recurrence import random_state, sample_depth
-from recurrent_depth.training.checkpoint import load_checkpoint, training_state
+from recurrent_depth.training.checkpoint import (
+    load_state,
+    read_resume_details,
+    training_state,
+    trajectory,
+    verify_all,
+)
+from recurrent_depth.training.config import RunConfig
 from recurrent_depth.training.deadline import Deadline
 from recurrent_depth.training.health import HealthMonitor
 from recurrent_depth.training.logging import RunLog
 from recurrent_depth.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
-from recurrent_depth.training.parallel import Ranks, build_model, set_last_micro_step
-from recurrent_depth.training.rewind import SpikeGuard
-from recurrent_depth.training.run import RunConfig
+from recurrent_depth.training.parallel import Ranks, build_model, compute_dtype, set_last_micro_step
+from recurrent_depth.training.rewind import Rewind, SpikeGuard
 from recurrent_depth.training.saving import CheckpointWriter
 from recurrent_depth.training.schedule import learning_rate, ramped
 from recurrent_depth.training.validation import validate
 
 
 class Trainer:
-    """A run in progress. Everything that a step needs is a function of (configuration, step) and the weights."""
+    """A run in progress. Everything that a step needs is a function of (configuration, step) and the weights.
+
+    Attributes:
+        step: training steps done.
+        stop_wished: this process was asked to stop. Only ever reduced, never acted upon.
+        stopping: the ranks have agreed to stop after the current step.
+    """
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
@@ -38,6 +52,7 @@ class Trainer:
         self.train_source = open_source(config.data, "train", config.seed, config.steps)
         self.validation_source = open_source(config.data, "validation", config.seed, config.steps)
         self._check_data()
+        self.fingerprint = self.train_source.fingerprint()
         self.model = build_model(config.model, config.runtime, ranks, config.seed)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -48,19 +63,27 @@ class Trainer:
         self.deadline = Deadline(config.max_hours, config.slurm_margin_minutes)
         self.step = 0
         self.log: RunLog | None = None
-        self.stop_requested = False
+        self.stop_wished = False
+        self.stopping = False
 
     def _check_data(self) -> None:
-        model, source = self.config.model, self.train_source
-        if source.vocab_size > model.vocab_size:
+        model = self.config.model
+        for source in (self.train_source, self.validation_source):
+            if source.vocab_size > model.vocab_size:
+                raise ValueError(
+                    f"the data use {source.vocab_size} token ids, model.vocab_size is {model.vocab_size}; "
+                    "raise model.vocab_size or prepare the data with a smaller tokenizer"
+                )
+            if source.sequence_length > model.block_size:
+                raise ValueError(
+                    f"rows of {source.sequence_length} tokens exceed model.block_size {model.block_size}; "
+                    "raise model.block_size or prepare shorter rows"
+                )
+        rows, held_out = self.config.validation.rows, self.validation_source
+        if held_out.rows_per_epoch is not None and rows > held_out.rows_per_epoch:
             raise ValueError(
-                f"the data use {source.vocab_size} token ids, model.vocab_size is {model.vocab_size}; "
-                "raise model.vocab_size or prepare the data with a smaller tokenizer"
-            )
-        if source.sequence_length > model.block_size:
-            raise ValueError(
-                f"rows of {source.sequence_length} tokens exceed model.block_size {model.block_size}; "
-                "raise model.block_size or prepare shorter rows"
+                f"validation.rows is {rows}, but {held_out.name} holds {held_out.rows_per_epoch} validation rows; "
+                "lower validation.rows, or prepare more of them"
             )
 
     # -- one step ---------------------------------------------------------------------------------------------------
@@ -77,20 +100,18 @@ class Trainer:
         depths = []
         for micro, batch in enumerate(batches):
             set_last_micro_step(self.model, micro == config.micro_steps - 1)
-            depth = sample_depth(model, seed=config.seed, step=self.draw, micro_step=micro)
+            depth = sample_depth(model, seed=config.seed, step=self.data_step, micro_step=micro)
             # The data-parallel average divides by the number of ranks; the sum over all valid targets must not.
             micro_loss = self._loss(batch, depth, micro) / count.clamp(min=1)
             (micro_loss * self.ranks.world_size).backward()
             loss += micro_loss.detach().float()
             depths.append(depth)
         norm = clip_gradients(self.parameters, config.optimizer.gradient_clip)
-        loss_value, norm_value, stop = self._agree(loss, norm)
-        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+        loss_value, norm_value, finite = self._agree(loss, norm)
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.stop_requested |= stop
         self.health.skipped(self.step, not finite)
         return {
             "loss": loss_value,
@@ -110,7 +131,7 @@ class Trainer:
 
     def _batch(self, micro: int) -> Batch:
         config, ranks = self.config, self.ranks
-        first_row = self.draw * config.batch_size + self._row_in_step(micro)
+        first_row = self.data_step * config.batch_size + self._row_in_step(micro)
         batch = self.train_source.batch(first_row, self.rows, self.step)
         if int(batch.input_ids.max()) >= config.model.vocab_size:
             raise ValueError(
@@ -120,9 +141,9 @@ class Trainer:
         return batch.to(ranks.device)
 
     @property
-    def draw(self) -> int:
-        """What names the data, depths and noise of this step: the step, moved on by what rewinds left out."""
-        return self.spikes.draw(self.step)
+    def data_step(self) -> int:
+        """The number that data, depths and noise of this step are functions of: the step, plus what rewinds skipped."""
+        return self.spikes.data_step(self.step)
 
     def _row_in_step(self, micro: int) -> int:
         return (micro * self.ranks.world_size + self.ranks.rank) * self.rows
@@ -141,7 +162,7 @@ class Trainer:
         return output.loss
 
     def _initial_states(self, batch: Batch, micro: int) -> Tensor | None:
-        """Truncated normal noise named by (seed, step, row in the step, position, channel), whatever the ranks."""
+        """Return truncated normal noise, a function of (seed, data step, row in the step, position, channel)."""
         model = self.config.model
         if model.state_init == "zero":
             return None
@@ -150,39 +171,57 @@ class Trainer:
         rows = torch.arange(B, device=device) + self._row_in_step(micro)
         positions = torch.arange(T, device=device)[None]
         ops = self.model.transformer.core_block.ops
-        return random_state(model, rows, positions, seed=self.config.seed, step=self.draw, ops=ops)
+        return random_state(model, rows, positions, seed=self.config.seed, step=self.data_step, ops=ops)
 
     def _agree(self, loss: Tensor, norm: Tensor) -> tuple[float, float, bool]:
-        """Loss over all ranks, gradient norm, and whether any rank was asked to stop: one collective, one sync.
+        """Return the loss over all ranks, the gradient norm, and whether both are finite on every rank.
 
-        A background save that failed on any rank ends the run on all of them, here.
+        Whatever the ranks must do alike is decided here, from reduced values: to skip the update, to stop after this
+        step, and to end the run because a background save has failed on some rank. One collective, one host sync.
         """
-        stop = float(self.stop_requested or self.deadline.passed())
-        numbers = torch.stack([loss, *torch.tensor([stop, float(self.writer.error is not None)]).to(loss.device)])
+        wishes = torch.tensor([self.stop_wished or self.deadline.passed(), self.writer.error is not None])
+        wishes = wishes.to(loss.device, loss.dtype)
+        numbers = torch.stack([loss, *wishes, (~torch.isfinite(norm)).to(loss.dtype)])
         self.ranks.all_reduce(numbers)
-        loss_value, stops, failed, norm_value = torch.cat([numbers, norm.float()[None]]).tolist()
+        loss_value, stops, failed, bad_norms, norm_value = torch.cat([numbers, norm.float()[None]]).tolist()
         if failed:
             self.writer.wait()
-        return loss_value, norm_value, stops > 0
+        self.stopping |= stops > 0
+        return loss_value, norm_value, math.isfinite(loss_value) and not bad_norms
 
     # -- the run ----------------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
         """Train to the last step, or until asked to stop; the state is saved in either case."""
-        self.log = RunLog(self.run, self.step, self.config.steps) if self.ranks.is_main else None
-        try:
-            with self._signals():
-                self._loop()
-        finally:
-            self.writer.finish()
-            if self.log is not None:
-                self.log.close()
+        with self._signals():
+            self.log = RunLog(self.run, self.step, self.config.steps) if self.ranks.is_main else None
+            try:
+                if self.step >= self.config.steps:
+                    done = f"step {self.step} of {self.config.steps}"
+                    self._say(f"{self.run} is finished: {done}; raise --steps to train on")
+                else:
+                    self._say(self._start_line())
+                    self._loop()
+            finally:
+                self.writer.finish()
+                if self.log is not None:
+                    self.log.close()
+
+    def _start_line(self) -> str:
+        config, ranks, source = self.config, self.ranks, self.train_source
+        devices = f"{ranks.world_size} x {ranks.device.type}" if ranks.world_size > 1 else str(ranks.device)
+        return (
+            f"{'continuing' if self.step else 'training'} {self.model.num_parameters:,} parameters on {source.name}, "
+            f"{config.batch_size} rows of up to {source.sequence_length} tokens per step, {devices} "
+            f"({str(compute_dtype(config.runtime, ranks.device)).removeprefix('torch.')}), "
+            f"steps {self.step} to {config.steps}, out {self.run}"
+        )
 
     def _loop(self) -> None:
         config = self.config
         saved_step = self.step
         window = Window()
-        while self.step < config.steps and not self.stop_requested:
+        while self.step < config.steps and not self.stopping:
             began = time.perf_counter()
             record = self.train_step()
             window.add(time.perf_counter() - began, record)
@@ -201,23 +240,29 @@ class Trainer:
         if saved_step != self.step:
             self.save()
         self.writer.wait()
-        if self.stop_requested and self.step < config.steps:
-            self._say(f"stopped at step {self.step} of {config.steps}; continue with --resume true")
+        if self.stopping and self.step < config.steps:
+            self._say(f"saved and stopped at step {self.step} of {config.steps}; continue with --resume true")
 
     def _rewind(self, loss: float) -> None:
         """Go back to a checkpoint from before the spike; the data since then are left out."""
         self.writer.wait()
         spike = self.step - 1
-        checkpoint = self.spikes.target(spike)
-        rewind = self.spikes.record(spike, loss, checkpoint, write=self.ranks.is_main)
-        self.ranks.barrier()
-        self.resume(checkpoint)
+        checkpoint, rewind, details = self.ranks.on_main(lambda: self._prepare_rewind(spike, loss))
+        self.spikes.rewinds.append(rewind)
+        self.resume(checkpoint, details)
         if self.log is not None:
             self.log.rewind(self.step, {"type": "rewind", **asdict(rewind)})
         self._say(
-            f"[bold yellow]spike[/] at step {spike}: loss {loss:.4f}, median before {rewind.median:.4f}; back to step "
-            f"{self.step}, leaving out the data of {rewind.skipped} steps"
+            f"spike at step {spike}: loss {loss:.4f}, median before {rewind.median:.4f}; back to step {self.step}, "
+            f"leaving out the data of {rewind.skipped} steps",
+            warning=True,
         )
+
+    def _prepare_rewind(self, spike: int, loss: float) -> tuple[Path, Rewind, dict[str, Any]]:
+        checkpoint, rewind = self.spikes.prepare_rewind(spike, loss)
+        details = read_resume_details(checkpoint)
+        verify_all(checkpoint, details)
+        return checkpoint, rewind, details
 
     def _report(self, record: dict[str, float]) -> None:
         if self.log is None:
@@ -235,41 +280,47 @@ class Trainer:
             depths = "  ".join(f"r={key[5:]} {metrics[key]:.4f}" for key in metrics if key[5:].isdigit())
             self._say(f"step {self.step} validation loss  {depths}")
             for warning in warnings:
-                self._say(f"[bold yellow]warning[/] {warning}")
+                self._say(f"warning: {warning}", warning=True)
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, warning: bool = False) -> None:
         if self.log is not None:
-            self.log.say(text)
+            self.log.say(text, warning)
 
     def save(self) -> None:
         """Begin to write a checkpoint of the current step; `writer.wait()` until it is on disk."""
         details = {
             "model": asdict(self.config.model),
-            "trajectory": self.config.trajectory(),
-            "data": self.train_source.fingerprint(),
+            "steps": self.config.steps,
+            "trajectory": trajectory(self.config),
+            "data": self.fingerprint,
             "last_losses": list(self.spikes.losses),
+            "health": dict(self.health.counts),
             "world_size": self.ranks.world_size,
             "torch": torch.__version__,
         }
         self.writer.save(self.step, training_state(self.model, self.optimizer), details)
 
-    def resume(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint."""
-        details = load_checkpoint(checkpoint, self.model, self.optimizer, self.ranks)
+    def resume(self, checkpoint: Path, details: dict[str, Any]) -> None:
+        """Continue from a verified checkpoint and the content of its checkpoint.json."""
+        load_state(checkpoint, details, self.model, self.optimizer)
         self.step = details["step"]
         self.spikes.restore(details["last_losses"])
+        self.health.counts = dict(details["health"])
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM, SIGUSR1 and Ctrl-C end the run after the current step and save; a second Ctrl-C ends it at once."""
+        """Let SIGTERM, SIGUSR1 and Ctrl-C end the run after the current step, saved.
 
-        def request_stop(number: int, frame: Any) -> None:
-            if self.stop_requested and number == signal.SIGINT:
+        A second Ctrl-C ends it at once, but not under torchrun, which sends every rank a SIGINT after the terminal's.
+        """
+
+        def wish_to_stop(number: int, frame: Any) -> None:
+            if self.stop_wished and number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
                 raise KeyboardInterrupt
-            self.stop_requested = True
+            self.stop_wished = True
 
         numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        previous = {number: signal.signal(number, request_stop) for number in numbers}
+        previous = {number: signal.signal(number, wish_to_stop) for number in numbers}
         try:
             yield
         finally:
@@ -290,7 +341,7 @@ class Window:
             self.sums[name] += record[name]
 
     def take(self) -> dict[str, float]:
-        """The sums and their rates; counting starts anew."""
+        """Return the sums and their rates, and count from zero again."""
         sums, self.sums = self.sums, dict.fromkeys(self.sums, 0.0)
         seconds = max(sums["seconds"], 1e-9)
         rates = {"tokens_per_second": sums["tokens"] / seconds, "flops_per_second": sums["flops"] / seconds}

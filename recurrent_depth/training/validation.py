@@ -1,40 +1,24 @@
 """Loss at several depths, and the health of the states, on held-out rows."""
 
-from dataclasses import dataclass
-
 import torch
 
-from recurrent_depth.data.loader import Source
-from recurrent_depth.model.loss import valid_targets
+from recurrent_depth.data.batch import Source
+from recurrent_depth.model.loss import IGNORE_INDEX, valid_targets
 from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.training.config import ValidationConfig
 from recurrent_depth.training.health import perplexity, state_metrics
 from recurrent_depth.training.parallel import Ranks
-
-
-@dataclass(frozen=True)
-class ValidationConfig:
-    """Args:
-    every: steps between validations; the last step always has one.
-    rows: held-out rows, over all ranks.
-    num_steps: depths at which the loss is measured; one step and the mean depth are always among them.
-    """
-
-    every: int = 500
-    rows: int = 256
-    num_steps: tuple[int, ...] = (1, 4, 8, 16, 32, 64)
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.rows < 1 or any(r < 1 for r in self.num_steps):
-            raise ValueError(
-                "validation.every, validation.rows and every entry of validation.num_steps must be at least 1"
-            )
 
 
 @torch.no_grad()
 def validate(
     model: RecurrentDepthModel, source: Source, config: ValidationConfig, rows_per_rank: int, ranks: Ranks
 ) -> dict[str, float]:
-    """Mean loss per target at each depth from a zero initial state, and state metrics at the mean depth."""
+    """Return the mean loss per target at each depth from a zero initial state, and state metrics at the mean depth.
+
+    The last batch is filled up with rows that do not count, so that the loss is that of config.rows rows on any number
+    of ranks.
+    """
     mean_depth = model.config.mean_recurrence
     depths = sorted({1, mean_depth, *config.num_steps})
     batches = -(-config.rows // (rows_per_rank * ranks.world_size))
@@ -43,11 +27,13 @@ def validate(
     for number in range(batches):
         first_row = (number * ranks.world_size + ranks.rank) * rows_per_rank
         batch = source.batch(first_row, rows_per_rank, 0).to(ranks.device)
+        spare = torch.arange(first_row, first_row + rows_per_rank, device=ranks.device) >= config.rows
+        targets = batch.targets.masked_fill(spare[:, None], IGNORE_INDEX)
         for index, depth in enumerate(depths):
             keep_states = number == 0 and depth == mean_depth
             output = model(
                 batch.input_ids,
-                targets=batch.targets,
+                targets=targets,
                 num_steps=depth,
                 document_ids=batch.document_ids,
                 position_ids=batch.position_ids,
@@ -56,8 +42,10 @@ def validate(
             sums[index] += output.loss.double()
             if keep_states:
                 health = state_metrics(output.states)
-        sums[-1] += valid_targets(batch.targets)
+        sums[-1] += valid_targets(targets)
     *losses, count = ranks.all_reduce(sums).tolist()
+    if not count:
+        raise ValueError(f"no position of the {config.rows} validation rows has a target; raise validation.rows")
     metrics = {f"loss_{depth}": loss / count for depth, loss in zip(depths, losses, strict=True)}
     metrics["loss_one_step"] = metrics["loss_1"]
     metrics["loss_mean_depth"] = metrics[f"loss_{mean_depth}"]

@@ -14,7 +14,7 @@ QUESTION = "Natalia sold clips to 48 of her friends in April and then half as ma
 sentences = st.lists(st.sampled_from(["a", "B", "c", "d."]), max_size=12)
 
 
-def test_case_and_white_space_do_not_matter():
+def test_overlap_ignores_case_and_white_space():
     index = NgramIndex([QUESTION], 8)
     assert index.overlap("Q:  NATALIA sold\nclips to\t48 of her   friends in June") == (
         "natalia sold clips to 48 of her friends"
@@ -34,13 +34,13 @@ def test_overlap_is_a_shared_run_of_words(texts, text, n):
     assert index.too_short == sum(len(other) < n for other in texts)
 
 
-def test_an_ngram_needs_a_word():
+def test_ngram_without_words_is_refused():
     with pytest.raises(ValueError, match="at least one word"):
         NgramIndex([], 0)
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="needs ../shared/data")
-def test_training_questions_of_gsm8k_that_repeat_test_questions():
+def test_overlap_finds_gsm8k_training_questions_that_repeat_test_questions():
     test = [json.loads(line)["question"] for line in GSM8K.read_text().splitlines()]
     train = [json.loads(line)["question"] for line in (GSM8K.parent / "train.jsonl").read_text().splitlines()]
     index = NgramIndex(test, 13)

@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.data.layout import DataError
-from recurrent_depth.data.loader import PackedDataConfig, open_source
+from recurrent_depth.data.loader import open_source
 from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.training.config import OptimizerConfig, ValidationConfig
 from recurrent_depth.training.launch import train
-from recurrent_depth.training.validation import ValidationConfig
 from support import losses, small_run
 
 NAME = "somebody/huginn-rows"
@@ -50,12 +51,13 @@ def run_config(tmp_path, path):
         mean_backprop_depth=1,
     )  # fmt: skip
     return small_run(
-        tmp_path / "run", data=PackedDataConfig(path), model=model, steps=2, batch_size=1, micro_steps=1,
+        tmp_path / "run", data=DataConfig(packed=PackedDataConfig(path)), model=model, steps=2, batch_size=1,
+        micro_steps=1, optimizer=OptimizerConfig(cooldown_steps=1),
         validation=ValidationConfig(every=2, rows=1, num_steps=(1,)),
     )  # fmt: skip
 
 
-def test_a_local_folder_trains(tmp_path):
+def test_released_rows_in_a_folder_train(tmp_path):
     write(tmp_path / "rows")
     train(run_config(tmp_path, str(tmp_path / "rows")))
     assert len(losses(tmp_path / "run")) == 2
@@ -63,18 +65,18 @@ def test_a_local_folder_trains(tmp_path):
     assert any(record["type"] == "validation" for record in records)
 
 
-def test_a_name_on_the_hub_gives_the_same_rows(hub, tmp_path):
+def test_released_rows_by_hub_name_equal_a_folder(hub, tmp_path):
     local = write(tmp_path / "rows")
     for split in ("train", "validation"):
-        expected = open_source(PackedDataConfig(str(local)), split, 3, 1).batch(0, 6, 0)
-        found = open_source(PackedDataConfig(NAME), split, 3, 1).batch(0, 6, 0)
+        expected = open_source(DataConfig(packed=PackedDataConfig(str(local))), split, 3, 1).batch(0, 6, 0)
+        found = open_source(DataConfig(packed=PackedDataConfig(NAME)), split, 3, 1).batch(0, 6, 0)
         assert torch.equal(found.input_ids, expected.input_ids)
         assert found.input_ids.shape == (6, 4096)
-    pinned = open_source(PackedDataConfig(NAME, revision="a" * 40), "train", 3, 1)
+    pinned = open_source(DataConfig(packed=PackedDataConfig(NAME, revision="a" * 40)), "train", 3, 1)
     assert pinned.rows_per_epoch == 12
 
 
-def test_a_download_asks_for_one_split_only(hub, tmp_path, monkeypatch):
+def test_released_rows_download_one_split_only(hub, tmp_path, monkeypatch):
     import huggingface_hub
 
     asked = {}
@@ -84,7 +86,7 @@ def test_a_download_asks_for_one_split_only(hub, tmp_path, monkeypatch):
         return str(hub)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    open_source(PackedDataConfig(NAME, revision="v1"), "train", 0, 1)
+    open_source(DataConfig(packed=PackedDataConfig(NAME, revision="v1")), "train", 0, 1)
     assert asked == {
         NAME: {
             "repo_type": "dataset",
@@ -94,21 +96,21 @@ def test_a_download_asks_for_one_split_only(hub, tmp_path, monkeypatch):
     }
 
 
-def test_a_name_that_is_neither_is_an_error(hub):
+def test_name_that_is_neither_folder_nor_hub_is_an_error(hub):
     with pytest.raises(DataError, match=r"nobody/nothing is neither a folder nor a data set"):
-        open_source(PackedDataConfig("nobody/nothing"), "train", 0, 1)
+        open_source(DataConfig(packed=PackedDataConfig("nobody/nothing")), "train", 0, 1)
     shutil.rmtree(hub / "validation")
     with pytest.raises(DataError, match="validation_path"):
-        open_source(PackedDataConfig(NAME), "validation", 0, 1)
+        open_source(DataConfig(packed=PackedDataConfig(NAME)), "validation", 0, 1)
 
 
-def test_a_truncated_file_and_a_wrong_column_are_named(tmp_path):
+def test_truncated_file_and_wrong_column_of_rows_are_named(tmp_path):
     folder = write(tmp_path / "rows")
     second = folder / "train" / "00001.parquet"
     second.write_bytes(second.read_bytes()[:-100])
     with pytest.raises(DataError, match=r"00001\.parquet is not a whole parquet file"):
-        open_source(PackedDataConfig(str(folder)), "train", 0, 1)
+        open_source(DataConfig(packed=PackedDataConfig(str(folder))), "train", 0, 1)
     pq.write_table(pa.table({"tokens": [[1, 2]]}), second)
     (folder / "train" / "00000.parquet").unlink()
     with pytest.raises(DataError, match=r"00001\.parquet has no column input_ids"):
-        open_source(PackedDataConfig(str(folder)), "train", 0, 1)
+        open_source(DataConfig(packed=PackedDataConfig(str(folder))), "train", 0, 1)

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from lm_eval.tasks import TaskManager
 
-from recurrent_depth.cli import parse_options
-from recurrent_depth.evaluation import EvalConfig, evaluate
-from recurrent_depth.evaluation.table import Published, Result, beside_published
+from recurrent_depth.evaluation.command import evaluate
+from recurrent_depth.evaluation.config import EvalConfig, LmEvalConfig
 from recurrent_depth.hf.export import ExportConfig, export
+from recurrent_depth.parsing import parse_options
 from recurrent_depth.training.launch import train
 from support import small_run
 
@@ -22,28 +22,18 @@ ROOT = Path(__file__).parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 
 
-def test_protocol_files_parse_and_name_tasks_that_exist():
+@pytest.mark.slow
+def test_protocol_files_name_tasks_that_exist_and_publish_values_of_them():
     manager = TaskManager()
     for file in sorted((ROOT / "configs" / "eval").glob("*.yaml")):
-        config = parse_options(EvalConfig, "eval", ["--config", str(file), "--model", "m", "--out", "o"])
-        names = [task for group in config.groups for task in group.tasks]
-        assert names
+        config = parse_options(EvalConfig, ["--config", str(file), "--model", "m", "--out", "o"])
+        names = [task for group in config.task_groups() for task in group.tasks]
         assert all(manager.match_tasks([name]) for name in names), file
         assert {entry.task for entry in config.published} <= set(names)
 
 
-def test_published_values_stand_beside_ours():
-    ours = Result("m", "test", "sciq", "", "lm-eval", "acc_norm", 32, 0.945, 0.01, 100)
-    dense = Published("sciq", "acc_norm", 0.95, source="a dense model")
-    entries = [Published("sciq", "acc_norm", 0.935, 32), Published("piqa", "acc_norm", 0.76, 32), dense]
-    table = beside_published([ours], entries)
-    assert "| 93.50 | 32 | 94.50 ± 1.00 | lm-eval | +1.00 |" in table
-    assert "| a dense model | 95.00 | 32 | 94.50 ± 1.00 | lm-eval | -0.50 |" in table
-    assert table.count("not measured") == 1
-
-
 def stock(folder, task, tasks_folder, out, *options):
-    """The lm_eval command, in a process of its own that imports nothing of ours: the exported code runs."""
+    """Run the lm_eval command in another process that imports nothing of ours: the exported code runs."""
     model = f"pretrained={folder},trust_remote_code=True,num_steps=3,dtype=float32"
     command = [
         sys.executable,
@@ -67,14 +57,15 @@ def stock(folder, task, tasks_folder, out, *options):
 
 
 @pytest.mark.slow
-def test_stock_lm_eval_and_the_sweep_agree_at_any_batch_size(tmp_path):
+def test_sweep_agrees_with_stock_lm_eval_at_any_batch_size(tmp_path):
     train(small_run(tmp_path / "run", steps=60))
     folder = export(ExportConfig(str(tmp_path / "run"), str(tmp_path / "export")))
-    common = {"model": str(folder), "tasks": ["shell_game_lm"], "num_steps": [3], "length": 8, "limit": 40}
+    common = {"model": str(folder), "tasks": ["shell_game_lm"], "num_steps": [3]}
     values = {}
     for batch_size in (1, 8):
         out = tmp_path / f"ours{batch_size}"
-        results = evaluate(EvalConfig(out=str(out), batch_size=batch_size, **common))
+        section = LmEvalConfig(batch_size=batch_size, length=8, limit=40)
+        results = evaluate(EvalConfig(out=str(out), lm_eval=section, **common))
         values[batch_size] = {r.difficulty: r.value for r in results if r.metric == "acc"}
     assert values[1] == values[8]
     reported = stock(folder, "shell_game_lm", tmp_path / "ours8" / "tasks", tmp_path / "stock", "--limit", "40")
@@ -85,7 +76,7 @@ def test_stock_lm_eval_and_the_sweep_agree_at_any_batch_size(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K is not here")
-def test_gsm8k_as_chat_runs_offline(chat_folder, tmp_path):
+def test_gsm8k_as_chat_agrees_with_stock_lm_eval(chat_folder, tmp_path):
     stock_yaml = Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k-cot.yaml"
     tasks = tmp_path / "tasks"
     tasks.mkdir()
@@ -96,20 +87,22 @@ def test_gsm8k_as_chat_runs_offline(chat_folder, tmp_path):
     }  # fmt: skip
     (tasks / "gsm8k_cot_local.yaml").write_text(yaml.safe_dump(task))
     folder = export(ExportConfig(str(chat_folder), str(tmp_path / "export")))
-    config = EvalConfig(
-        model=str(folder), out=str(tmp_path / "ours"), tasks=["gsm8k_cot_local"], include_path=str(tasks), limit=4,
-        num_steps=[3], num_fewshot=2, apply_chat_template=True, fewshot_as_multiturn=True, batch_size=2,
-        system_instruction="You help.", state_seeds=[None, 0],
+    section = LmEvalConfig(
+        include_path=str(tasks), limit=4, num_fewshot=2, apply_chat_template=True, fewshot_as_multiturn=True,
+        batch_size=2, system_instruction="You help.", state_seeds=[None, 0],
     )  # fmt: skip
+    config = EvalConfig(
+        model=str(folder), out=str(tmp_path / "ours"), tasks=["gsm8k_cot_local"], num_steps=[3], lm_eval=section
+    )
     results = evaluate(config)
     chat = ["--apply_chat_template", "--fewshot_as_multiturn", "--system_instruction", "You help."]
     options = ["--limit", "4", "--num_fewshot", "2", *chat]
     theirs = stock(folder, "gsm8k_cot_local", tasks, tmp_path / "stock", *options)["gsm8k_cot_local"]
-    ours = {r.metric: r.value for r in results if r.mode == "lm-eval"}
+    ours = {r.metric: r.value for r in results if r.seed is None}
     assert ours == {name: value for name, value in theirs.items() if name.startswith("exact_match,")}
-    assert {r.mode for r in results} == {"lm-eval", "lm-eval, state seed 0"}
+    assert {(r.mode, r.seed) for r in results} == {("lm-eval", None), ("lm-eval", 0)}
     record = json.loads((tmp_path / "ours" / "results.json").read_text())
     assert "Huginn" in record["lm_eval"][0]["chat_template"]
     assert record["lm_eval"][0]["group"]["num_fewshot"] == 2
-    assert record["initial_states"] == ["zeros", "seed 0"]
+    assert [entry["state_seed"] for entry in record["lm_eval"]] == [None, 0]
     assert record["versions"]["transformers"]

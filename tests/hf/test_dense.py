@@ -1,19 +1,23 @@
 """The dense control goes through the same rows and the same schedule."""
 
 import json
+import os
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reasoning_rows import puzzles, write_rows
-from recurrent_depth.data.loader import PackedDataConfig, open_source
-from recurrent_depth.hf.dense import DenseCommand, as_features, load_dense, optimizer_of, train_dense
-from recurrent_depth.hf.loading import _fast_tokenizer
-from recurrent_depth.reasoning.dataset import ReasoningDataConfig, prepare_reasoning
-from recurrent_depth.training.optimizer import OptimizerConfig
-from recurrent_depth.training.parallel import RuntimeConfig
+from recurrent_depth.data.config import DataConfig, PackedDataConfig
+from recurrent_depth.data.loader import open_source
+from recurrent_depth.files import output_folder
+from recurrent_depth.hf.dense import as_features, load_dense, optimizer_of, train_dense
+from recurrent_depth.hf.loading import fast_tokenizer
+from recurrent_depth.reasoning.config import ReasoningDataConfig
+from recurrent_depth.reasoning.dataset import prepare_reasoning
+from recurrent_depth.training.config import DenseConfig, OptimizerConfig, RunConfig, RuntimeConfig
 from recurrent_depth.training.schedule import learning_rate
+from support import outcome, run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,7 @@ def prepared(tmp_path_factory):
     )  # fmt: skip
     torch.manual_seed(0)
     LlamaForCausalLM(shape).save_pretrained(folder / "llama")
-    _fast_tokenizer(folder / "data" / "tokenizer.json").save_pretrained(folder / "llama")
+    fast_tokenizer(folder / "data" / "tokenizer.json").save_pretrained(folder / "llama")
     return folder
 
 
@@ -39,7 +43,7 @@ def test_a_llama_sees_the_labels_and_the_borders_of_packed_examples(prepared):
     model = load_dense(str(prepared / "llama")).double().eval()
     for p in model.parameters():
         p.data.mul_(3.0)  # tokens that differ enough for a leak to show
-    batch = open_source(data(prepared), "train", 0, 1).batch(0, 1, 0)
+    batch = open_source(DataConfig(packed=data(prepared)), "train", 0, 1).batch(0, 1, 0)
     features = {name: value[None] for name, value in as_features(batch).items()}
     with torch.no_grad():
         count = (batch.targets != -100).sum().item()
@@ -67,13 +71,14 @@ def test_the_schedule_is_that_of_the_recurrent_recipe():
     assert [group["weight_decay"] for group in optimizer.param_groups] == [config.weight_decay, 0.0]
 
 
-def command(folder, out, **changes):
+def command(folder, out, model="llama", **changes):
     options = {
-        "data": data(folder), "dense": str(folder / "llama"), "steps": 12, "batch_size": 4, "micro_steps": 2,
-        "log_every": 1, "optimizer": OptimizerConfig(name="adamw", lr=3e-3, warmup_steps=2, cooldown_steps=2),
+        "data": DataConfig(packed=data(folder)), "steps": 12, "batch_size": 4, "micro_steps": 2, "log_every": 1,
+        "optimizer": OptimizerConfig(name="adamw", lr=3e-3, warmup_steps=2, cooldown_steps=2),
         "runtime": RuntimeConfig(device="cpu"),
     }  # fmt: skip
-    return DenseCommand(out=str(out), **(options | changes))
+    run = RunConfig(out="unused", **(options | changes))
+    return DenseConfig(run=run, model=str(folder / model), out=str(out))
 
 
 @pytest.mark.slow
@@ -92,6 +97,45 @@ def test_rows_of_another_tokenizer_and_huginn_adam_are_refused(prepared, tmp_pat
     small = LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     LlamaForCausalLM(small).save_pretrained(tmp_path / "small")
     with pytest.raises(ValueError, match="its own tokenizer"):
-        train_dense(command(prepared, tmp_path / "a", dense=str(tmp_path / "small")))
+        train_dense(command(prepared, tmp_path / "a", model=tmp_path / "small"))
     with pytest.raises(ValueError, match="adamw"):
         train_dense(command(prepared, tmp_path / "b", optimizer=OptimizerConfig()))
+
+
+def losses(run):
+    (state,) = run.glob("checkpoint-*/trainer_state.json")
+    return [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_ranks_train_on_the_rows_of_one(prepared, tmp_path):
+    """The rows of a step are divided among the ranks: the losses and the weights are those of one process."""
+    one, two = command(prepared, tmp_path / "one", steps=4), command(prepared, tmp_path / "two", steps=4)
+    assert run_ranks(train_dense, 1, one) == [0]
+    assert run_ranks(train_dense, 2, two) == [0, 0]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    expected = LlamaForCausalLM.from_pretrained(tmp_path / "one" / "model").state_dict()
+    for name, value in LlamaForCausalLM.from_pretrained(tmp_path / "two" / "model").state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def train_in_use(config, folder) -> None:
+    outcome(folder, train_dense, config)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_folder_in_use_is_refused_on_every_rank(prepared, tmp_path):
+    with output_folder(tmp_path / "run"):
+        codes = run_ranks(train_in_use, 2, command(prepared, tmp_path / "run"), tmp_path)
+    assert 0 not in codes
+    for rank in (0, 1):
+        assert f"in use by process {os.getpid()}" in (tmp_path / f"outcome-{rank}.txt").read_text()
+
+
+def test_rows_that_do_not_divide_among_the_ranks_are_refused(prepared, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="do not divide among 3 ranks"):
+        train_dense(command(prepared, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

@@ -1,22 +1,25 @@
-"""Exports: the format of released folders, code that needs no package of ours, and the way back."""
+"""Exports: the format of released folders, code that does not need this package, and the way back."""
 
 import json
-import subprocess
-import sys
+import os
+import re
+import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from recurrent_depth.data.tokenizer import train_tokenizer
-from recurrent_depth.hf.export import ExportConfig, export
-from recurrent_depth.hf.loading import load_model
+from recurrent_depth.hf.export import export
+from recurrent_depth.hf.loading import fast_tokenizer, load_model
+from recurrent_depth.options import ExportConfig
 from recurrent_depth.runs import load_run_model
 from recurrent_depth.training.launch import train
-from support import losses, small_run
+from support import ANSWER, QUESTION, losses, run_without_our_package, small_run
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "huginn_tiny"
 
@@ -33,6 +36,11 @@ def exported(run, tmp_path_factory):
     return export(ExportConfig(model=str(run), out=str(tmp_path_factory.mktemp("out") / "small")))
 
 
+@pytest.fixture(scope="module")
+def chat_export(answering_folder, tmp_path_factory):
+    return export(ExportConfig(model=str(answering_folder), out=str(tmp_path_factory.mktemp("out") / "answers")))
+
+
 def tensors(folder):
     found = {}
     for file in sorted(Path(folder).glob("model*.safetensors")):
@@ -41,7 +49,7 @@ def tensors(folder):
     return found
 
 
-def test_a_released_folder_survives_a_round_trip(tmp_path):
+def test_export_of_a_released_folder_keeps_its_config_and_weights(tmp_path):
     out = export(ExportConfig(model=str(FIXTURE), out=str(tmp_path / "again")))
     assert tensors(out) == tensors(FIXTURE)
     before, after = load_file(FIXTURE / "model.safetensors"), load_file(out / "model.safetensors")
@@ -53,36 +61,79 @@ def test_a_released_folder_survives_a_round_trip(tmp_path):
     assert ours["init_values"]["out_proj"] == pytest.approx(0.02041241452319315)
 
 
-def test_an_export_loads_where_our_package_is_absent(run, exported, tmp_path):
+class ReleasedConfig(PreTrainedConfig):
+    """Passes the tying of the embeddings on by name, as the released class does."""
+
+    model_type = "huginn_raven"
+
+    def __init__(self, n_embd: int = 8, tie_embeddings: bool = True, **kwargs: Any) -> None:
+        self.n_embd, self.tie_embeddings = n_embd, tie_embeddings
+        super().__init__(tie_word_embeddings=tie_embeddings, **kwargs)
+
+
+def test_export_config_loads_in_the_released_config_class(exported, answering_folder):
+    for folder in (exported, answering_folder):
+        config = ReleasedConfig.from_pretrained(folder)
+        assert config.n_embd == 32
+        assert config.tie_word_embeddings
+
+
+def test_export_loads_where_our_package_is_absent(run, exported, tmp_path):
     ids = torch.arange(1, 9)[None]
     expected = load_run_model(run)(ids, num_steps=3).logits
-    script = f"""
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("recurrent_depth", "recurrent_depth_kernels"):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-import torch
+    out = run_without_our_package(
+        f"""
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(exported)!r}, trust_remote_code=True, num_steps=3)
 ids = torch.arange(1, 9)[None]
 with torch.no_grad():
     torch.save(model(ids).logits, {str(tmp_path / "logits.pt")!r})
 print(model.generate(ids, max_new_tokens=4, do_sample=False).shape[1])
-"""
-    env = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
-    done = subprocess.run([sys.executable, "-I", "-c", script], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip().endswith("12")
+model.save_pretrained({str(tmp_path / "again")!r})
+again = AutoModelForCausalLM.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True, num_steps=3)
+print(torch.equal(again(ids).logits, model(ids).logits))
+""",
+        tmp_path,
+    )
+    assert out.split() == ["12", "True"]
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), expected.detach())
+
+
+def test_export_files_have_the_mode_of_new_files(exported):
+    mask = os.umask(0)
+    os.umask(mask)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in exported.iterdir()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~mask)
+    assert stat.S_IMODE(exported.stat().st_mode) == 0o777 & ~mask
+
+
+def test_export_names_the_tokens_that_end_a_text(chat_export):
+    tokenizer = AutoTokenizer.from_pretrained(chat_export)
+    config = GenerationConfig.from_pretrained(chat_export)
+    ids = tokenizer.convert_tokens_to_ids
+    assert set(config.eos_token_id) == {ids("<|end_turn|>"), ids("<|end_text|>")}
+    assert config.pad_token_id == ids("<|pad|>")
+    assert config.bos_token_id == ids("<|begin_text|>")
+    assert tokenizer.model_max_length == 2048
+    written = json.loads((chat_export / "generation_config.json").read_text())
+    assert not written.get("_from_model_config")  # transformers 4 would derive it anew from config.json
+
+
+def test_model_card_runs_as_printed_and_the_model_ends_its_turn(chat_export, tmp_path):
+    card = (chat_export / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1).replace('"DIR"', repr(str(chat_export)))
+    chat = f"""
+messages = [{{"role": "user", "content": {QUESTION!r}}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+ids = model.generate(**inputs, max_new_tokens=50, do_sample=False)
+print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:]))
+"""
+    assert run_without_our_package(code + chat, tmp_path).strip() == ANSWER + "<|end_turn|>"
 
 
 def test_sharded_bf16_export_and_its_model_card(run, tmp_path):
     results = tmp_path / "results.json"
-    row = {"model": "m", "split": "test", "task": "t", "difficulty": "", "mode": "p", "metric": "acc"}
-    record = {"versions": {"torch": "9"}, "results": [row | {"num_steps": 4, "value": 0.5, "stderr": 0.1, "n": 9}]}
-    results.write_text(json.dumps(record))
+    results.write_text(json.dumps({"versions": {"torch": "9"}, "table": "| t | p | acc (%) | 50.0 |"}))
     config = ExportConfig(str(run), str(tmp_path / "half"), "bfloat16", max_shard_size="50KB", results=str(results))
     out = export(config)
     assert len(list(out.glob("model-*.safetensors"))) > 1
@@ -94,7 +145,7 @@ def test_sharded_bf16_export_and_its_model_card(run, tmp_path):
     whole = load_run_model(run)(ids, num_steps=2).logits
     assert (loaded(ids, num_steps=2).logits - whole).abs().max() < 0.05 * whole.abs().max()
     card = (out / "README.md").read_text()
-    for fact in ("mean 4", "50.0", "torch 9", "steps", "shell_game"):
+    for fact in ("mean 4", "acc (%) | 50.0", "torch 9", "training steps", "shell_game"):
         assert fact in card
 
 
@@ -106,16 +157,32 @@ def test_training_starts_from_an_export(exported, tmp_path):
     assert losses(tmp_path / "again")[0] < losses(tmp_path / "fresh")[0] - 0.1
 
 
-def test_nothing_is_overwritten(exported, run):
-    with pytest.raises(ValueError, match="not empty"):
+def test_export_overwrites_nothing(exported, run):
+    with pytest.raises(FileExistsError, match="not empty"):
         export(ExportConfig(model=str(run), out=str(exported)))
 
 
-def test_the_chat_template_is_huginns(tmp_path):
-    from recurrent_depth.hf.loading import _fast_tokenizer
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [("no json", "JSONDecodeError"), ("[1]", "TypeError"), ('{"results": [{"task": 1}], "versions": {}}', "KeyError")],
+)
+def test_export_refuses_foreign_results_and_leaves_nothing(run, tmp_path, text, cause):
+    (tmp_path / "foreign.json").write_text(text)
+    out = tmp_path / "new" / "export"
+    with pytest.raises(ValueError, match=f"not a results.json of `recurrent-depth eval`.*{cause}"):
+        export(ExportConfig(str(run), str(out), results=str(tmp_path / "foreign.json")))
+    assert not out.parent.exists()
 
+
+@pytest.mark.parametrize("change", [{"max_shard_size": "big"}, {"max_shard_size": "0GB"}, {"model": ""}])
+def test_export_options_that_cannot_work_are_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        ExportConfig(**({"model": "m", "out": "o"} | change))
+
+
+def test_chat_template_is_huginns(tmp_path):
     train_tokenizer(["hello world " * 20], 320).save(str(tmp_path / "tokenizer.json"))
-    tokenizer = _fast_tokenizer(tmp_path / "tokenizer.json")
+    tokenizer = fast_tokenizer(tmp_path / "tokenizer.json")
     tokenizer.save_pretrained(tmp_path / "saved")
     again = AutoTokenizer.from_pretrained(tmp_path / "saved")
     messages = [{"role": "user", "content": " hello "}, {"role": "assistant", "content": "world"}]

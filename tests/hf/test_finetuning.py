@@ -5,8 +5,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from recurrent_depth.hf.finetuning import DepthCallback
+from recurrent_depth.hf.finetuning import DepthCallback, fix_depth
 from recurrent_depth.model.recurrence import sample_depth
+from support import run_without_our_package
 
 
 def rows(n=24, width=12):
@@ -60,6 +61,88 @@ def test_checkpointing_recomputes_the_same_gradients(chat_folder):
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(("num_steps", "pair"), [(6, (2, 4)), (3, (0, 3))])
+def test_fixed_depth_backpropagates_through_the_last_iterations_alone(chat_folder, num_steps, pair):
+    ids = torch.tensor(rows()[:2]["input_ids"])
+    gradients = []
+    for fixed, given in ((num_steps, None), (None, pair), (None, num_steps)):
+        model = AutoModelForCausalLM.from_pretrained(chat_folder, dtype=torch.float64, mean_backprop_depth=4).train()
+        fix_depth(model, num_steps)  # the initial state is zero, so that the passes differ in their gradient alone
+        model.config.num_steps = fixed
+        model(ids, labels=ids, num_steps=given).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], expected, rtol=1e-10, atol=1e-12, msg=name)
+    whole = "transformer.adapter.weight"
+    assert torch.allclose(gradients[0][whole], gradients[2][whole], rtol=1e-6) == (num_steps <= 4)
+
+
+def test_training_mode_without_gradient_is_deterministic(chat_folder):
+    model = AutoModelForCausalLM.from_pretrained(chat_folder)
+    ids = torch.tensor(rows()[:2]["input_ids"])
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+        written = model.generate(ids, max_new_tokens=8, do_sample=False)
+        model.train()
+        assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), written)
+        assert not torch.equal(model(ids, state_seed=1).logits, expected)
+    assert model.clock.step == 0  # these passes are not training passes
+    assert not torch.equal(model(ids).logits, expected)
+
+
+def test_grpo_of_a_model_has_no_divergence_from_itself(answering_folder, tmp_path):
+    from peft import LoraConfig
+    from trl import GRPOConfig, GRPOTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(answering_folder)
+    fix_depth(model, 4)
+    args = GRPOConfig(
+        str(tmp_path), max_steps=1, beta=0.1, per_device_train_batch_size=4, num_generations=4,
+        max_completion_length=8, report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, logging_steps=1,
+        save_strategy="no",
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        model,
+        reward_funcs=lambda completions, **kwargs: [float(len(text)) for text in completions],
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": ["how many", "there are", "the quick", "a lazy dog"]}),
+        processing_class=AutoTokenizer.from_pretrained(answering_folder),
+        peft_config=LoraConfig(r=4, target_modules=["adapter", "Wqkv"], task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    first = next(entry for entry in trainer.state.log_history if "kl" in entry)
+    assert abs(first["kl"]) < 1e-9
+    assert first["completions/mean_length"] > 1
+
+
+def test_merged_lora_folder_loads_where_our_package_is_absent(chat_folder, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(chat_folder), LoraConfig(r=4, target_modules=["adapter", "Wqkv"])
+    )
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(40, 52)[None]
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    run_without_our_package(
+        f"""
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "merged")!r}, trust_remote_code=True)
+with torch.no_grad():
+    torch.save(model(torch.arange(40, 52)[None]).logits, {str(tmp_path / "logits.pt")!r})
+""",
+        tmp_path,
+    )
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_trl_sft_with_lora_on_the_adapter(chat_folder, tmp_path):

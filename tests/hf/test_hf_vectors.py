@@ -62,6 +62,8 @@ def test_steps_come_from_the_call_or_the_configuration(model, expected):
     assert not torch.equal(three(ids).logits, model(ids).logits)
     with pytest.raises(ValueError, match="at least 1"):
         model(ids, num_steps=-1)
+    with pytest.raises(ValueError, match="num_steps is 0"):
+        AutoModelForCausalLM.from_pretrained(FIXTURE, num_steps=0)(ids)
 
 
 def test_what_a_folder_may_lack_or_hold(tmp_path, expected):

@@ -13,7 +13,8 @@ import recurrent_depth_kernels as kernels
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.ops import TORCH_OPS, choose_ops, rms_norm, use_ops
 from recurrent_depth.model.transformer import RecurrentDepthModel
-from recurrent_depth.training.parallel import Ranks, RuntimeConfig, build_model
+from recurrent_depth.training.config import RuntimeConfig
+from recurrent_depth.training.parallel import Ranks, build_model
 from recurrent_depth_kernels import autotune, catalogue, tune, tuning
 from recurrent_depth_kernels.norm import norm_rows
 from recurrent_depth_kernels.targets import ARCHITECTURES, assumed, warp_size

@@ -1,16 +1,21 @@
 """Rows for fine-tuning: the loss where it belongs, nothing cut in silence, nothing seen across examples."""
 
+import errno
+
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reasoning_rows import puzzles, write_rows
-from recurrent_depth.data.loader import PackedDataConfig, open_source
-from recurrent_depth.data.packed import DataError
-from recurrent_depth.data.thinking import WORDS, thinking_tokenizer
-from recurrent_depth.reasoning.dataset import ReasoningDataConfig, Tokens, lay_out, prepare_reasoning, tokenize
-from recurrent_depth.reasoning.format import Formatter, ThinkingFormat
+from recurrent_depth.data.config import DataConfig, PackedDataConfig
+from recurrent_depth.data.layout import DataError
+from recurrent_depth.data.loader import open_source
+from recurrent_depth.data.tasks.puzzles import WORDS, puzzle_tokenizer
+from recurrent_depth.reasoning.config import ReasoningDataConfig, ThinkingFormat
+from recurrent_depth.reasoning.dataset import Tokens, lay_out, prepare_reasoning, tokenize
+from recurrent_depth.reasoning.format import Formatter
 from recurrent_depth.reasoning.pool import Example
 from recurrent_depth.training.launch import train
 from support import losses, small_run
@@ -18,8 +23,8 @@ from support import losses, small_run
 ID = {word: index for index, word in enumerate(WORDS)}
 
 
-def test_the_loss_is_on_the_reply_and_not_on_forced_words():
-    formatter = Formatter(thinking_tokenizer(), ThinkingFormat())
+def test_loss_is_on_the_reply_without_forced_words():
+    formatter = Formatter(puzzle_tokenizer(), ThinkingFormat())
     example = Example("0", "s", "cup1 swap01", "swap01 cup0 Wait swap01 cup0", "cup0")
     tokens = tokenize(formatter, example, unlearned=["Wait"])
     words = [WORDS[i] for i in tokens.ids]
@@ -53,11 +58,11 @@ def test_packing_keeps_every_example_whole(sizes, length):
     assert sum(sizes) > length * (len(rows) - 1) / 2
 
 
-def test_packed_examples_do_not_see_each_other(tmp_path):
+def test_loss_of_a_packed_row_is_the_sum_over_its_examples(tmp_path):
     """The loss of a packed row is the sum of the losses of its examples alone."""
     config = ReasoningDataConfig(out=str(tmp_path / "data"), block=90, **write_rows(tmp_path / "in", puzzles(40)))
     manifest = prepare_reasoning(config)
-    data = PackedDataConfig(config.out, document_masking=True, restart_positions=True)
+    data = DataConfig(packed=PackedDataConfig(config.out, document_masking=True, restart_positions=True))
     source = open_source(data, "train", seed=0, total_steps=1)
     batch = source.batch(0, 2, 0)
     model = small_model()
@@ -86,11 +91,11 @@ def small_model():
     return model.eval()
 
 
-def test_one_example_a_row_when_not_packed(tmp_path):
+def test_rows_hold_one_example_without_packing(tmp_path):
     config = ReasoningDataConfig(str(tmp_path / "data"), pack=False, **write_rows(tmp_path / "in", puzzles(20)))
     manifest = prepare_reasoning(config)
     assert manifest["splits"]["train"]["rows"] == manifest["splits"]["train"]["documents"]
-    source = open_source(PackedDataConfig(config.out), "train", seed=0, total_steps=1)
+    source = open_source(DataConfig(packed=PackedDataConfig(config.out)), "train", seed=0, total_steps=1)
     assert ((source.batch(0, 5, 0).input_ids == ID["<|begin_think|>"]).sum(1) == 1).all()
     assert source.sequence_length == manifest["sequence_length"] < config.block
 
@@ -110,10 +115,10 @@ def test_examples_longer_than_the_block_are_refused_dropped_or_cut(tmp_path, cap
     cut = prepare_reasoning(ReasoningDataConfig(str(tmp_path / "c"), block=block, when_too_long="cut", **inputs))
     assert cut["not_trained_on"] == {"trace cut to the block": beyond}
     assert sum(cut["splits"][name]["documents"] for name in ("train", "validation")) == 33
-    source = open_source(PackedDataConfig(str(tmp_path / "c"), document_masking=True), "train", 0, 1)
+    source = open_source(DataConfig(packed=PackedDataConfig(str(tmp_path / "c"), document_masking=True)), "train", 0, 1)
     ids = source.batch(0, source.rows_per_epoch, 0).input_ids
     assert (ids == ID["<|end_think|>"]).sum() == cut["splits"]["train"]["documents"]
-    assert "longer than the block: " in capsys.readouterr().out
+    assert "longer than the block: " in capsys.readouterr().err
 
 
 def test_rows_without_fields_are_counted(tmp_path):
@@ -123,18 +128,37 @@ def test_rows_without_fields_are_counted(tmp_path):
     assert manifest["not_trained_on"] == {"no answer": 1, "no trace": 1, "a delimiter inside the text": 1}
 
 
-def test_a_pool_of_which_nothing_is_left_is_an_error(tmp_path):
+def test_rows_without_any_usable_example_are_an_error(tmp_path):
     inputs = write_rows(tmp_path / "in", [{"question": "cup1 swap01", "answer": "cup0"}])
     with pytest.raises(DataError, match=r"no example is left of 1 .*no trace"):
         prepare_reasoning(ReasoningDataConfig(str(tmp_path / "data"), **inputs))
 
 
+def test_full_disk_leaves_no_folder(tmp_path, monkeypatch):
+    inputs = write_rows(tmp_path / "in", puzzles(10))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(OSError, match=r"No space left on device while writing .*data; free some space"):
+        prepare_reasoning(ReasoningDataConfig(str(tmp_path / "new" / "data"), **inputs))
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_existing_rows_are_not_overwritten(tmp_path):
+    inputs = write_rows(tmp_path / "in", puzzles(10))
+    prepare_reasoning(ReasoningDataConfig(str(tmp_path / "data"), **inputs))
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        prepare_reasoning(ReasoningDataConfig(str(tmp_path / "data"), **inputs))
+
+
 @pytest.mark.slow
-def test_fine_tuning_runs_through_the_trainer_and_lowers_the_loss(tmp_path):
+def test_fine_tuning_on_prepared_rows_lowers_the_loss(tmp_path):
     config = ReasoningDataConfig(out=str(tmp_path / "data"), block=90, **write_rows(tmp_path / "in", puzzles(60)))
     prepare_reasoning(config)
     model = small_model().config
-    data = PackedDataConfig(config.out, document_masking=True, restart_positions=True)
+    data = DataConfig(packed=PackedDataConfig(config.out, document_masking=True, restart_positions=True))
     run = train(small_run(tmp_path / "run", data=data, model=model, steps=20))
     values = losses(run)
     assert sum(values[-5:]) < 0.8 * sum(values[:5])

@@ -2,11 +2,12 @@
 
 import pytest
 
-from recurrent_depth.data.packed import DataError
-from recurrent_depth.data.thinking import conversation, thinking_tokenizer
+from recurrent_depth.data.layout import DataError
+from recurrent_depth.data.tasks.puzzles import conversation, puzzle_tokenizer
 from recurrent_depth.data.tokenizer import train_tokenizer
-from recurrent_depth.hf.loading import _fast_tokenizer
-from recurrent_depth.reasoning.format import SPARES, Formatter, ThinkingFormat
+from recurrent_depth.hf.loading import fast_tokenizer
+from recurrent_depth.reasoning.config import ThinkingFormat
+from recurrent_depth.reasoning.format import SPARES, Formatter
 
 TEXT = "how many apples are there? there are 7 apples. Answer: wait and count. "
 
@@ -20,10 +21,10 @@ def tokenizer():
 def chat_tokenizer(tokenizer, tmp_path_factory):
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizer.save(str(file))
-    return _fast_tokenizer(file)
+    return fast_tokenizer(file)
 
 
-def test_the_prompt_is_that_of_the_chat_template(chat_tokenizer):
+def test_prompt_equals_the_chat_template(chat_tokenizer):
     formatter = Formatter(chat_tokenizer, ThinkingFormat())
     question = "  how many apples?\n"
     messages = [{"role": "user", "content": question}]
@@ -31,7 +32,7 @@ def test_the_prompt_is_that_of_the_chat_template(chat_tokenizer):
     assert formatter.prompt(question) == expected
 
 
-def test_prompt_and_reply_are_the_whole_chat(chat_tokenizer):
+def test_prompt_and_reply_equal_the_whole_chat(chat_tokenizer):
     formatter = Formatter(chat_tokenizer, ThinkingFormat(answer_prefix="Answer: "))
     reply = "<|begin_think|>count them<|end_think|><|begin_answer|>Answer: 7<|end_answer|>"
     messages = [{"role": "user", "content": "how many?"}, {"role": "assistant", "content": reply}]
@@ -42,27 +43,27 @@ def test_prompt_and_reply_are_the_whole_chat(chat_tokenizer):
     assert formatter.read_reply(written) == (len(parts[2]), "7")
 
 
-def test_puzzles_are_pretrained_in_the_same_layout():
-    formatter = Formatter(thinking_tokenizer(), ThinkingFormat())
+def test_puzzle_rows_have_the_layout_of_the_format():
+    formatter = Formatter(puzzle_tokenizer(), ThinkingFormat())
     parts = formatter.example("cup1 swap01", "swap01 cup0", "cup0")
     words = [formatter.tokenizer.id_to_token(token) for part in parts for token in part]
     assert words == conversation(["cup1", "swap01"], ["swap01", "cup0"], "cup0")
 
 
 @pytest.mark.parametrize("delimiter", ["</think>", "apples are", "<|begin_text"])
-def test_a_delimiter_of_several_tokens_is_refused(tokenizer, delimiter):
+def test_delimiter_of_several_tokens_is_refused(tokenizer, delimiter):
     with pytest.raises(DataError, match="needs one"):
         Formatter(tokenizer, ThinkingFormat(end_think=delimiter))
 
 
-def test_an_unknown_word_is_no_delimiter():
-    tokenizer = thinking_tokenizer()  # maps what it does not know to one token, padding
+def test_delimiter_that_is_an_unknown_word_is_refused():
+    tokenizer = puzzle_tokenizer()  # maps what it does not know to one token, padding
     assert len(tokenizer.encode("</think>").ids) == 1
-    with pytest.raises(DataError, match="none of its own"):
+    with pytest.raises(DataError, match="has no id itself"):
         Formatter(tokenizer, ThinkingFormat(end_think="</think>"))
 
 
-def test_spares_stand_in_for_delimiters(tokenizer):
+def test_spare_tokens_replace_delimiters(tokenizer):
     formatter = Formatter(tokenizer, SPARES)
     assert tokenizer.id_to_token(formatter.end_think) == "<|c_1|>"
     assert formatter.read_reply(tokenizer.encode("<|c_0|>one<|c_1|><|c_2|>7<|c_3|>").ids)[1] == "7"
@@ -75,7 +76,7 @@ def test_equal_delimiters_and_a_prompt_without_question_are_refused():
         ThinkingFormat(prompt="Q:")
 
 
-def test_replies_that_break_off_have_no_answer(tokenizer):
+def test_unfinished_reply_has_no_answer(tokenizer):
     formatter = Formatter(tokenizer, ThinkingFormat())
     for text, thinking in (("<|begin_think|>", 0), ("<|begin_think|><|end_think|>", 0), ("", 0)):
         assert formatter.read_reply(tokenizer.encode(text).ids) == (thinking, "")

@@ -6,17 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from reasoning.rows import example
-from recurrent_depth.data.packed import DataError
-from recurrent_depth.reasoning.pool import (
-    COLUMNS,
-    SCHEMA,
-    SourceConfig,
-    load_pool,
-    read_examples,
-    split_gsm8k,
-    to_table,
-)
+from reasoning.curation.rows import example
+from recurrent_depth.data.layout import DataError
+from recurrent_depth.reasoning.config import SourceConfig
+from recurrent_depth.reasoning.pool import COLUMNS, SCHEMA, load_pool, read_examples, split_gsm8k, to_table
 
 GSM8K = "She pays 3*4=<<3*4=12>>12 dollars.\nSo 12+1=<<12+1=13>>13.\n#### 13"
 
@@ -26,7 +19,7 @@ def write_jsonl(path, records):
     return str(path)
 
 
-def test_fields_are_mapped_also_through_lists_and_objects(tmp_path):
+def test_fields_are_mapped_through_lists_and_objects(tmp_path):
     records = [
         {"problem": " Q1 ", "solutions": [{"text": "T1"}, {"text": "no"}], "gold": 7, "kind": "algebra", "ok": True},
         {"problem": "Q2", "solutions": [], "gold": 0.5},
@@ -46,7 +39,7 @@ def test_fields_are_mapped_also_through_lists_and_objects(tmp_path):
     ]
 
 
-def test_several_sources_and_forms_come_in_order(tmp_path):
+def test_sources_of_several_forms_are_read_in_order(tmp_path):
     records = [{"question": f"Q{i}", "answer": str(i), "source": "AIME" if i else None} for i in range(3)]
     folder = tmp_path / "parts"
     folder.mkdir()
@@ -59,12 +52,12 @@ def test_several_sources_and_forms_come_in_order(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_data_set_from_datasets(tmp_path, monkeypatch):
+def test_pool_reads_a_hub_data_set(tmp_path, monkeypatch):
     import datasets
 
     calls = []
 
-    def load(name, subset, split, streaming):
+    def load(name, subset, split, revision, streaming):
         calls.append((name, subset, split, streaming))
         return iter([{"question": "Q", "answer": GSM8K}])
 
@@ -80,7 +73,7 @@ def test_gsm8k_answers_are_split():
     assert split_gsm8k("no mark") == ("no mark", "")
 
 
-def test_rows_that_lack_something_are_counted_drops(tmp_path):
+def test_incomplete_rows_are_counted_as_dropped(tmp_path):
     records = [
         {"question": "Q", "answer": GSM8K},
         {"answer": GSM8K},
@@ -98,40 +91,40 @@ def test_rows_that_lack_something_are_counted_drops(tmp_path):
     ]  # fmt: skip
 
 
-class TestErrors:
-    def test_a_wrong_field_map_names_the_fields_there_are(self, tmp_path):
+class TestPoolErrors:
+    def test_wrong_field_map_names_the_fields_of_the_source(self, tmp_path):
         file = write_jsonl(tmp_path / "a.jsonl", [{"problem": "Q", "answer": "1"}])
         with pytest.raises(DataError, match=r"no question.*\['answer', 'problem'\].*fields"):
             load_pool([SourceConfig(file)])
 
-    def test_an_unknown_column(self):
+    def test_unknown_column_is_named(self):
         with pytest.raises(ValueError, match=r"\['prompt'\].*question"):
             SourceConfig("a.jsonl", fields={"prompt": "problem"})
 
-    def test_a_missing_file(self, tmp_path):
+    def test_missing_file_is_named(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl.*--root"):
             load_pool([SourceConfig("nothing.jsonl")], tmp_path)
 
-    @pytest.mark.parametrize(("line", "message"), [("{", "line 2 is not JSON"), ("[1]", "line 2 is no object")])
-    def test_a_damaged_line(self, tmp_path, line, message):
+    @pytest.mark.parametrize(("line", "message"), [("{", "line 2 is not JSON"), ("[1]", "line 2 is not an object")])
+    def test_damaged_line_is_named(self, tmp_path, line, message):
         (tmp_path / "a.jsonl").write_text('{"question": "Q", "answer": "1"}\n' + line + "\n")
         with pytest.raises(DataError, match=message):
             load_pool([SourceConfig("a.jsonl")], tmp_path)
 
-    def test_a_cut_parquet_file(self, tmp_path):
+    def test_truncated_parquet_file_is_named(self, tmp_path):
         file = tmp_path / "a.parquet"
         pq.write_table(pa.table({"question": ["Q"], "answer": ["1"]}), file)
         file.write_bytes(file.read_bytes()[:-9])
-        with pytest.raises(DataError, match=r"a\.parquet is not a whole parquet file"):
+        with pytest.raises(DataError, match=r"a\.parquet cannot be read as parquet"):
             load_pool([SourceConfig(str(file))])
 
-    def test_an_id_that_occurs_twice(self, tmp_path):
+    def test_id_that_occurs_twice_is_an_error(self, tmp_path):
         file = write_jsonl(tmp_path / "a.jsonl", [{"id": "x", "question": "Q", "answer": "1"}] * 2)
         with pytest.raises(DataError, match="'a/x' occurs twice"):
             load_pool([SourceConfig(file)])
 
 
-def test_columns_and_schema_agree_and_rows_survive_parquet(tmp_path):
+def test_examples_survive_parquet(tmp_path):
     assert tuple(SCHEMA.names) == COLUMNS
     rows = [example(0), example(1, trace_correct=False, domain="d", trace_tokens=3, picked="seed", trace_answer="2")]
     pq.write_table(to_table(rows), tmp_path / "examples.parquet")

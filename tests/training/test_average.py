@@ -1,15 +1,17 @@
 """Merged checkpoints against numpy, and what can be done with the result."""
 
+import shutil
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from recurrent_depth.cli import main
 from recurrent_depth.runs import CheckpointError, checkpoints, load_run_model, read_details, run_tokenizer
-from recurrent_depth.training.average import AverageConfig, average
+from recurrent_depth.training.average import average
+from recurrent_depth.training.config import AverageConfig, CheckpointConfig
 from recurrent_depth.training.launch import train
-from recurrent_depth.training.saving import CheckpointConfig
-from support import small_run
+from support import full_disk, small_run
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +22,8 @@ def run(tmp_path_factory):
 
 def weights(checkpoint):
     """Straight from the files, in fp64."""
-    (path,) = checkpoint.glob("*.safetensors")
-    return {name: value.astype(np.float64) for name, value in load_file(path).items() if name.startswith("model.")}
+    (path,) = (checkpoint / "model").glob("*.safetensors")
+    return {name: value.astype(np.float64) for name, value in load_file(path).items()}
 
 
 @pytest.mark.parametrize(
@@ -64,3 +66,22 @@ def test_too_few_checkpoints_and_an_existing_folder_are_named(run, tmp_path, cap
     assert "keep_last" in capsys.readouterr().err
     assert main(["average", "--model", str(run), "--out", str(run)]) == 1
     assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["safetensors", "checkpoint.json", "run.yaml"])
+def test_a_full_disk_leaves_no_folder(run, tmp_path, capsys, monkeypatch, name):
+    full_disk(monkeypatch, name)
+    assert main(["average", "--model", str(run), "--out", str(tmp_path / "merged")]) == 1
+    message = capsys.readouterr().err
+    assert "No space left on device" in message
+    assert "free some space" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_run_file_is_named(run, tmp_path, capsys):
+    damaged = tmp_path / "run"
+    shutil.copytree(run, damaged)
+    (damaged / "run.yaml").write_text("a: [")
+    assert main(["average", "--model", str(damaged), "--out", str(tmp_path / "merged")]) == 1
+    assert "run.yaml cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()

@@ -1,19 +1,21 @@
-"""Checkpoints are whole or absent, and damage is named."""
+"""Checkpoints are complete or absent, and damage is named."""
 
 import dataclasses
+import hashlib
 import json
+import pickle
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from recurrent_depth.data.loader import PackedDataConfig
-from recurrent_depth.runs import CheckpointError, checkpoints, find_checkpoint, load_run_model
+from recurrent_depth.data.config import DataConfig, PackedDataConfig
+from recurrent_depth.runs import CheckpointError, checkpoints, find_checkpoint, load_run_model, read_details
+from recurrent_depth.training.config import CheckpointConfig, OptimizerConfig, ValidationConfig
 from recurrent_depth.training.launch import train
-from recurrent_depth.training.optimizer import OptimizerConfig
 from recurrent_depth.training.parallel import build_model
-from recurrent_depth.training.saving import CheckpointConfig
 from recurrent_depth.training.trainer import Trainer
 from support import ONE_RANK, losses, small_run
 
@@ -43,18 +45,21 @@ def test_a_trained_model_is_read_back(finished):
     fresh = build_model(model.config, small_run(finished).runtime, ONE_RANK, seed=0)
     assert not torch.equal(model.transformer.adapter.weight, fresh.transformer.adapter.weight)
     trainer = Trainer(small_run(finished), ONE_RANK)
-    trainer.resume(find_checkpoint(finished))
+    trainer.resume(find_checkpoint(finished), read_details(find_checkpoint(finished)))
     for (name, a), (_, b) in zip(model.named_parameters(), trainer.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "add"])
 def test_damage_is_found_and_named(finished, tmp_path, damage):
     run = copy_run(finished, tmp_path / "run")
-    shard = next(find_checkpoint(run).glob("*.safetensors"))
+    shard = next(find_checkpoint(run).glob("model/*.safetensors"))
     content = bytearray(shard.read_bytes())
     if damage == "remove":
         shard.unlink()
+    elif damage == "add":  # a file without a checksum, which would be read as well
+        shard = shard.with_name("zzz.safetensors")
+        shard.write_bytes(content)
     elif damage == "truncate":
         shard.write_bytes(content[: len(content) // 2])
     else:
@@ -66,6 +71,81 @@ def test_damage_is_found_and_named(finished, tmp_path, damage):
         train(small_run(run), resume=True)
 
 
+def test_a_model_is_read_without_the_moments_and_a_resume_verifies_them(finished, tmp_path):
+    run = copy_run(finished, tmp_path / "run")
+    (shard,) = find_checkpoint(run).glob("optimizer/*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"optimizer/.* is damaged"):
+        train(small_run(run), resume=True)
+    shard.unlink()
+    expected = load_run_model(finished).state_dict()
+    for name, value in load_run_model(run).state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def with_checksum(run, file):
+    """Write the right checksum of a changed file into checkpoint.json."""
+    path = find_checkpoint(run) / "checkpoint.json"
+    details = json.loads(path.read_text())
+    details["files"][file.relative_to(path.parent).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
+    path.write_text(json.dumps(details))
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+@pytest.mark.parametrize("damage", ["header", "pickle", "empty", "another tensor"])
+def test_a_file_that_is_not_these_tensors_is_named_although_its_checksum_is_right(finished, tmp_path, part, damage):
+    run = copy_run(finished, tmp_path / "run")
+    (shard,) = find_checkpoint(run).glob(f"{part}/*.safetensors")
+    content = shard.read_bytes()
+    if damage == "header":
+        shard.write_bytes(content[:40] + b"\xff" * 40 + content[80:])
+    elif damage == "pickle":
+        shard.write_bytes(pickle.dumps({"weight": 1}))
+    elif damage == "empty":
+        shard.write_bytes(b"")
+    else:
+        save_file({"something": torch.zeros(3)}, shard)
+    with_checksum(run, shard)
+    with pytest.raises(CheckpointError, match=f"step-00000012/{part} is damaged or lacks tensors"):
+        train(small_run(run), resume=True)
+    if part == "model":
+        with pytest.raises(CheckpointError, match=f"step-00000012/{part} is damaged or lacks tensors"):
+            load_run_model(run)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("trajectory", None), ("files", None), ("model", None), ("step", None), ("data", None), ("steps", "twelve"),
+        ("last_losses", {}), ("health", None), ("files", ["model"]), ("model", {"n_embd": 0}),
+        ("model", {"nonsense": 1}),
+    ],
+)  # fmt: skip
+def test_a_field_that_checkpoint_json_lacks_is_named(finished, tmp_path, field, value):
+    run = copy_run(finished, tmp_path / "run")
+    path = find_checkpoint(run) / "checkpoint.json"
+    details = json.loads(path.read_text())
+    details = details | {field: value} if value is not None else {k: v for k, v in details.items() if k != field}
+    path.write_text(json.dumps(details))
+    with pytest.raises(CheckpointError, match=field if field != "model" else "model|n_embd|nonsense"):
+        train(small_run(run), resume=True)
+    if field in ("files", "model", "step"):
+        with pytest.raises(CheckpointError, match=field if field != "model" else "model|n_embd|nonsense"):
+            load_run_model(run)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "null", "\xff"])
+def test_a_damaged_checkpoint_json_is_named(finished, tmp_path, content):
+    run = copy_run(finished, tmp_path / "run")
+    path = find_checkpoint(run) / "checkpoint.json"
+    path.write_bytes(content.encode("latin-1"))
+    for action in (load_run_model, lambda run: train(small_run(run), resume=True)):
+        with pytest.raises(CheckpointError, match=r"step-00000012/checkpoint\.json"):
+            action(run)
+
+
 def test_another_shape_is_refused(finished, tmp_path):
     run = copy_run(finished, tmp_path / "run")
     config = small_run(run)
@@ -74,7 +154,7 @@ def test_another_shape_is_refused(finished, tmp_path):
         train(wider, resume=True)
     trainer = Trainer(wider, ONE_RANK)
     with pytest.raises(CheckpointError, match="n_embd: saved 32, now 48"):
-        trainer.resume(find_checkpoint(run))
+        trainer.resume(find_checkpoint(run), read_details(find_checkpoint(run)))
 
 
 def test_another_optimizer_or_other_data_are_refused(finished, tmp_path):
@@ -89,25 +169,38 @@ def test_another_optimizer_or_other_data_are_refused(finished, tmp_path):
     train(small_run(run), resume=True, accept_changed_data=True)
 
 
-def write_rows(folder, first):
+def write_rows(folder, first, manifest=False):
     for split in ("train", "validation"):
         (folder / split).mkdir(parents=True, exist_ok=True)
         rows = [[(first + 7 * i + j) % 50 for j in range(9)] for i in range(16)]
         pq.write_table(pa.table({"input_ids": rows}), folder / split / "rows.parquet")
-        (folder / "manifest.json").write_text(json.dumps({"vocab_size": 50, "content": f"rows from {first}"}))
+    if manifest:
+        (folder / "manifest.json").write_text(json.dumps({"vocab_size": 50, "content": "the same"}))
 
 
-def test_packed_rows_that_changed_are_refused(tmp_path):
-    write_rows(tmp_path / "data", 0)
-    config = small_run(tmp_path / "run", data=PackedDataConfig(str(tmp_path / "data")))
+@pytest.mark.parametrize("manifest", [True, False])
+def test_packed_rows_that_changed_are_refused_and_a_folder_that_moved_is_not(tmp_path, manifest):
+    """The rows have the same names, shapes and number, and a manifest that did not change says nothing."""
+    write_rows(tmp_path / "data", 0, manifest)
+    config = small_run(tmp_path / "run", data=DataConfig(packed=PackedDataConfig(str(tmp_path / "data"))))
     train(dataclasses.replace(config, max_hours=1e-9))
-    write_rows(tmp_path / "data", 1)
+    write_rows(tmp_path / "data", 1, manifest)
     with pytest.raises(CheckpointError, match="accept-changed-data"):
         train(config, resume=True)
     assert len(losses(tmp_path / "run")) == 1
-    write_rows(tmp_path / "data", 0)
-    train(config, resume=True)
+    write_rows(tmp_path / "moved", 0, manifest)
+    train(dataclasses.replace(config, data=DataConfig(packed=PackedDataConfig(str(tmp_path / "moved")))), resume=True)
     assert len(losses(tmp_path / "run")) == 12
+
+
+def test_more_validation_rows_than_there_are_are_refused(tmp_path):
+    write_rows(tmp_path / "data", 0)
+    config = small_run(tmp_path / "run", data=DataConfig(packed=PackedDataConfig(str(tmp_path / "data"))), steps=1)
+    with pytest.raises(ValueError, match=r"validation\.rows is 17, but .*data holds 16 validation rows"):
+        train(dataclasses.replace(config, validation=ValidationConfig(rows=17)))
+    for rows in (15, 16):
+        changed = dataclasses.replace(config, validation=ValidationConfig(rows=rows, num_steps=(1,)))
+        train(dataclasses.replace(changed, out=str(tmp_path / f"run-{rows}")))
 
 
 def test_a_finished_run_is_not_overwritten(finished):

@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from collectives import counted
 from recurrent_depth.planning.pretraining import Job, communication
-from recurrent_depth.training.parallel import RuntimeConfig, start_processes
+from recurrent_depth.training.config import RuntimeConfig
+from recurrent_depth.training.parallel import start_processes
 from recurrent_depth.training.trainer import Trainer
 from support import run_ranks, small_run
 

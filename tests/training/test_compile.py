@@ -8,7 +8,8 @@ import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from recurrent_depth.model.config import ModelConfig
-from recurrent_depth.training.parallel import RuntimeConfig, build_model
+from recurrent_depth.training.config import RuntimeConfig
+from recurrent_depth.training.parallel import build_model
 from support import ONE_RANK, run_ranks
 
 CONFIG = ModelConfig(

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from recurrent_depth.training.health import HealthConfig, HealthMonitor, TrainingAborted, state_metrics
+from recurrent_depth.training.config import HealthConfig
+from recurrent_depth.training.health import HealthMonitor, TrainingAborted, state_metrics
 
 HEALTHY = {"token_correlation": 0.2, "loss_one_step": 2.0, "loss_mean_depth": 1.0}
 

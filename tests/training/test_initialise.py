@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from recurrent_depth.data.loader import TaskDataConfig
+from recurrent_depth.data.config import DataConfig, TaskDataConfig
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.runs import CheckpointError, load_run_model
 from recurrent_depth.training.initialise import load_weights
@@ -33,7 +34,9 @@ def test_a_huginn_folder_is_a_start(tmp_path):
     raw = json.loads((FIXTURE / "config.json").read_text())
     names = {field.name for field in dataclasses.fields(ModelConfig)} - {"state_init"}
     config = ModelConfig(**{name: raw[name] for name in names & set(raw)})
-    run = small_run(tmp_path / "run", model=config, data=TaskDataConfig(name="shell_game", max_length=8))
+    run = small_run(
+        tmp_path / "run", model=config, data=DataConfig(task=TaskDataConfig(name="shell_game", max_length=8))
+    )
     model = build_model(config, run.runtime, ONE_RANK, seed=0)
     load_weights(model, str(FIXTURE))
     stored = load_file(FIXTURE / "model.safetensors")
@@ -46,3 +49,11 @@ def test_another_shape_is_refused(tmp_path):
     config = small_run(tmp_path / "second", init_from=str(tmp_path / "first"))
     with pytest.raises(CheckpointError, match=r"transformer.*wants"):
         train(dataclasses.replace(config, model=dataclasses.replace(config.model, n_embd=48)))
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for name in [name for name in sys.modules if name.startswith("recurrent_depth.hf")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ValueError, match=r"needs the package transformers: pip install 'recurrent-depth\[hf\]'"):
+        train(small_run(tmp_path / "run", init_from=str(FIXTURE)))

@@ -5,13 +5,9 @@ import torch
 
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.training.config import OptimizerConfig
 from recurrent_depth.training.muon import MuonAdamW, orthogonalised
-from recurrent_depth.training.optimizer import (
-    HuginnAdam,
-    OptimizerConfig,
-    build_optimizer,
-    clip_gradients,
-)
+from recurrent_depth.training.optimizer import HuginnAdam, build_optimizer, clip_gradients
 
 
 def reference_steps(weight, gradients, lr, decay, rates):
@@ -75,7 +71,7 @@ def test_gradients_are_clipped_to_the_norm():
 
 @pytest.mark.parametrize("wrong", [{"lr": 0.0}, {"gradient_clip": 0.0}, {"betas": (0.9, 1.0)}, {"warmup_steps": -1}])
 def test_impossible_values_name_their_field(wrong):
-    with pytest.raises(ValueError, match=f"optimizer.{next(iter(wrong))}"):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} is"):
         OptimizerConfig(**wrong)
 
 

@@ -6,12 +6,10 @@ import os
 import pytest
 import torch
 
+from recurrent_depth.training.config import OptimizerConfig, RunConfig, RuntimeConfig
 from recurrent_depth.training.launch import train
-from recurrent_depth.training.optimizer import OptimizerConfig
-from recurrent_depth.training.parallel import RuntimeConfig
-from recurrent_depth.training.run import RunConfig
 from recurrent_depth.training.trainer import Trainer
-from support import final_tensors, losses, run_ranks, small_run
+from support import assert_equal_runs, changed_loss, losses, run_ranks, small_run
 
 CPU = RuntimeConfig(device="cpu", threads=1)
 
@@ -47,7 +45,7 @@ def train_some(config: RunConfig, steps_before_stop: int) -> None:
     original = Trainer.train_step
 
     def train_step(self):
-        self.stop_requested |= self.step + 1 == steps_before_stop
+        self.stop_wished |= self.step + 1 == steps_before_stop
         return original(self)
 
     Trainer.train_step = train_step
@@ -72,22 +70,14 @@ def test_muon_resumes_bit_for_bit(tmp_path, world_size):
     assert run_ranks(train_some, world_size, whole, 0) == [0] * world_size
     for stop in (5, 0):
         assert run_ranks(train_some, world_size, stopped, stop) == [0] * world_size
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    expected, actual = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "stopped")
-    assert expected.keys() == actual.keys()
-    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    assert_equal_runs(tmp_path / "stopped", tmp_path / "whole")
 
 
 def train_with_nan(config: RunConfig, step: int, rank: int) -> None:
-    """Plant a NaN in the loss of one rank at one step."""
-    original = Trainer._loss
-
-    def loss(self, batch, depth, micro):
-        value = original(self, batch, depth, micro)
-        return value * float("nan") if self.step == step and int(os.environ["RANK"]) == rank else value
-
-    Trainer._loss = loss
-    train(config)
+    """Train; the loss of one rank is NaN at one step."""
+    planted = int(os.environ["RANK"]) == rank
+    with changed_loss(lambda trainer, loss: loss * float("nan") if planted and trainer.step == step else loss):
+        train(config)
 
 
 @pytest.mark.distributed

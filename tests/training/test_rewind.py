@@ -1,19 +1,21 @@
 """A loss spike: back to a checkpoint, on without the data that led there, the same on every rank and every time."""
 
+import dataclasses
 import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
-from recurrent_depth.runs import checkpoints
+from recurrent_depth.runs import CheckpointError, checkpoints
+from recurrent_depth.training.config import CheckpointConfig, SpikeConfig
 from recurrent_depth.training.health import TrainingAborted
 from recurrent_depth.training.launch import train
-from recurrent_depth.training.rewind import REWINDS_FILE, SpikeConfig, SpikeGuard
-from recurrent_depth.training.saving import CheckpointConfig
+from recurrent_depth.training.rewind import REWINDS_FILE, SpikeGuard, read_rewinds
 from recurrent_depth.training.trainer import Trainer
-from support import final_tensors, losses, run_ranks, small_run
+from support import assert_equal_runs, changed_loss, final_tensors, losses, run_ranks, small_run
 
 SPIKES = SpikeConfig(factor=2.0, window=4)
 
@@ -23,23 +25,21 @@ def run_config(out, spikes=SPIKES):
 
 
 def train_with_bad_rows(config, bad: tuple[int, ...] = (10,), kill_after: int = 0) -> None:
-    """The rows of some draws give three times the loss. `kill_after`: die after that many rewinds."""
-    original, resume, rewinds = Trainer._loss, Trainer.resume, []
+    """The rows of some data steps give three times the loss. `kill_after`: die after that many rewinds."""
+    resume, rewinds = Trainer.resume, []
 
-    def loss(self, *args):
-        return original(self, *args) * (3.0 if self.draw in bad else 1.0)
-
-    def resumed(self, checkpoint):
-        rewinds.append(checkpoint)
+    def resumed(self, *args):
+        rewinds.append(args)
         if kill_after and len(rewinds) == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
-        resume(self, checkpoint)
+        resume(self, *args)
 
-    Trainer._loss, Trainer.resume = loss, resumed
+    Trainer.resume = resumed
     try:
-        train(config, resume=True)
+        with changed_loss(lambda trainer, loss: loss * (3.0 if trainer.data_step in bad else 1.0)):
+            train(config, resume=True)
     finally:
-        Trainer._loss, Trainer.resume = original, resume
+        Trainer.resume = resume
 
 
 def rewinds(run):
@@ -53,7 +53,7 @@ def test_a_spike_leaves_out_its_data_and_nothing_else(tmp_path, monkeypatch):
     assert (record["step"], record["spike"], record["skipped"]) == (8, 10, 3)
     assert record["loss"] > 2 * record["median"]
     # a run that never saw the rows of steps 8 to 10
-    monkeypatch.setattr(SpikeGuard, "draw", lambda self, step: step if step < 8 else step + 3)
+    monkeypatch.setattr(SpikeGuard, "data_step", lambda self, step: step if step < 8 else step + 3)
     train(run_config(tmp_path / "without", spikes=SpikeConfig()))
     assert losses(tmp_path / "spiked") == losses(tmp_path / "without")
     spiked, without = final_tensors(tmp_path / "spiked"), final_tensors(tmp_path / "without")
@@ -65,8 +65,8 @@ def test_two_spikes_add_up_and_a_resume_remembers_them(tmp_path):
     assert [(r["step"], r["spike"], r["skipped"]) for r in rewinds(tmp_path / "run")] == [(8, 10, 3), (8, 10, 3)]
     entries = json.loads((tmp_path / "run" / REWINDS_FILE).read_text())
     guard = SpikeGuard(SPIKES, tmp_path / "run")
-    guard.restore([])
-    assert [guard.draw(step) for step in (7, 8, 9)] == [7, 14, 15]
+    guard.rewinds = read_rewinds(tmp_path / "run")
+    assert [guard.data_step(step) for step in (7, 8, 9)] == [7, 14, 15]
     assert len(entries) == 2
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     train(run_config(tmp_path / "run"), resume=True)  # a new run in the old folder knows nothing of them
@@ -75,15 +75,44 @@ def test_two_spikes_add_up_and_a_resume_remembers_them(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_kill_in_the_middle_of_a_rewind_changes_nothing(tmp_path, world_size):
-    whole, killed = run_config(tmp_path / "whole"), run_config(tmp_path / "killed")
+@pytest.mark.parametrize(("world_size", "margin"), [(1, 0), (2, 0), (1, 3)])
+def test_a_kill_in_the_middle_of_a_rewind_changes_nothing(tmp_path, world_size, margin):
+    """With a margin, the checkpoint to go back to is not the newest: a resume must not take the newer one."""
+    spikes = SpikeConfig(factor=2.0, window=4, margin=margin)
+    whole, killed = run_config(tmp_path / "whole", spikes), run_config(tmp_path / "killed", spikes)
     assert run_ranks(train_with_bad_rows, world_size, whole) == [0] * world_size
     assert -signal.SIGKILL in run_ranks(train_with_bad_rows, world_size, killed, (10,), 1)
     assert run_ranks(train_with_bad_rows, world_size, killed) == [0] * world_size
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert len(checkpoints(tmp_path / "killed")) == len(checkpoints(tmp_path / "whole"))
     assert len(losses(tmp_path / "whole")) == 16
+
+
+def train_beside_a_stale_file(config) -> None:
+    """What rank 1 sees of rewinds.json is older than the rewind, as on a network file system."""
+    read_text = Path.read_text
+
+    def stale(self, *args, **kwargs):
+        late = self.name == "rewinds.json" and os.environ["RANK"] == "1"
+        return "[]" if late else read_text(self, *args, **kwargs)
+
+    Path.read_text = stale
+    train_with_bad_rows(config)
+
+
+@pytest.mark.distributed
+def test_a_rewind_does_not_depend_on_what_other_ranks_see_of_its_file(tmp_path):
+    assert run_ranks(train_beside_a_stale_file, 2, run_config(tmp_path / "stale")) == [0, 0]
+    assert run_ranks(train_with_bad_rows, 2, run_config(tmp_path / "plain")) == [0, 0]
+    assert_equal_runs(tmp_path / "stale", tmp_path / "plain")
+
+
+def test_a_damaged_rewind_file_is_named(tmp_path):
+    config = dataclasses.replace(run_config(tmp_path / "run"), max_hours=1e-9)
+    train(config)
+    (tmp_path / "run" / "rewinds.json").write_text('[{"step": 3}]')
+    with pytest.raises(CheckpointError, match=r"rewinds\.json is damaged"):
+        train(config, resume=True)
 
 
 def test_a_loss_that_keeps_spiking_aborts(tmp_path):
@@ -99,5 +128,5 @@ def test_a_spike_before_any_checkpoint_aborts(tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"factor": 1.0}, {"window": 0}, {"margin": -1}, {"max_rewinds": -1}])
 def test_impossible_values_name_their_field(wrong):
-    with pytest.raises(ValueError, match=f"spikes.{next(iter(wrong))}"):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} is"):
         SpikeConfig(**wrong)

@@ -1,30 +1,33 @@
-"""Saving beside training: the state of the right step, one save after the other, and failures that are heard."""
+"""Saving beside training: the state of the right step, one save after the other, and failures that end the run."""
 
 import os
 import resource
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
-import recurrent_depth.training.saving as saving
+from recurrent_depth.cli import main
 from recurrent_depth.runs import CheckpointError, checkpoints, load_run_model
+from recurrent_depth.training.config import CheckpointConfig, as_yaml
 from recurrent_depth.training.launch import train
-from recurrent_depth.training.saving import CheckpointConfig
 from recurrent_depth.training.trainer import Trainer
-from support import losses, outcome, run_ranks, small_run
+from support import full_disk, losses, outcome, run_ranks, small_run
 
 EVERY = CheckpointConfig(every=4, keep_last=9)
 
 
 def test_training_goes_on_while_the_state_of_the_save_is_written(tmp_path, monkeypatch):
     moved_on = threading.Event()
-    write, step = saving._write_shards, Trainer.train_step
+    write, step = dcp.save, Trainer.train_step
 
-    def late(folder, state, group):
-        if folder.name.startswith("step-00000004"):
+    def late(*args, storage_writer, **kwargs):
+        if Path(storage_writer.path).parent.name.startswith("step-00000004"):
             assert moved_on.wait(60)
-        write(folder, state, group)
+        write(*args, storage_writer=storage_writer, **kwargs)
 
     def train_step(self):
         record = step(self)
@@ -32,7 +35,7 @@ def test_training_goes_on_while_the_state_of_the_save_is_written(tmp_path, monke
             moved_on.set()
         return record
 
-    monkeypatch.setattr(saving, "_write_shards", late)
+    monkeypatch.setattr(dcp, "save", late)
     monkeypatch.setattr(Trainer, "train_step", train_step)
     train(small_run(tmp_path / "beside", checkpoint=EVERY))
     monkeypatch.undo()
@@ -45,17 +48,17 @@ def test_training_goes_on_while_the_state_of_the_save_is_written(tmp_path, monke
 
 
 def test_a_save_waits_for_the_one_before(tmp_path, monkeypatch):
-    write, running, most = saving._write_shards, [], []
+    write, running, most = dcp.save, [], []
 
-    def watched(folder, state, group):
-        running.append(folder)
+    def watched(*args, **kwargs):
+        running.append(1)
         most.append(len(running))
-        write(folder, state, group)
-        running.remove(folder)
+        write(*args, **kwargs)
+        running.pop()
 
-    monkeypatch.setattr(saving, "_write_shards", watched)
+    monkeypatch.setattr(dcp, "save", watched)
     train(small_run(tmp_path / "run", checkpoint=CheckpointConfig(every=1, keep_last=2)))
-    assert most == [1] * 12
+    assert most == [1] * 24  # weights and moments of twelve checkpoints
     assert len(checkpoints(tmp_path / "run")) == 2
 
 
@@ -91,17 +94,46 @@ def train_quietly(config) -> None:
 
 
 def test_a_failure_in_the_background_is_raised_at_the_next_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "_finish", lambda *args: (_ for _ in ()).throw(OSError("the disk is gone")))
-    failed = threading.Event()
-    monkeypatch.setattr(saving.shutil, "rmtree", lambda *args, **kwargs: failed.set())
-    step = Trainer.train_step
+    replace, step = os.replace, Trainer.train_step
+
+    def gone(source, target):
+        if Path(target).parent.name == "checkpoints":
+            raise OSError("the disk is gone")
+        replace(source, target)
 
     def train_step(self):
-        if self.step == 6:
-            assert failed.wait(60)
+        deadline = time.monotonic() + 60
+        while self.step == 6 and self.writer.error is None and time.monotonic() < deadline:
+            time.sleep(0.01)
         return step(self)
 
+    monkeypatch.setattr(os, "replace", gone)
     monkeypatch.setattr(Trainer, "train_step", train_step)
     with pytest.raises(CheckpointError, match="the disk is gone"):
         train(small_run(tmp_path / "run"))
     assert len(losses(tmp_path / "run")) <= 7
+
+
+def test_a_save_removes_what_a_killed_one_has_left(tmp_path):
+    config = small_run(tmp_path / "run", max_hours=1e-9)
+    train(config)
+    left = tmp_path / "run" / "checkpoints" / "step-00000003.tmp" / "model"
+    left.mkdir(parents=True)
+    (left / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
+    train(config, resume=True)
+    assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "tokenizer.json", "metrics.jsonl", "checkpoint.json", "safetensors"])
+def test_a_full_disk_ends_training_with_one_line(tmp_path, monkeypatch, capsys, name):
+    (tmp_path / "run.yaml").write_text(as_yaml(small_run(tmp_path / "run")))
+    full_disk(monkeypatch, f".{name}" if name == "run.yaml" else name)
+    assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 1
+    *_, message = capsys.readouterr().err.splitlines()
+    assert message.startswith("error: ")
+    assert "No space left on device" in message
+    assert "free some space" in message
+    assert str(tmp_path / "run") in message
+    assert checkpoints(tmp_path / "run") == []
+    monkeypatch.undo()
+    assert main(["train", "--config", str(tmp_path / "run.yaml"), "--resume", "true"]) == 0

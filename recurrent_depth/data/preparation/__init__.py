@@ -1,0 +1,1 @@
+"""`recurrent-depth prepare`: from text to packed rows."""

@@ -1,0 +1,21 @@
+"""Optional packages: a missing one is an error that says how to install it."""
+
+from importlib.util import find_spec
+
+from recurrent_depth.errors import UserError
+
+
+class MissingPackageError(UserError):
+    """A command needs a package that is not installed."""
+
+
+def require(package: str, install: str, what: str) -> None:
+    """Raise unless a package is installed.
+
+    Args:
+        package: name of the module, for example `datatrove`.
+        install: what pip installs, for example `recurrent-depth[data]`.
+        what: the option or feature that needs the package.
+    """
+    if find_spec(package) is None:
+        raise MissingPackageError(f"{what} needs the package {package}, which is missing; run pip install '{install}'")

@@ -1,0 +1,1 @@
+"""`recurrent-depth curate`: from a large pool of questions to a small set."""

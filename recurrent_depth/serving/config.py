@@ -1,0 +1,118 @@
+"""Options of `recurrent-depth serve` and `recurrent-depth chat`. Imports neither torch nor transformers."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from recurrent_depth.checks import check_at_least, check_between, check_positive
+
+KEY_VARIABLE = "RECURRENT_DEPTH_API_KEY"
+"""The environment variable that holds the key of a server, for the server and for the chat."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What requests may ask of a server. A request beyond a limit gets a 4xx status and a message that names it.
+
+    Args:
+        num_steps: largest num_steps of a request (core iterations per token).
+        new_tokens: most tokens of an answer, and what a request gets that names no number, as far as the context goes.
+        body_bytes: largest body of a request; tokenizing a text takes far more memory than the text.
+        requests: requests in progress, decoding or waiting; further ones get status 429.
+        batch: requests decoded together.
+        cache_gib: memory of the keys and values of the requests decoded together, in GiB.
+        seconds: time of a request from its arrival to its last token, waiting included.
+        body_seconds: time a client may take to send a body.
+        shutdown_seconds: time that requests in progress have to finish after SIGTERM or Ctrl-C.
+    """
+
+    num_steps: int = 64
+    new_tokens: int = 2048
+    body_bytes: int = 2**18
+    requests: int = 64
+    batch: int = 16
+    cache_gib: float = 8.0
+    seconds: float = 600.0
+    body_seconds: float = 30.0
+    shutdown_seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "new_tokens", "body_bytes", "requests", "batch"):
+            check_at_least(f"limits.{name}", getattr(self, name), 1)
+        for name in ("cache_gib", "seconds", "body_seconds"):
+            check_positive(f"limits.{name}", getattr(self, name))
+        check_at_least("limits.shutdown_seconds", self.shutdown_seconds, 0)
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Serve a model over the OpenAI protocol: chat completions, completions, models, health, metrics.
+
+    A request sets its number of core iterations by `num_steps`; with the openai package
+    `extra_body={"num_steps": 8}`. Only this model is served: no request loads another one.
+
+    Args:
+        model: run folder, checkpoint, export, Hugging Face folder or hub name.
+        served_name: name of the model for clients; null takes the folder's name.
+        host: address to listen on; 0.0.0.0 accepts other machines (set api_key then).
+        port: port to listen on, 1 to 65535; 0 takes a free one and prints it.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: of the weights; auto is bfloat16 on a GPU and float32 on a CPU.
+        kernels: implementation of the element-wise operations; auto is triton on a GPU.
+        api_key: key that clients must send (Authorization: Bearer KEY); null takes the environment variable
+            RECURRENT_DEPTH_API_KEY, and asks for none where that is not set either.
+        limits: what requests may ask for.
+    """
+
+    model: str
+    served_name: str | None = None
+    host: str = "localhost"
+    port: int = 8000
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    api_key: str | None = None
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        check_between("port", self.port, 0, 65535)
+        for name in ("model", "host"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; give a {name}")
+        for name in ("served_name", "api_key"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} is empty; give one, or leave the option out")
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Talk to a model; an empty line or the end of the input ends the conversation, Ctrl-C ends an answer.
+
+    Args:
+        model: run folder, checkpoint, export, Hugging Face folder or hub name; with a url the model's name there (null
+            takes the one that is served).
+        url: address of a running server, for example http://localhost:8000/v1; null starts one for this chat.
+        api_key: key of that server; null takes the environment variable RECURRENT_DEPTH_API_KEY.
+        num_steps: core iterations per token; null takes the model's.
+        max_new_tokens: longest answer, in tokens.
+        temperature: 0 takes the likeliest token; at most 2.
+        system: system message; null for none.
+        device: auto, cpu, cuda or cuda:N; without a url.
+    """
+
+    model: str | None = None
+    url: str | None = None
+    api_key: str | None = None
+    num_steps: int | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    system: str | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.model and not self.url:
+            raise ValueError("give a model to start a server for, or the url of a running one")
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url is {self.url!r}; it must start with http:// or https://")
+        check_at_least("num_steps", self.num_steps, 1)
+        check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        check_between("temperature", self.temperature, 0, 2)

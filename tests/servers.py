@@ -1,0 +1,91 @@
+"""A server in this process, as `recurrent-depth chat` starts one."""
+
+import http.client
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from contextlib import contextmanager
+
+from recurrent_depth.serving.config import ServeConfig
+from recurrent_depth.serving.serve import Server, listen, load
+
+
+@contextmanager
+def running(folder, **options):
+    """The address of a server of a folder, and the server."""
+    config = ServeConfig(str(folder), **({"device": "cpu"} | options))
+    with listen("127.0.0.1", 0) as listener:
+        server = Server(config, load(config), "critical")
+        server.start(listener)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", server
+        finally:
+            server.stop()
+    assert not server.thread.is_alive()
+
+
+def metric(url, name, key=""):
+    """A value of the server's /metrics; 0 where it has none of that name."""
+    request = urllib.request.Request(f"{url}/metrics", headers={"Authorization": f"Bearer {key}"})
+    with urllib.request.urlopen(request, timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    return float(next((line.split()[-1] for line in lines if line.startswith(f"recurrent_depth_{name}")), 0))
+
+
+def answers(url):
+    """Whether a server answers at this address."""
+    try:
+        return ask(url, "/health", method="GET")[0] == 200
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds=60):
+    """Wait for a condition; what never comes true is a failure."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.01)
+
+
+def ask(url, path="/v1/completions", body=None, method="POST", key=None, headers=None, **fields):
+    """Status and JSON of a request. `body` is sent as it is; otherwise `fields` over a valid request."""
+    if body is None and method == "POST":
+        body = json.dumps({"model": "small", "prompt": "the quick", "max_tokens": 4, "temperature": 0} | fields)
+    address = urllib.parse.urlsplit(url)
+    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=60)
+    try:
+        headers = {"Content-Type": "application/json"} | (headers or {})
+        headers |= {} if key is None else {"Authorization": f"Bearer {key}"}
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read() or b"null")
+    finally:
+        connection.close()
+
+
+def open_stream(url, key=None, **fields):
+    """The connection of a completion that has been asked for; closing it is a disconnect."""
+    address = urllib.parse.urlsplit(url)
+    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=60)
+    body = {"model": "small", "prompt": "the quick", "temperature": 0, "stream": True} | fields
+    headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+    connection.request("POST", "/v1/completions", json.dumps(body), headers)
+    return connection
+
+
+def start_process(folder, *options):
+    """A server in a process of its own, and its address."""
+    command = [sys.executable, "-m", "recurrent_depth.cli", "serve", "--model", str(folder), "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--served-name", "small", "--device", "cpu", *options], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    line = next(line for line in process.stdout if line.startswith("serving"))
+    url = line.split(" on ")[1].split("/v1")[0]
+    wait_until(lambda: answers(url))
+    return process, url
