@@ -18,10 +18,13 @@ from torch import Tensor
 from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.model.attention import Projection, Rotary, merge_heads
 from recurrent_depth.model.layers import rotary_at
-from recurrent_depth.model.ops import read_place
+from recurrent_depth.model.ops import Ops, read_place
 
 COPY_LIMIT = 8192
 """Numbers per row (columns x width) up to which copying keys is faster than one call per row (measured on a CPU)."""
+
+MOST_QUERIES = 8
+"""Tokens of a lane up to which attention waits for memory, not for arithmetic; longer prompts copy what they read."""
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Block:
         kept: [m], places in [n T] that are no repetition; None: all.
         is_grid: the N tokens are exactly these, in order.
         aligned: all lanes end at the same column.
+        starts, lengths: [n], the first column of each lane, and its columns in use.
         mask: [n, 1, T, S], or None where every query sees all columns, or as `causal` says.
     """
 
@@ -43,6 +47,8 @@ class Block:
     end: int
     is_grid: bool
     aligned: bool
+    starts: Tensor
+    lengths: Tensor
     mask: Tensor | None
     causal: bool
 
@@ -126,6 +132,8 @@ class Layout:
             end=end,
             is_grid=not ragged and tokens.numel() == len(self),
             aligned=bool((own[:, -1] == end - 1).all()),
+            starts=start[:, 0].to(device),
+            lengths=own[:, -1].to(device) + 1,
             mask=mask,
             causal=causal,
         )
@@ -157,7 +165,11 @@ class CacheAttention:
         for block in blocks:
             tokens, kept_tokens = block.tokens.flatten(), block.kept
             queries = q[tokens].view(*block.tokens.shape, *q.shape[1::2]).transpose(1, 2)
-            found = self._attend(queries, block, kept, layer_index).transpose(1, 2).flatten(0, 1)[:, :, None]
+            found = (
+                self._attend(projection.ops, queries, block, kept, layer_index)
+                .transpose(1, 2)
+                .flatten(0, 1)[:, :, None]
+            )
             if kept_tokens is not None:
                 tokens, found = tokens[kept_tokens], found[kept_tokens]
             y[tokens] = found
@@ -175,7 +187,7 @@ class CacheAttention:
             kept[1, block.lanes, :, block.end - T : block.end] = v
         else:
             self._write(kept, k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1))
-        y = self._attend(q, block, kept, layer_index)
+        y = self._attend(projection.ops, q, block, kept, layer_index)
         return y.transpose(1, 2).reshape(n * T, 1, -1)
 
     def _write(self, kept: Tensor, k: Tensor, v: Tensor) -> None:
@@ -184,13 +196,19 @@ class CacheAttention:
         kept[0, lanes, :, columns] = k
         kept[1, lanes, :, columns] = v
 
-    def _attend(self, q: Tensor, block: Block, kept: Tensor, layer_index: int) -> Tensor:
+    def _attend(self, ops: Ops, q: Tensor, block: Block, kept: Tensor, layer_index: int) -> Tensor:
         """Queries [n, H, T, K] of a block over the entries [2, B, H, S, K] of a layer."""
         keys, values = kept[:, :, :, : block.end]
         if self.core and self.cache.by_depth:
-            lanes = list(range(len(q))) if isinstance(block.lanes, slice) else block.lanes
-            layer = (layer_index - self.cache.outer) % self.cache.core_layers
-            keys, values = self._copies(layer, self.layout.tensor(lanes), self.iteration, block.end)
+            chosen = list(range(len(q))) if isinstance(block.lanes, slice) else block.lanes
+            layer, lanes = (layer_index - self.cache.outer) % self.cache.core_layers, self.layout.tensor(chosen)
+            if ops.reads_in_place and q.shape[2] <= MOST_QUERIES and block.kept is None:
+                steps = torch.full_like(lanes, self.iteration)
+                return ops.decode_attention(
+                    q, self.cache.core[:, layer], self.cache.depths, lanes, block.starts, block.lengths, steps,
+                    self.cache.released,
+                )  # fmt: skip
+            keys, values = self._copies(layer, lanes, self.iteration, block.end)
         elif isinstance(block.lanes, slice) or keys[0].numel() <= COPY_LIMIT:
             keys, values = keys[block.lanes], values[block.lanes]
         else:
