@@ -36,16 +36,13 @@ def cache_bytes(
 
 
 class RecurrentCache:
-    """The keys and values of a batch of lanes.
+    """The keys and values of a batch of lanes; written and read by `recurrent_depth.generation.attention`.
 
     Iteration i of the core writes place i mod b of a budget of b iterations. Which place a later token reads is the
     rule of `recurrent_depth.model.ops.read_place`: the entry of the same iteration, or the last one of a token that
     stopped before it. Without a budget every iteration has a place of its own, and decoding token by token equals one
     parallel pass; then `stop` copies a token's last entry to the places it did not reach, so that a place can be read
     as it is.
-
-    As the cache of a model's forward pass (`update`, `advance`) it is written behind `filled`, the same column in every
-    lane. Generation writes any column of any lane (recurrent_depth.generation.tokens).
 
     Args:
         config: shape of the model.
@@ -86,7 +83,6 @@ class RecurrentCache:
         self.entries = memory[: math.prod(shape)].zero_().view(shape)
         self.core = self.entries[self.outer :].unflatten(0, (self.budget, self.core_layers))
         """Entries of the core, [budget, layers, 2, B, H, max_length, K]."""
-        self.filled = 0
         self.by_depth = False
         self.depths = torch.full((batch_size, max_length), num_steps, dtype=torch.long, device=self.entries.device)
 
@@ -118,37 +114,3 @@ class RecurrentCache:
                 self.by_depth = True
             else:
                 self.core[depth:, :, :, rows, :, at] = self.core[depth - 1 : depth, :, :, rows, :, at]
-
-    def length(self) -> int:
-        return self.filled
-
-    def update(self, k: Tensor, v: Tensor, layer_index: int) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, H, T, K] behind the filled columns; return all keys and values [B, H, S, K]."""
-        end = self.filled + k.shape[2]
-        if end > self.max_length:
-            raise ValueError(
-                f"the cache holds {self.max_length} tokens, {end} are needed; make it with a larger max_length"
-            )
-        kept = self.layer(layer_index)
-        kept[0, :, :, self.filled : end] = k
-        kept[1, :, :, self.filled : end] = v
-        return kept[0, :, :, :end], kept[1, :, :, :end]
-
-    def advance(self, tokens: int) -> None:
-        self.filled += tokens
-
-    def reorder(self, lanes: Tensor) -> None:
-        """Lane b becomes what lane lanes[b] was (beams); a lane may be taken several times."""
-        if lanes.shape != (self.entries.shape[2],):
-            raise ValueError(
-                f"reorder needs a source for each of {self.entries.shape[2]} rows, got {list(lanes.shape)}"
-            )
-        for layer in self.entries:
-            layer[:, :, :, : self.filled] = layer[:, lanes, :, : self.filled]
-        self.depths.copy_(self.depths[lanes])
-
-    def crop(self, length: int) -> None:
-        """Forget all columns from `length` on."""
-        if not 0 <= length <= self.filled:
-            raise ValueError(f"cannot crop a cache of {self.filled} tokens to {length}")
-        self.filled = length

@@ -13,7 +13,7 @@ from recurrent_depth.generation.batch import Batch
 from recurrent_depth.generation.cache import RecurrentCache, cache_shape
 from recurrent_depth.generation.captured import CapturedToken, decode_captured
 from recurrent_depth.generation.config import Captured, Mode, Refill, Speculation, Wavefront
-from recurrent_depth.generation.request import DecodableModel, Decoded, Decoding, OnToken, Requests, Stopping
+from recurrent_depth.generation.request import DecodableModel, Decoded, Decoding, OnToken, Requests
 from recurrent_depth.generation.speculative import decode_speculatively
 from recurrent_depth.generation.tokens import Tokens
 from recurrent_depth.generation.wavefront import decode_wavefront
@@ -61,26 +61,11 @@ class Decoder:
         return Batch(self.model, asked, self._cache_for(asked, lanes, asked.room), mode).run()
 
     @torch.inference_mode()
-    def logits(
-        self, input_ids: Tensor, num_steps: int, cache_budget: int | None = None, chunks: Sequence[int] | None = None
-    ) -> Tensor:
-        """Return the logits [B, T, V] of given tokens [B, T], which enter one after another as in decoding.
-
-        Args:
-            chunks: numbers of tokens that enter together, T in all; default one at a time.
-        """
+    def logits(self, input_ids: Tensor, num_steps: int, cache_budget: int | None = None) -> Tensor:
+        """Return the logits [B, T, V] of given tokens [B, T], which enter one after another as in decoding."""
         B, T = input_ids.shape
         tokens = Tokens(self.model, self._cache(B, T, num_steps, cache_budget))
-        found, first = [], 0
-        for n in [1] * T if chunks is None else chunks:
-            ids, columns = input_ids[:, first : first + n].flatten().tolist(), list(range(first, first + n)) * B
-            lanes = [lane for lane in range(B) for _ in range(n)]
-            tokens.start(ids, lanes, columns, [0] * len(ids), [Stopping(num_steps)] * len(ids))
-            while len(tokens.iterating):
-                tokens.advance()
-            found.append(tokens.finish(list(range(B)), every=True)[1].view(B, n, -1))
-            first += n
-        return torch.cat(found, dim=1)
+        return torch.cat([tokens.feed(input_ids[:, t : t + 1], t, num_steps) for t in range(T)], dim=1)
 
     def _cache_for(self, requests: Requests, lanes: int, length: int) -> RecurrentCache:
         options = requests.options

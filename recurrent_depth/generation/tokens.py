@@ -192,6 +192,16 @@ class Tokens:
         last = [n for n, lane in enumerate(of) if n + 1 == len(of) or of[n + 1] != lane]
         return done, self.logits(done, last)[:, 0]
 
+    def feed(self, ids: Tensor, first: int, num_steps: int) -> Tensor:
+        """Run given tokens [B, n] of all lanes, at columns from `first` on; return their logits [B, n, V]."""
+        (B, n), lanes = ids.shape, range(len(ids))
+        at = [lane for lane in lanes for _ in range(n)]
+        columns = [*range(first, first + n)] * B
+        self.start(ids.flatten().tolist(), at, columns, [0] * len(at), [Stopping(num_steps)] * len(at))
+        while len(self.iterating):
+            self.advance()
+        return self.finish([*lanes], every=True)[1].view(B, n, -1)
+
     def logits(self, group: Group, wanted: list[int] | None = None) -> Tensor:
         """Run the coda over a group, and the head over the tokens that are wanted; return logits [n, 1, V]."""
         attention = CacheAttention(self.cache, group.layout)

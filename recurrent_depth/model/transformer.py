@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recurrent_depth.model.attention import AttentionFunction, Cache, Rotary, attention_for
+from recurrent_depth.model.attention import AttentionFunction, Rotary, attention_for
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.layers import SandwichBlock, make_norm, rotary_at, rotary_table
 from recurrent_depth.model.loss import linear_cross_entropy, shift_labels, to_float32, valid_targets
@@ -138,7 +138,6 @@ class RecurrentDepthModel(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
-        cache: Cache | None = None,
         return_states: bool = False,
         loss_chunk_size: int | None = None,
     ) -> ModelOutput:
@@ -150,23 +149,19 @@ class RecurrentDepthModel(nn.Module):
             input_states: initial state [B, T, D]; default zeros.
             labels: [B, T], shifted here, -100 ignored; the loss is their mean.
             targets: [B, T], aligned already, -100 ignored; the loss is their sum and no logits are returned.
-            attention_mask: [B, S], nonzero where a token is real, cached columns included.
-            position_ids: [B or 1, T]; default: from the mask where there is one, else counted on from the cache.
+            attention_mask: [B, T], nonzero where a token is real.
+            position_ids: [B or 1, T]; default: counted, in the mask where there is one.
             document_ids: [B, T]; tokens see only their own document.
-            cache: holds the keys and values of earlier tokens and takes those of this pass.
             return_states: keep the state after every iteration.
             loss_chunk_size: with `targets`, tokens whose logits exist at one time.
         """
-        past = cache.length() if cache is not None else 0
-        if past + input_ids.shape[1] > self.config.block_size and position_ids is None:
+        if input_ids.shape[1] > self.config.block_size and position_ids is None:
             raise ValueError(
-                f"{past + input_ids.shape[1]} tokens exceed model.block_size {self.config.block_size}; "
+                f"{input_ids.shape[1]} tokens exceed model.block_size {self.config.block_size}; "
                 "shorten the input or use a model with a longer block_size"
             )
-        rotary = rotary_at(self.freqs_cis, self._positions(input_ids, past, attention_mask, position_ids))
-        attention = attention_for(
-            input_ids.shape[1], attention_mask=attention_mask, document_ids=document_ids, cache=cache
-        )
+        rotary = rotary_at(self.freqs_cis, self._positions(input_ids, attention_mask, position_ids))
+        attention = attention_for(input_ids.shape[1], attention_mask=attention_mask, document_ids=document_ids)
         e = self.transformer.run_prelude(self.transformer.embed(input_ids), rotary, attention)
         state = torch.zeros_like(e) if input_states is None else input_states.to(e.dtype)
         states: list[Tensor] | None = [] if return_states else None
@@ -174,8 +169,6 @@ class RecurrentDepthModel(nn.Module):
         steps = self.config.mean_recurrence if num_steps is None else num_steps
         state = self.transformer.iterate(state, e, steps, rotary, attention, record)
         hidden = self.transformer.run_coda(state, rotary, attention)
-        if cache is not None:
-            cache.advance(input_ids.shape[1])
         if targets is not None:
             loss = linear_cross_entropy(hidden, self.lm_head.weight, targets, loss_chunk_size)
             return ModelOutput(None, loss, state, states)
@@ -183,13 +176,12 @@ class RecurrentDepthModel(nn.Module):
         return ModelOutput(logits, _labels_loss(logits, labels), state, states)
 
     @staticmethod
-    def _positions(input_ids: Tensor, past: int, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+    def _positions(input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
         if position_ids is not None:
             return position_ids
-        T = input_ids.shape[1]
         if mask is not None:
-            return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
-        return torch.arange(past, past + T, device=input_ids.device)[None]
+            return (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
