@@ -19,9 +19,9 @@ import torch
 from common import write_result
 from generative import LENGTH, TASK, Exam, exam, score, trained
 from recurrent_depth.generation.config import Wavefront
-from recurrent_depth.generation.decoding import Decoded, Decoding, decode
+from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.exits import StateChange
-from recurrent_depth.generation.wavefront import decode_wavefront
+from recurrent_depth.generation.request import Decoded, Decoding
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.runs import load_run_model
@@ -60,16 +60,10 @@ def ways(options: dict[str, Any]) -> list[tuple[str, Decoding, Wavefront | None]
     return [("plain", plain, None), *exits, *exact, *approximate]
 
 
-def run(
-    model: RecurrentDepthModel, prompts: Sequence[Sequence[int]], options: Decoding, mode: Wavefront | None
-) -> Decoded:
-    return decode(model, prompts, options) if mode is None else decode_wavefront(model, prompts, options, mode)
-
-
 def cost(found: Decoded, prompts: Sequence[Sequence[int]]) -> tuple[int, int]:
     """(core iterations of one position, passes of the longest request or of the batch) after the prompts."""
     after_prompts = found.computed_steps - ITERATIONS * sum(map(len, prompts))
-    return after_prompts, getattr(found, "passes", 0)
+    return after_prompts, found.passes
 
 
 def measure_random(requests: int = 6, new: int = 24) -> list[dict[str, Any]]:
@@ -82,7 +76,7 @@ def measure_random(requests: int = 6, new: int = 24) -> list[dict[str, Any]]:
             prompt = torch.randint(SHAPE.vocab_size, (7,), generator=torch.Generator().manual_seed(seed)).tolist()
             expected: list[int] = []
             for name, options, mode in ways({"max_new_tokens": new}):
-                found = run(model, [prompt], options, mode)
+                found = Decoder(model, mode).generate([prompt], options)
                 expected = expected or found.tokens[0]
                 same = sum(a == b for a, b in zip(found.tokens[0], expected, strict=True))
                 totals[name] = [a + b for a, b in zip(totals.get(name, [0] * 4), [same, new, *cost(found, [prompt])],
@@ -106,7 +100,7 @@ def measure_trained(model: RecurrentDepthModel, test: Exam) -> list[dict[str, An
     """All rows in one batch; a pass is one of the batch."""
     rows, expected = [], None
     for name, options, mode in ways({"max_new_tokens": LENGTH + 2, "stop": (TASK.end_id,)}):
-        found = run(model, test.prompts, options, mode)
+        found = Decoder(model, mode).generate(test.prompts, options)
         expected = expected or found.tokens
         pairs = [(a, b) for mine, other in zip(found.tokens, expected, strict=True)
                  for a, b in zip(mine, other, strict=False)]  # fmt: skip
