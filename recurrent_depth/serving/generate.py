@@ -3,7 +3,7 @@
 import json
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from recurrent_depth.checks import check_at_least, check_between
 from recurrent_depth.generation.config import EngineOptions
@@ -43,7 +43,7 @@ class GenerateConfig(EngineOptions):
     chat: bool = False
     stream: bool = False
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     kernels: Kernels = "auto"
 
     def __post_init__(self) -> None:
@@ -54,6 +54,12 @@ class GenerateConfig(EngineOptions):
         check_between("top_p", self.top_p, 0, 1, low_open=True)
         if not all(self.stop):
             raise ValueError("stop is an empty text; leave it out")
+        self.check_stream(self.prompt)
+
+    def check_stream(self, prompts: list[str]) -> None:
+        """Raise if several prompts are to be streamed."""
+        if self.stream and len(prompts) > 1:
+            raise ValueError(f"stream follows one prompt, and {len(prompts)} were given; leave stream out")
 
 
 def generate(config: GenerateConfig) -> None:
@@ -68,14 +74,13 @@ def generate(config: GenerateConfig) -> None:
     dtype = choose_dtype(config.dtype, device)
     if config.exit is not None:
         exit_rule(config.exit, config.exit_threshold)  # an unknown rule is refused before the model is loaded
-    prompts = config.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if not prompts:
-        raise ValueError("no prompt was given; use --prompt TEXT, or write one per line to standard input")
-    if config.stream and len(prompts) > 1:
-        raise ValueError(f"stream follows one prompt, and {len(prompts)} were given; leave stream out")
     model, tokenizer = load_model(config.model, dtype, device, config.kernels)
     if tokenizer is None:
         raise ValueError(f"model: {config.model} has no tokenizer; decode ids with recurrent_depth.generation")
+    prompts = config.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise ValueError("no prompt was given; use --prompt TEXT, or write one per line to standard input")
+    config.check_stream(prompts)
     ids = [_encode(tokenizer, prompt, config.chat) for prompt in prompts]
     ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end_turn|>")} - {None}
     options = decoding(
