@@ -42,6 +42,7 @@ VERBS = {
     "average": Verb("merge checkpoints", "recurrent_depth.training.average", "AverageConfig", "average"),
     "plan": Verb("memory and time of a run", "recurrent_depth.planning.command", "PlanConfig", "plan"),
     "report": Verb("one HTML page", "recurrent_depth.evaluation.report", "ReportConfig", "report"),
+    "quickstart": Verb("small models on a CPU", "recurrent_depth.quickstart", "QuickstartConfig", "quickstart"),
 }
 
 

@@ -3,8 +3,9 @@
 import json
 import os
 import platform
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -215,11 +216,20 @@ def _record(config: EvalConfig, results: list[Result], settings: list[dict[str, 
     return {
         "config": asdict(config),
         "initial_states": ["zeros" if seed is None else f"seed {seed}" for seed in config.state_seeds],
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "versions": {"python": platform.python_version(), **_versions(packages)},
         "machine": platform.machine(),
         "lm_eval": settings,
         "results": [asdict(result) for result in results],
     }
+
+
+def _versions(packages: tuple[str, ...]) -> dict[str, str | None]:
+    """Return the versions of packages; None for those that are not installed, which this evaluation did not need."""
+    found: dict[str, str | None] = dict.fromkeys(packages)
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _write(path: Path, text: str) -> None:
