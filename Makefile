@@ -1,24 +1,25 @@
-# Every target sets up its own environment in .venv; VENV=path uses another one (a preinstalled torch stays).
+# Every target installs what it needs into .venv; VENV=path uses another environment (a preinstalled torch stays).
 VENV ?= .venv
 PYTHON ?= python3
 OUT ?= runs/quickstart
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.recurrent-depth-ready
 export OMP_NUM_THREADS := 1
 
 .PHONY: setup quickstart test kernels-test kernels-check slow oldest wheel real real-test ci clean
 
-setup: $(STAMP)
+# The file .recurrent-depth-EXTRA in the environment says that this extra of pyproject.toml is installed.
+setup: $(VENV)/.recurrent-depth-dev
 
-$(STAMP): pyproject.toml constraints.txt
+$(VENV)/.recurrent-depth-%: pyproject.toml constraints.txt
+	@echo "installing recurrent-depth[$*] into $(VENV)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet --constraint constraints.txt torch numpy
 	$(BIN)/pip install --quiet --constraint constraints.txt setuptools
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
-	touch $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[$*]"
+	touch $@
 
-quickstart: setup
-	$(BIN)/python scripts/quickstart.py --out $(OUT)
+quickstart: $(VENV)/.recurrent-depth-quickstart
+	$(BIN)/recurrent-depth quickstart --out $(OUT)
 
 test: setup
 	$(BIN)/ruff check .

@@ -1,9 +1,9 @@
-"""The quickstart's headline over seeds: the recurrent model, and both baselines at equal time, tokens and FLOPs.
+"""The quickstart's models over seeds: the recurrent one, and both baselines at equal time, tokens and FLOPs.
 
-    python benchmarks/quickstart_seeds.py --seeds 0,1,2 --extra-seeds 3,4 --workers 2
+    python benchmarks/quickstart_seeds.py --workers 2 --keep /tmp/quickstart-seeds
 
-Seconds per step are measured first, the three models by turns on one thread; budgets follow from them. The extra seeds
-train the recurrent model alone.
+Seconds per training step are measured first, the three models by turns on one thread; the budget of equal time follows
+from them. With --keep, what is finished is kept in that folder, and the same command continues after an interruption.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from common import write_result
+from common import kept, write_result
 from recurrent_depth.data.tasks.source import curriculum
 from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation.generated import evaluate_per_position
@@ -43,7 +43,7 @@ def config_of(model: str) -> RunConfig:
 
 
 def seconds_per_step(rounds: int = 60) -> dict[str, float]:
-    """Mean time of a step over the course of a run; the models take turns, so that a disturbance meets all alike."""
+    """Return the mean seconds of a training step over a run; the models take turns, so that noise meets all alike."""
     trainers = {model: Trainer(config_of(model), start_processes(config_of(model).runtime)) for model in MODELS}
     for trainer in trainers.values():
         trainer.train_step()
@@ -58,7 +58,7 @@ def seconds_per_step(rounds: int = 60) -> dict[str, float]:
 
 
 def flops_and_tokens(config: RunConfig) -> tuple[int, int]:
-    """Of a whole run, from its depths and row lengths."""
+    """Return the FLOPs and the tokens of a whole run, from its depths and row lengths."""
     flops = tokens = 0
     for step in range(config.steps):
         length = 1 + curriculum(config.data.task, step, config.steps, "train")
@@ -69,15 +69,16 @@ def flops_and_tokens(config: RunConfig) -> tuple[int, int]:
 
 
 def with_steps(config: RunConfig, steps: int, seed: int) -> RunConfig:
-    optimizer = dataclasses.replace(config.optimizer, cooldown_steps=steps // 4)
+    cooldown = config.optimizer.cooldown_steps * steps // config.steps
+    optimizer = dataclasses.replace(config.optimizer, cooldown_steps=cooldown)
     return dataclasses.replace(config, steps=steps, seed=seed, optimizer=optimizer)
 
 
-def plan(seeds: list[int], extra: list[int], pace: dict[str, float]) -> list[dict[str, Any]]:
-    """Every training: model, budget, steps, seed."""
+def plan(seeds: list[int], baseline_seeds: list[int], pace: dict[str, float]) -> list[dict[str, Any]]:
+    """Return every training: model, budget, steps, seed."""
     reference = config_of("shell-game")
     flops, _ = flops_and_tokens(reference)
-    jobs = [{"model": "shell-game", "budget": "reference", "steps": reference.steps, "seed": s} for s in seeds + extra]
+    jobs = [{"model": "shell-game", "budget": "reference", "steps": reference.steps, "seed": s} for s in seeds]
     for model in MODELS[1:]:
         own, _ = flops_and_tokens(with_steps(config_of(model), reference.steps, 0))
         steps = {
@@ -85,12 +86,18 @@ def plan(seeds: list[int], extra: list[int], pace: dict[str, float]) -> list[dic
             "tokens": reference.steps,
             "flops": int(reference.steps * flops / own),
         }
-        jobs += [{"model": model, "budget": b, "steps": n, "seed": s} for b, n in steps.items() for s in seeds]
+        jobs += [{"model": model, "budget": b, "steps": n, "seed": s} for b, n in steps.items() for s in baseline_seeds]
     return jobs
 
 
-def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Train and evaluate one model."""
+def run_job(job: dict[str, Any], keep: str | None) -> dict[str, Any]:
+    """Return the job with its results, from `keep` if it is there."""
+    name = "-".join(str(job[key]) for key in ("model", "budget", "steps", "seed"))
+    return kept(keep, name, lambda: train_and_evaluate(job))
+
+
+def train_and_evaluate(job: dict[str, Any]) -> dict[str, Any]:
+    """Train one model, and return the job with parameters, tokens, FLOPs and accuracy."""
     config = with_steps(config_of(job["model"]), job["steps"], job["seed"])
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet:
         sys.stderr = quiet
@@ -108,7 +115,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean, smallest and largest accuracy of each (model, budget, depth, difficulty)."""
+    """Return mean, smallest and largest accuracy of each (model, budget, iterations, difficulty)."""
     groups: dict[tuple[str, str, str, str], list[float]] = {}
     for run in runs:
         for depth, buckets in run["accuracy"].items():
@@ -123,18 +130,18 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--extra-seeds", default="")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0,1,2,3,4,5,6,7,8,9", help="of the recurrent model")
+    parser.add_argument("--baseline-seeds", default="0,1,2")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--keep", help="folder for finished trainings")
     options = parser.parse_args()
-    seeds = [int(s) for s in options.seeds.split(",")]
-    extra = [int(s) for s in options.extra_seeds.split(",") if s]
-    pace = seconds_per_step()
-    print({model: f"{1000 * value:.1f} ms a step" for model, value in pace.items()}, flush=True)
-    jobs = sorted(plan(seeds, extra, pace), key=lambda job: -job["steps"] * pace[job["model"]])
+    seeds, baseline_seeds = ([int(s) for s in text.split(",")] for text in (options.seeds, options.baseline_seeds))
+    pace = kept(options.keep, "seconds-per-step", seconds_per_step)
+    print({model: f"{1000 * value:.1f} ms per step" for model, value in pace.items()}, flush=True)
+    jobs = sorted(plan(seeds, baseline_seeds, pace), key=lambda job: -job["steps"] * pace[job["model"]])
     with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:
-        runs = pool.map(run_job, jobs, chunksize=1)
+        runs = pool.starmap(run_job, [(job, options.keep) for job in jobs], chunksize=1)
     runs.sort(key=lambda run: (run["model"], run["budget"], run["seed"]))
     table = summary(runs)
     write_result("quickstart_seeds", {"seconds_per_step": pace, "summary": table, "runs": runs})

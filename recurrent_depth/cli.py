@@ -143,6 +143,14 @@ VERBS = {
         "recurrent_depth.planning.command:plan",
         "recurrent-depth plan --run pretrain/huginn-3.5b-h100.yaml --num-gpus 128 --device h100",
     ),
+    "quickstart": Verb(
+        "train, evaluate and compare small models on the CPU",
+        "recurrent_depth.quickstart:QuickstartConfig",
+        "recurrent_depth.quickstart:quickstart",
+        "recurrent-depth quickstart --out runs/quickstart",
+        extra="quickstart",
+        needs=("matplotlib", "jinja2", "transformers"),
+    ),
 }
 
 

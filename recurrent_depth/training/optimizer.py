@@ -88,7 +88,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         blocks = [p for name, p in named if not _is_norm_or_bias(name) and not _is_embedding(name)]
         embeddings = [p for name, p in named if _is_embedding(name)]
         groups = [matrices | {"params": blocks, "muon": True}, matrices | {"params": embeddings}, others]
-        return MuonAdamW(groups, config.lr, config.betas, config.momentum, eps=config.eps)
+        dtype = torch.float32 if named[0][1].device.type == "cpu" else torch.bfloat16
+        return MuonAdamW(groups, config.lr, config.betas, config.momentum, eps=config.eps, dtype=dtype)
     if config.name == "huginn":
         return HuginnAdam([matrices, others], lr=config.lr, betas=config.betas)
     if config.name == "nadamw":

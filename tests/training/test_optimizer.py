@@ -112,6 +112,18 @@ def test_orthogonalised_has_singular_values_near_one():
         torch.testing.assert_close(off, off.diagonal().diag(), rtol=0, atol=1e-10)
 
 
+def test_muon_on_a_cpu_orthogonalises_in_float32():
+    model = RecurrentDepthModel(ModelConfig())
+    model.initialise(seed=0)
+    optimizer = build_optimizer(model, OptimizerConfig(name="muon", lr=0.02, weight_decay=0.0))
+    p = model.transformer.adapter.weight
+    before, p.grad = p.detach().double(), torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    momentum = 0.05 * p.grad.double()
+    direction = orthogonalised(p.grad.double().lerp(momentum, 0.95))
+    torch.testing.assert_close(p.double(), before - 0.02 * 0.2 * 128**0.5 * direction, rtol=1e-4, atol=1e-6)
+
+
 def test_muon_takes_the_matrices_of_the_blocks():
     model = RecurrentDepthModel(ModelConfig())
     optimizer = build_optimizer(model, OptimizerConfig(name="muon"))
