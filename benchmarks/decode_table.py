@@ -1,6 +1,6 @@
-"""The tables of docs/decoding-benchmarks.md, from benchmarks/results/.
+"""The tables of docs/decoding-benchmarks.md and docs/generation.md, from benchmarks/results/.
 
-python benchmarks/decode_table.py          # writes them into the page; tests/test_readme.py compares
+python benchmarks/decode_table.py          # writes them into the pages; tests/test_readme.py compares
 """
 
 import json
@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[1] / "docs" / "decoding-benchmarks.md"
+PAGES = [Path(__file__).parents[1] / "docs" / f"{name}.md" for name in ("decoding-benchmarks", "generation")]
 Row = dict[str, Any]
 
 
 def tables() -> dict[str, str]:
-    """By the marks of the page."""
-    early, accuracy, decode = (
-        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("early_exit", "generative", "decode_cpu")
-    )
+    """By the marks of the pages."""
+    names = ("early_exit", "generative", "decode_cpu", "wavefront", "cache_rule")
+    early, accuracy, decode, waves, rules = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
     parts = decode["parts"]
     found = {
         "early exit": early_exit(early["rows"]),
@@ -25,6 +24,8 @@ def tables() -> dict[str, str]:
         "where": where(accuracy["runs"]),
         "ways": ways(parts["generative"]["rows"]),
         "mixed": mixed(parts["mixed"]["rows"]),
+        "wavefront": wavefront(waves["random"], waves["trained"]),
+        "cache rule": cache_rule(rules["results"]),
     }
     if "35M" in parts:
         rows = parts["35M"]["rows"]
@@ -128,5 +129,30 @@ def mixed(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def wavefront(random: list[Row], trained: list[Row]) -> str:
+    """Tokens that are plain decoding's, and core iterations of a position per token, by model."""
+    scales = list(dict.fromkeys(row["scale"] for row in random))
+    heads = [f"weights x {scale:g}: same, iterations" for scale in scales] + ["trained: same, iterations", "exact, %"]
+    lines = ["| sampler | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    for row in trained:
+        mine = [r for r in random if r["way"] == row["way"]] + [row]
+        cells = [f"{100 * r['same_tokens']:.0f}%, {r['iterations_per_token']:.1f}" for r in mine]
+        lines.append(f"| {row['way']} | " + " | ".join([*cells, f"{100 * row['exact']:.1f}"]) + " |")
+    return "\n".join(lines)
+
+
+def cache_rule(rows: list[Row]) -> str:
+    """Whole reports and mean iterations under both rules, by budget and exit threshold."""
+    thresholds = list(dict.fromkeys(row["threshold"] for row in rows))
+    heads = [f"exit at {threshold:g}: exact, iterations" for threshold in thresholds]
+    lines = ["| budget | rule | " + " | ".join(heads) + " |", "|---|---|" + "---|" * len(heads)]
+    for budget, rule in dict.fromkeys((row["budget"], row["rule"]) for row in rows):
+        mine = [row for row in rows if (row["budget"], row["rule"]) == (budget, rule)]
+        cells = [f"{100 * row['exact']:.1f}%, {row['iterations_per_token']:.1f}" for row in mine]
+        lines.append(f"| {budget or 'all'} | {rule} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(), tables()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text(), tables()))

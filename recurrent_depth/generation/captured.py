@@ -75,6 +75,7 @@ class CapturedToken:
         self.uses_graphs, self.is_captured = weight.is_cuda, False
         room = -(-requests.room // ROOM) * ROOM if self.uses_graphs else requests.room
         self.model, self.stopping, self.warm_start = model, stopping, options.warm_start
+        self.weights = _addresses(model)
         self.cache = RecurrentCache(
             config, B, room, stopping.most, options.cache_budget, dtype, device, options.released_cache
         )
@@ -101,14 +102,14 @@ class CapturedToken:
         ]  # fmt: skip
 
     def fits(self, requests: Requests, stopping: Stopping) -> bool:
-        """Whether the buffers, and what was captured, serve another call."""
+        """Return whether the buffers, and what was captured, serve another call."""
         options, cache = requests.options, self.cache
         budget = stopping.most if options.cache_budget is None else min(options.cache_budget, stopping.most)
         same = (len(self.ids), cache.budget, cache.released, self.warm_start) == (
             len(requests.prompts), budget, options.released_cache, options.warm_start
         )  # fmt: skip
         rule = stopping.rule is self.stopping.rule and stopping[:2] == self.stopping[:2]
-        return same and rule and requests.room <= cache.max_length
+        return same and rule and requests.room <= cache.max_length and self.weights == _addresses(self.model)
 
     def reset(self) -> RecurrentCache:
         """Empty the cache, which keeps its place in memory."""
@@ -209,6 +210,12 @@ class CapturedToken:
         self.running.zero_()
         for region in self.regions:
             region()
+
+
+def _addresses(model: DecodableModel) -> list[tuple[int, torch.dtype]]:
+    """Where the weights lie: graphs that were captured read them there, whatever the modules hold later."""
+    modules = (model.transformer, model.lm_head)
+    return [(weight.data_ptr(), weight.dtype) for module in modules for weight in module.parameters()]
 
 
 class _Late:

@@ -182,3 +182,18 @@ def test_a_decoder_captures_once_for_calls_that_fit(model):
         before = decoder.captured
         assert decoder.generate(PROMPTS, changed).tokens == decode(model, PROMPTS, changed).tokens
         assert decoder.captured is not before
+
+
+def test_weights_that_moved_are_captured_again():
+    """In place they may change, as in training; a weight that is another tensor lies elsewhere."""
+    moving, options = lively_model(block_size=64), Decoding(max_new_tokens=6, num_steps=4)
+    decoder = Decoder(moving, Captured())
+    decoder.generate(PROMPTS, options)
+    kept = decoder.captured
+    with torch.no_grad():
+        moving.transformer.adapter.weight.mul_(1.5)
+    assert decoder.generate(PROMPTS, options).tokens == decode(moving, PROMPTS, options).tokens
+    assert decoder.captured is kept
+    moving.transformer.adapter.weight = torch.nn.Parameter(moving.transformer.adapter.weight * 0.5)
+    assert decoder.generate(PROMPTS, options).tokens == decode(moving, PROMPTS, options).tokens
+    assert decoder.captured is not kept

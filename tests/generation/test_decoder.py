@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recurrent_depth.generation.config import Captured, Refill
+from recurrent_depth.generation.config import Captured, Refill, Speculation, Wavefront
+from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.exits import EntropyChange, OutputKL, StateChange
 from recurrent_depth.generation.forcing import Forcing, ThinkingBudget
 from recurrent_depth.generation.request import Decoding
@@ -225,3 +226,34 @@ def test_exits_after_the_prompt_only(model):
     for mode in (Refill(2), Captured()):
         other = decode(model, prompts, Decoding(exit=StateChange(0.3), exit_prompt=False, **common), mode)
         assert (other.tokens, other.steps) == (found.tokens, found.steps)
+
+
+@pytest.mark.parametrize("mode", [None, Refill(2), Speculation(2, 3), Wavefront(2), Captured()], ids=str)
+def test_a_decoder_that_is_kept_writes_what_a_new_one_writes(model, mode):
+    """Its memory is used again, by shorter calls and other shapes, and nothing of an earlier call is seen."""
+    decoder, memory = Decoder(model, mode), None
+    calls = [([[5, 6, 7], [8], [9, 10]], {"num_steps": 6}), ([[8, 9]], {"num_steps": 4}), ([[1]] * 3, {"num_steps": 6}),
+             ([[5, 6, 7], [8], [9, 10]], {"num_steps": 6, "temperature": 0.8})]  # fmt: skip
+    if not isinstance(mode, Speculation | Wavefront):
+        calls.append(([[3, 4], [5]], {"num_steps": 6, "cache_budget": 2, "exit": StateChange(0.4)}))
+    for prompts, options in calls:
+        chosen = Decoding(max_new_tokens=9, **options)
+        kept, new = decoder.generate(prompts, chosen), decode(model, prompts, chosen, mode)
+        assert (kept.tokens, kept.steps, kept.cache_bytes) == (new.tokens, new.steps, new.cache_bytes)
+        if decoder.memory is not None:
+            memory = memory or decoder.memory.data_ptr()
+            assert decoder.memory.data_ptr() == memory  # the first call is the largest
+
+
+def test_a_decoder_goes_on_after_a_call_that_failed(model):
+    class Broken(Exception):
+        pass
+
+    def fail(request, token):
+        raise Broken
+
+    for mode in (None, Captured()):
+        decoder, options = Decoder(model, mode), Decoding(max_new_tokens=4, num_steps=3)
+        with pytest.raises(Broken):
+            decoder.generate([[5, 6]], options, on_token=fail)
+        assert decoder.generate([[5, 6]], options).tokens == decode(model, [[5, 6]], options).tokens

@@ -118,6 +118,13 @@ def test_the_engine_inside_generate(inner, model, engine, plain):
     expected = decode(inner, PROMPTS, Decoding(max_new_tokens=12, num_steps=4, stop=(13,), **plain))
     assert new_tokens(batch, sequences, (13,)) == expected.tokens
     assert runner.result.cache_bytes > 0
+    kept = runner.decoder
+    again = model.generate(
+        **batch, custom_generate=runner, use_cache=False, max_new_tokens=12, num_steps=4, do_sample=False,
+        eos_token_id=13, pad_token_id=0,
+    )  # fmt: skip
+    assert torch.equal(again, sequences)
+    assert runner.decoder is kept
 
 
 def test_the_engine_honours_sampling_stopping_and_streams(inner, model):
