@@ -71,7 +71,7 @@ VERBS = {
     "train": Verb(
         "pretrain or fine-tune a model",
         "recurrent_depth.training.config:TrainCommand",
-        "recurrent_depth.training.command:run",
+        "recurrent_depth.training.launch:run",
         "recurrent-depth train --config pretrain/quickstart/shell-game.yaml --out runs/first",
     ),
     "train-dense": Verb(
