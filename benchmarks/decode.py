@@ -20,12 +20,10 @@ from torch import Tensor
 
 from common import RESULTS, write_result
 from generative import LENGTH, TASK, Exam, exam, score, trained
-from recurrent_depth.generation.decoding import Decoded, Decoding
+from recurrent_depth.generation.config import Mode, Refill, Speculation, Wavefront
+from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.exits import ExitRule, OutputKL, Read, StableArgmax, StateChange
-from recurrent_depth.generation.modes import Mode, decode_in_mode
-from recurrent_depth.generation.scheduler import Refill
-from recurrent_depth.generation.speculative import Speculation
-from recurrent_depth.generation.wavefront import Wavefront
+from recurrent_depth.generation.request import Decoded, Decoding
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.flops import forward_flops
 from recurrent_depth.model.transformer import RecurrentDepthModel
@@ -110,12 +108,12 @@ def timed(
 ) -> tuple[float, list[Decoded]]:
     """CPU seconds for all prompts, `batch` at a time (a refilled batch takes them all), and what was written."""
     size = len(prompts) if isinstance(way.mode, Refill) else batch
-    results = []
+    results, decoder = [], Decoder(model, way.mode)
     began = time.process_time()
     for first in range(0, len(prompts), size):
         some = slice(first, first + size)
         on_token = until(None if quotas is None else quotas[some])
-        results.append(decode_in_mode(model, prompts[some], way.options, way.mode, on_token=on_token))
+        results.append(decoder.generate(prompts[some], way.options, on_token=on_token))
     return time.process_time() - began, results
 
 
@@ -124,7 +122,7 @@ def summary(results: list[Decoded], prompts: list[list[int]]) -> dict[str, Any]:
     tokens = sum(len(written) for r in results for written in r.tokens)
     all_steps = [steps for r in results for steps in r.steps]
     prompt_steps = sum(steps[0] * len(prompt) for steps, prompt in zip(all_steps, prompts, strict=True))
-    drafted = sum(getattr(r, "drafted", 0) for r in results)
+    drafted = sum(r.drafted for r in results)
     return {
         "tokens": tokens,
         "core_steps_per_token": (sum(r.core_steps for r in results) - prompt_steps) / (tokens - len(prompts)),
@@ -132,7 +130,7 @@ def summary(results: list[Decoded], prompts: list[list[int]]) -> dict[str, Any]:
         "computed_steps": sum(r.computed_steps for r in results),
         "flops": sum(r.flops for r in results),
         "cache_bytes": max(r.cache_bytes for r in results),
-        "acceptance": sum(getattr(r, "accepted", 0) for r in results) / drafted if drafted else None,
+        "acceptance": sum(r.accepted for r in results) / drafted if drafted else None,
     }
 
 
@@ -294,7 +292,7 @@ def measure_generative(model: RecurrentDepthModel, repeats: int) -> dict[str, An
 
 def settling(model: RecurrentDepthModel, rule: ExitRule, test: Exam) -> dict[str, Any]:
     """Steps until each written token leaves the core (the first one's are the prompt's mean)."""
-    decoded = decode_in_mode(model, test.prompts, options(num_steps=MOST, exit=rule))
+    decoded = Decoder(model).generate(test.prompts, options(num_steps=MOST, exit=rule))
     steps = torch.tensor([row for row in decoded.steps if len(row) == LENGTH + 2])
     return {"mean_by_token": steps.mean(0).tolist(), "share_at_limit": (steps[:, 1:] == MOST).double().mean().item()}
 
@@ -340,7 +338,7 @@ def measure_35m(generative: dict[str, Any], repeats: int) -> Iterator[dict[str, 
         def make(new: int = new, **more: Any) -> Decoding:
             return Decoding(max_new_tokens=new, **more)
 
-        modes = (Speculation(4, 4), Wavefront(4, exact=True), Wavefront(4))
+        modes = (Speculation(4, 4), Wavefront(4), Wavefront(4, exact=False))
         ways = all_ways(fewest, {"replay": replay}, modes, make)
         ways = [replace(w, name="exit at replayed depths") if w.options.exit is replay else w for w in ways]
         rows += by_turns(models, ways, prompts, batch, repeats)

@@ -10,6 +10,7 @@ bytes are written, with the floor at a data sheet's bandwidth, and every time is
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -18,9 +19,10 @@ from typing import Any
 import torch
 
 from common import write_result
-from recurrent_depth.generation.adaptive import adaptive_forward
 from recurrent_depth.generation.cache import RecurrentCache, cache_bytes
-from recurrent_depth.generation.graph import StaticToken
+from recurrent_depth.generation.captured import CapturedToken
+from recurrent_depth.generation.request import Decoding, Requests
+from recurrent_depth.generation.tokens import Tokens
 from recurrent_depth.model.config import SHAPES, ModelConfig
 from recurrent_depth.model.ops import choose_ops, use_ops
 from recurrent_depth.model.transformer import RecurrentDepthModel
@@ -76,25 +78,24 @@ def token_seconds(
 ) -> float | None:
     """Median time of one pass with one new token a row, after `context` cached ones; None: the cache does not fit."""
     device, dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
-    shape = (model.config, batch, context + tokens + 4, num_steps, budget, dtype)
+    new = tokens + 4
+    shape = (model.config, batch, context + new, num_steps, budget, dtype)
     if device.type == "cuda" and cache_bytes(*shape) > 0.9 * torch.cuda.mem_get_info(device)[0]:
         return None
-    cache = RecurrentCache(*shape, device)
-    cache.entries.normal_()
-    cache.advance(context)
-    mask = torch.ones(batch, context, dtype=torch.long, device=device)
     if way == "captured":
-        token = StaticToken(model, cache, mask, None, num_steps, 1, warm_start=False)
+        options = Decoding(max_new_tokens=new, num_steps=num_steps, cache_budget=budget)
+        requests = Requests(model, [[1] * context] * batch, options)
+        token = CapturedToken(model, requests, requests.stopping[0])
+        token.cache.entries.normal_()
+        token.place([0] * batch, [context] * batch)
         if device.type == "cuda":
             token.capture()
         return median_seconds(lambda: token.run([1] * batch, [True] * batch), device, tokens)
-    ids = torch.ones(batch, 1, dtype=torch.long, device=device)
-
-    def plain() -> None:
-        new = torch.ones(batch, cache.length() + 1, dtype=torch.long, device=device)
-        adaptive_forward(model, ids, new, cache, None, num_steps)
-
-    return median_seconds(plain, device, tokens)
+    cache = RecurrentCache(*shape, device)
+    cache.entries.normal_()
+    plain, columns = Tokens(model, cache), itertools.count(context)
+    ids = torch.ones(batch, 1, dtype=torch.long)
+    return median_seconds(lambda: plain.feed(ids, next(columns), num_steps), device, tokens)
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:

@@ -16,9 +16,10 @@ import torch
 from common import RESULTS, write_result
 from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation.generated import VALIDATION_SPLIT
-from recurrent_depth.generation.adaptive import adaptive_forward
 from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.generation.exits import ExitRule, exit_rule
+from recurrent_depth.generation.request import Stopping
+from recurrent_depth.generation.tokens import Tokens
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.parsing import parse_options
 from recurrent_depth.runs import load_run_model
@@ -42,13 +43,20 @@ def trained() -> RecurrentDepthModel:
         return load_run_model(f"{scratch}/run")
 
 
+@torch.inference_mode()
 def measure(model: RecurrentDepthModel, rule: ExitRule | None, num_steps: int, monotone: bool) -> dict[str, Any]:
     """Accuracy and steps over all swaps, and by the number of swaps before."""
     ids, labels = TASKS["shell_game"].rows(0, ROWS, LENGTH, seed=0, split=VALIDATION_SPLIT)
     cache = RecurrentCache(model.config, ROWS, ids.shape[1], num_steps)
-    output = adaptive_forward(model, ids, torch.ones_like(ids), cache, rule, num_steps, prefix_monotone=monotone)
-    correct = (output.logits.argmax(-1) == labels)[:, 1 : LENGTH + 1].double()
-    steps = output.depths[:, 1 : LENGTH + 1].double()
+    (B, T), tokens = ids.shape, Tokens(model, cache)
+    lanes, columns = [row for row in range(B) for _ in range(T)], [*range(T)] * B
+    limits = [Stopping(num_steps, rule=rule, in_order=monotone)] * ids.numel()
+    tokens.start(ids.flatten().tolist(), lanes, columns, [0] * ids.numel(), limits)
+    while len(tokens.iterating):
+        tokens.advance()
+    done, logits = tokens.finish([*range(B)], every=True)
+    correct = (logits.argmax(-1).view(B, T) == labels)[:, 1 : LENGTH + 1].double()
+    steps = torch.tensor(done.steps).view(B, T)[:, 1 : LENGTH + 1].double()
     return {
         "accuracy": correct.mean().item(),
         "mean_steps": steps.mean().item(),

@@ -24,7 +24,9 @@ from recurrent_depth.data.tasks.report import REPORTS
 from recurrent_depth.data.tasks.source import TaskSource
 from recurrent_depth.evaluation.generated import VALIDATION_SPLIT
 from recurrent_depth.generation.cache import RecurrentCache
-from recurrent_depth.generation.decoding import Decoding, decode
+from recurrent_depth.generation.engine import Decoder
+from recurrent_depth.generation.request import Decoding
+from recurrent_depth.generation.tokens import Tokens
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.parsing import parse_options
 from recurrent_depth.runs import load_run_model
@@ -106,7 +108,7 @@ def accuracies(
         test = exam(ROWS, length)
         for r in depths:
             options = Decoding(max_new_tokens=length + 2, num_steps=r, stop=(TASK.end_id,))
-            marks = score(decode(model, test.prompts, options).tokens, test.expected)
+            marks = score(Decoder(model).generate(test.prompts, options).tokens, test.expected)
             found.append({"length": length, "num_steps": r, **marks})
     return found
 
@@ -127,15 +129,11 @@ def write_with(
     model: RecurrentDepthModel, prompts: torch.Tensor, read: int, write: int, tokens: int
 ) -> list[list[int]]:
     """Greedy tokens of prompts [B, T]; entries of a token that took few steps stand at the later steps as well."""
-    (B, T), most = prompts.shape, max(read, write)
-    cache = RecurrentCache(model.config, B, T + tokens, most)
-    ids, written = prompts, []
-    for steps in [read] + [write] * (tokens - 1):
-        columns = range(cache.length(), cache.length() + ids.shape[1])
-        written.append(model(ids, num_steps=steps, cache=cache).logits[:, -1].argmax(-1))
-        for row in range(B):
-            cache.leave([row] * len(columns), list(columns), [steps] * len(columns))
-        ids = written[-1][:, None]
+    B, T = prompts.shape
+    lanes = Tokens(model, RecurrentCache(model.config, B, T + tokens, max(read, write)))
+    written = [lanes.feed(prompts, 0, read)[:, -1].argmax(-1)]
+    for column in range(T, T + tokens - 1):
+        written.append(lanes.feed(written[-1][:, None], column, write)[:, -1].argmax(-1))
     return torch.stack(written, dim=1).tolist()
 
 

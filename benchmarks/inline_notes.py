@@ -26,6 +26,7 @@ from recurrent_depth.evaluation.budget_metrics import Cell, axis_reports, best_w
 from recurrent_depth.evaluation.generated import VALIDATION_SPLIT
 from recurrent_depth.evaluation.grid import plot_frontier, plot_heat_map
 from recurrent_depth.generation.cache import RecurrentCache
+from recurrent_depth.generation.tokens import Tokens
 from recurrent_depth.model.flops import forward_flops
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.parsing import parse_options
@@ -44,16 +45,16 @@ LENGTH, ROWS = 16, 256
 def final_states(model: RecurrentDepthModel, num_steps: int, every: int | None) -> tuple[torch.Tensor, int]:
     """Which rows name the right last state, [ROWS], and the tokens of a row. Notes are the model's own words."""
     ids, states = TASK.rows(0, ROWS, LENGTH, seed=0, split=VALIDATION_SPLIT)
-    cache = RecurrentCache(model.config, ROWS, 3 * LENGTH + 1, num_steps)
+    tokens, read = Tokens(model, RecurrentCache(model.config, ROWS, 3 * LENGTH + 1, num_steps)), 0
     note = torch.full((ROWS, 1), note_id(TASK))
     first, ahead = ids[:, :1], ids[:, 1:]
     for start in range(0, LENGTH, every or LENGTH):
         letters = ahead[:, start : start + (every or LENGTH)]
         last = start + letters.shape[1] == LENGTH
         chunk = torch.cat([first, letters] if last else [first, letters, note], dim=1)
-        said = model(chunk, num_steps=num_steps, cache=cache).logits[:, -1:, : len(TASK.states)].argmax(-1)
-        first = said
-    return said[:, 0] == states[:, -1], cache.length()
+        said = tokens.feed(chunk, read, num_steps)[:, -1:, : len(TASK.states)].argmax(-1)
+        first, read = said, read + chunk.shape[1]
+    return said[:, 0] == states[:, -1], read
 
 
 def measure(model: RecurrentDepthModel) -> list[Cell]:

@@ -1,4 +1,4 @@
-"""Start several ranks on this machine, and configurations small enough to train in a second."""
+"""Several ranks on this machine, configurations small enough to train in a second, and models to decode with."""
 
 import errno
 import io
@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ import torch
 from safetensors.torch import load_file
 
 from recurrent_depth.data.config import DataConfig, TaskDataConfig
+from recurrent_depth.generation.config import Mode
+from recurrent_depth.generation.engine import Decoder
+from recurrent_depth.generation.request import DecodableModel, Decoded, Decoding
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.runs import checkpoints
@@ -56,7 +59,7 @@ def small_run(out: Path, **changes: Any) -> RunConfig:
     return RunConfig(out=str(out), **(defaults | changes))
 
 
-def lively_model(vocab_size: int = 50, block_size: int = 96) -> RecurrentDepthModel:
+def lively_model(vocab_size: int = 50, block_size: int = 96, scale: float = 2.5) -> RecurrentDepthModel:
     """A random model in fp64 with weights large enough that tokens differ and converge at different steps."""
     config = ModelConfig(
         n_embd=32, n_heads=2, intermediate_size=48, vocab_size=vocab_size, block_size=block_size,
@@ -66,8 +69,19 @@ def lively_model(vocab_size: int = 50, block_size: int = 96) -> RecurrentDepthMo
     model.initialise(seed=3)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.mul_(1.0 if "norm" in name or "ln_f" in name else 2.5)
+            p.mul_(1.0 if "norm" in name or "ln_f" in name else scale)
     return model.eval()
+
+
+def decode(
+    model: DecodableModel,
+    prompts: Sequence[Sequence[int]],
+    options: Decoding | None = None,
+    mode: Mode | None = None,
+    **given: Any,
+) -> Decoded:
+    """Continue prompts with a decoder of its own."""
+    return Decoder(model, mode).generate(prompts, options, **given)
 
 
 def losses(run: Path) -> list[float]:

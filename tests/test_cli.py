@@ -27,7 +27,7 @@ FOLDERS = [ROOT / "configs" / kind for kind in ("pretrain", "finetune")]
 CONFIGS = sorted(path for folder in FOLDERS for path in folder.rglob("*.yaml"))
 SHELL_GAME = next(path for path in CONFIGS if path.name == "shell-game.yaml")
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pyarrow", "numpy", "tokenizers", "lm_eval", "sklearn")
-NOT_LIGHT_YET = {"tasks", "generate"}
+NOT_LIGHT_YET = {"tasks"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

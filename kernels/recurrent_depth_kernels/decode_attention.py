@@ -1,9 +1,10 @@
-"""Attention of new tokens over a recurrence-indexed cache, read in place (split over keys, as flash-decoding is).
+"""Attention of new tokens over a cache with a budget of iterations, read in place, split over keys (flash-decoding).
 
-A cached token of depth d is seen at step i by the entry it left at step min(i, d - 1), kept in slot that modulo the
-budget (arXiv 2502.05171, section 6.2). Both numbers live on the device, so no entry is gathered and no host waits.
+Which entry of a cached token an iteration reads is the rule of `read_place`. Iterations and depths lie on the device,
+so no entry is gathered and no host waits.
 
-Shapes: B batch, T new tokens, S cached columns, H query heads, G key heads, K head size, R budget of recurrences.
+Shapes: N rows of queries, T new tokens of a row, B lanes of the cache, S columns, H query heads, G key heads, K head
+size, R places of the budget.
 """
 
 from typing import Any
@@ -23,52 +24,56 @@ LOWEST = tl.constexpr(-1.0e38)  # below every score, and finite: exp(LOWEST - LO
 
 
 @triton.jit
+def read_place(step, depth, BUDGET: tl.constexpr, RELEASED: tl.constexpr):
+    """The place where iteration `step` reads a token of `depth` iterations; the rule of `recurrent_depth.model.ops`."""
+    return tl.minimum(step % BUDGET, depth - 1) if RELEASED else tl.minimum(step, depth - 1) % BUDGET
+
+
+@triton.jit
 def _columns(
-    start, end, own_first, step, depths, mask, row_depths, row_mask, stride_slot, stride_s,
-    BUDGET: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_S: tl.constexpr,
+    start, end, step, depths, stride_place, stride_s,
+    BUDGET: tl.constexpr, RELEASED: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Which of the columns from `start` on hold a token (new ones do), and where the entry to be read lies."""
+    """The columns from `start` on, which of them lie before `end`, and where the entry to be read lies."""
     column = start + tl.arange(0, BLOCK_S)
     held = column < end
-    if HAS_MASK:
-        held = held & ((tl.load(mask + row_mask + column, mask=held, other=0) != 0) | (column >= own_first))
-    place = column.to(tl.int64) * stride_s
+    at = column.to(tl.int64) * stride_s
     if BUDGET > 1:
-        depth = tl.load(depths + row_depths + column, mask=held, other=1)
-        place += (tl.minimum(step, depth - 1) % BUDGET) * stride_slot
-    return column, held, place
+        depth = tl.load(depths + column, mask=held, other=1)
+        at += read_place(step, depth, BUDGET, RELEASED) * stride_place
+    return column, held, at
 
 
 @triton.jit
 def attend_one(
-    q, entries, depths, mask, steps, lengths, partial, peak, total, scale,
-    stride_qb, stride_qh, stride_slot, stride_kv, stride_eb, stride_eh, stride_s, stride_db, stride_mb, n_heads,
-    K: tl.constexpr, BUDGET: tl.constexpr, HAS_MASK: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_K: tl.constexpr, ACCUMULATE: tl.constexpr,
+    q, entries, depths, lanes, starts, lengths, steps, partial, peak, total, scale,
+    stride_qb, stride_qh, stride_place, stride_kv, stride_eb, stride_eh, stride_s, stride_db, n_heads,
+    K: tl.constexpr, BUDGET: tl.constexpr, RELEASED: tl.constexpr, HAS_LANES: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """One query a key head: vectors, no matrix product. A program reads one split of the columns of one (row, head).
 
-    Each of the BLOCK_S lanes runs a softmax of its own; they are joined after the loop.
+    Each of the BLOCK_S threads of a block runs a softmax of its own; they are joined after the loop.
     """
     pair, split = tl.program_id(0), tl.program_id(1)
     b, h = (pair // n_heads).to(tl.int64), pair % n_heads
+    lane, first = tl.load(lanes + b).to(tl.int64) if HAS_LANES else b, tl.load(starts + b)
     length, step = tl.load(lengths + b), tl.load(steps + b)
-    chunk = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_S) * BLOCK_S
+    chunk = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_S) * BLOCK_S
     channel = tl.arange(0, BLOCK_K)
     real = channel < K
     query = tl.load(q + b * stride_qb + h * stride_qh + channel, mask=real, other=0).to(ACCUMULATE) * scale
-    base = entries + b * stride_eb + h * stride_eh
+    base = entries + lane * stride_eb + h * stride_eh
 
     m = tl.full((BLOCK_S,), LOWEST, ACCUMULATE)
     z = tl.zeros((BLOCK_S,), ACCUMULATE)
     y = tl.zeros((BLOCK_S, BLOCK_K), ACCUMULATE)
-    end = tl.minimum(split * chunk + chunk, length)
-    for start in range(split * chunk, end, BLOCK_S):
-        _, held, place = _columns(
-            start, end, length - 1, step, depths, mask, b * stride_db, b * stride_mb, stride_slot, stride_s,
-            BUDGET, HAS_MASK, BLOCK_S,
+    end = tl.minimum(first + split * chunk + chunk, length)
+    for start in range(first + split * chunk, end, BLOCK_S):
+        _, held, at = _columns(
+            start, end, step, depths + lane * stride_db, stride_place, stride_s, BUDGET, RELEASED, BLOCK_S
         )  # fmt: skip
-        pointer, wanted = base + place[:, None] + channel[None, :], held[:, None] & real[None, :]
+        pointer, wanted = base + at[:, None] + channel[None, :], held[:, None] & real[None, :]
         k = tl.load(pointer, mask=wanted, other=0)
         v = tl.load(pointer + stride_kv, mask=wanted, other=0)
         score = tl.where(held, tl.sum(query[None, :] * k.to(ACCUMULATE), 1), -float("inf"))
@@ -88,17 +93,17 @@ def attend_one(
 
 @triton.jit
 def attend_many(
-    q, entries, depths, mask, steps, lengths, partial, peak, total, scale,
-    stride_qb, stride_qh, stride_qt, stride_slot, stride_kv, stride_eb, stride_eh, stride_s, stride_db, stride_mb,
-    n_heads, T,
-    K: tl.constexpr, GROUP: tl.constexpr, BUDGET: tl.constexpr, HAS_MASK: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, ACCUMULATE: tl.constexpr,
+    q, entries, depths, lanes, starts, lengths, steps, partial, peak, total, scale,
+    stride_qb, stride_qh, stride_qt, stride_place, stride_kv, stride_eb, stride_eh, stride_s, stride_db, n_heads, T,
+    K: tl.constexpr, GROUP: tl.constexpr, BUDGET: tl.constexpr, RELEASED: tl.constexpr, HAS_LANES: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     """Several queries a key head, T tokens times GROUP heads, in one matrix product (padded to ROWS)."""
     pair, split = tl.program_id(0), tl.program_id(1)
     b, h = (pair // n_heads).to(tl.int64), pair % n_heads
+    lane, first = tl.load(lanes + b).to(tl.int64) if HAS_LANES else b, tl.load(starts + b)
     length, step = tl.load(lengths + b), tl.load(steps + b)
-    chunk = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_S) * BLOCK_S
+    chunk = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_S) * BLOCK_S
     channel = tl.arange(0, BLOCK_K)
     real = channel < K
     row = tl.arange(0, ROWS)
@@ -108,26 +113,22 @@ def attend_many(
         q + b * stride_qb + (head * stride_qh + t * stride_qt)[:, None] + channel[None, :],
         mask=(t < T)[:, None] & real[None, :], other=0,
     )  # fmt: skip
-    base = entries + b * stride_eb + h * stride_eh
+    base = entries + lane * stride_eb + h * stride_eh
     own = length - T + t  # the column of each query's own token
 
     m = tl.full((ROWS,), LOWEST, ACCUMULATE)
     z = tl.zeros((ROWS,), ACCUMULATE)
     y = tl.zeros((ROWS, BLOCK_K), ACCUMULATE)
-    end = tl.minimum(split * chunk + chunk, length)
-    for start in range(split * chunk, end, BLOCK_S):
-        column, held, place = _columns(
-            start, end, length - T, step, depths, mask, b * stride_db, b * stride_mb, stride_slot, stride_s,
-            BUDGET, HAS_MASK, BLOCK_S,
+    end = tl.minimum(first + split * chunk + chunk, length)
+    for start in range(first + split * chunk, end, BLOCK_S):
+        column, held, at = _columns(
+            start, end, step, depths + lane * stride_db, stride_place, stride_s, BUDGET, RELEASED, BLOCK_S
         )  # fmt: skip
-        pointer, wanted = base + place[:, None] + channel[None, :], held[:, None] & real[None, :]
+        pointer, wanted = base + at[:, None] + channel[None, :], held[:, None] & real[None, :]
         k = tl.load(pointer, mask=wanted, other=0)
         v = tl.load(pointer + stride_kv, mask=wanted, other=0)
         score = tl.dot(query, tl.trans(k), input_precision="ieee", out_dtype=ACCUMULATE) * scale
         seen = held[None, :] & (column[None, :] <= own[:, None])
-        if HAS_MASK:  # a new token that is padding is seen by itself alone
-            token = tl.load(mask + b * stride_mb + column, mask=held, other=0) != 0
-            seen = seen & (token[None, :] | (column[None, :] == own[:, None]))
         score = tl.where(seen, score, -float("inf"))
         higher = tl.maximum(m, tl.max(score, 1))
         shrink, p = tl.exp(m - higher), tl.exp(score - higher[:, None])
@@ -158,53 +159,55 @@ def join_splits(
 
 @op
 def decode_attention(
-    q: Tensor, entries: Tensor, depths: Tensor, mask: Tensor | None, steps: Tensor, lengths: Tensor
-) -> Tensor:
+    q: Tensor, entries: Tensor, depths: Tensor, lanes: Tensor | None, starts: Tensor, lengths: Tensor, steps: Tensor,
+    released: bool,
+) -> Tensor:  # fmt: skip
     """softmax(q kᵀ / sqrt(K)) v over the columns a token may see; forward only.
 
     Args:
-        q: [B, H, T, K], the queries of the last T of each row's columns.
+        q: [N, H, T, K], the queries of the last T of each row's columns.
         entries: [R, 2, B, G, S, K], keys and values of one layer; H is a multiple of G. Any strides but the last.
-        depths: [B, S], steps each token has taken, the running one included; at least 1.
-        mask: [B, S], nonzero where a column holds a real token; None: everywhere. A new padding token sees itself.
-        steps: [B], the step i that each row is at, from 0.
-        lengths: [B], columns in use, the T new ones included.
+        depths: [B, S], iterations each token has taken; at least 1, and not below the running one's.
+        lanes: [N], the lane of the cache that each row reads; None: row n reads lane n.
+        starts, lengths: [N], the first column a row sees, and its columns in use, the T new ones included.
+        steps: [N], the iteration that each row is at, from 0.
+        released: read by the rule of the released code.
 
     Returns:
-        [B, H, T, K] in q's dtype, accumulated in fp32 (fp64 for fp64).
+        [N, H, T, K] in q's dtype, accumulated in fp32 (fp64 for fp64).
     """
-    B, H, T, K = q.shape
+    N, H, T, K = q.shape
     R, _, _, G, S, _ = entries.shape
-    _check(q, entries, {"depths": depths, "mask": mask})
+    _check(q, entries, depths)
     group = H // G
     kernel, name = (attend_one, "attend_one") if group * T == 1 else (attend_many, "attend_many")
     chosen = settings(name, K, q.dtype, q.device)
     block = max(chosen["block"] * 2 // q.element_size(), 16)  # the table counts columns of two-byte numbers
-    splits = splits_for(B * G, S, block, chosen["waves"] * processors(q.device))
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    splits = splits_for(N * G, S, block, chosen["waves"] * processors(q.device))
+    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     q = q if q.stride(-1) == 1 else q.contiguous()
-    out = torch.empty((B, H, T, K), dtype=q.dtype, device=q.device)
-    partial = torch.empty((B * H * T, splits, K), dtype=wide, device=q.device)
-    peak = torch.empty((B * H * T, splits), dtype=wide, device=q.device)
+    out = torch.empty((N, H, T, K), dtype=q.dtype, device=q.device)
+    partial = torch.empty((N * H * T, splits, K), dtype=accumulate, device=q.device)
+    peak = torch.empty((N * H * T, splits), dtype=accumulate, device=q.device)
     total = torch.empty_like(peak)
     parts = {"partial": partial, "peak": peak, "total": total}
     arguments: dict[str, Any] = {
-        "q": q, "entries": entries, "depths": depths, "mask": depths if mask is None else mask, "steps": steps,
-        "lengths": lengths, **parts, "scale": K**-0.5, "stride_qb": q.stride(0), "stride_qh": q.stride(1),
-        "stride_slot": entries.stride(0), "stride_kv": entries.stride(1), "stride_eb": entries.stride(2),
-        "stride_eh": entries.stride(3), "stride_s": entries.stride(4), "stride_db": depths.stride(0),
-        "stride_mb": 0 if mask is None else mask.stride(0), "n_heads": G,
+        "q": q, "entries": entries, "depths": depths, "lanes": starts if lanes is None else lanes, "starts": starts,
+        "lengths": lengths, "steps": steps, **parts, "scale": K**-0.5, "stride_qb": q.stride(0),
+        "stride_qh": q.stride(1), "stride_place": entries.stride(0), "stride_kv": entries.stride(1),
+        "stride_eb": entries.stride(2), "stride_eh": entries.stride(3), "stride_s": entries.stride(4),
+        "stride_db": depths.stride(0), "n_heads": G,
     }  # fmt: skip
     constants: dict[str, Any] = {
-        "K": K, "BUDGET": R, "HAS_MASK": mask is not None, "SPLITS": splits, "BLOCK_S": block,
-        "BLOCK_K": triton.next_power_of_2(K), "ACCUMULATE": tl.float64 if wide == torch.float64 else tl.float32,
+        "K": K, "BUDGET": R, "RELEASED": released, "HAS_LANES": lanes is not None, "SPLITS": splits, "BLOCK_S": block,
+        "BLOCK_K": triton.next_power_of_2(K), "ACCUMULATE": tl.float64 if q.dtype == torch.float64 else tl.float32,
     }  # fmt: skip
     if kernel is attend_many:
         arguments |= {"stride_qt": q.stride(2), "T": T}
         constants |= {"GROUP": group, "ROWS": max(16, triton.next_power_of_2(group * T))}
-    Launch(kernel, (B * G, splits), arguments, constants, chosen["num_warps"], 1).run()
+    Launch(kernel, (N * G, splits), arguments, constants, chosen["num_warps"], 1).run()
     joined = {name: constants[name] for name in ("K", "SPLITS", "BLOCK_K")}
-    Launch(join_splits, (B * H * T,), {**parts, "out": out}, joined, 4, 1).run()
+    Launch(join_splits, (N * H * T,), {**parts, "out": out}, joined, 4, 1).run()
     return out
 
 
@@ -214,23 +217,22 @@ def splits_for(pairs: int, columns: int, block: int, programs: int) -> int:
     return 1 << (most.bit_length() - 1)
 
 
-def _check(q: Tensor, entries: Tensor, by_column: dict[str, Tensor | None]) -> None:
-    B, H, _, K = q.shape
-    _, two, rows, G, _, size = entries.shape
-    if (two, rows, size) != (2, B, K) or H % G:
+def _check(q: Tensor, entries: Tensor, depths: Tensor) -> None:
+    H, K = q.shape[1], q.shape[3]
+    _, two, lanes, G, S, size = entries.shape
+    if (two, size) != (2, K) or H % G:
         raise ValueError(
-            f"entries {tuple(entries.shape)} do not fit q {tuple(q.shape)}: they must be [R, 2, {B}, G, S, {K}] with "
+            f"entries {tuple(entries.shape)} do not fit q {tuple(q.shape)}: they must be [R, 2, B, G, S, {K}] with "
             f"{H} heads a multiple of G"
         )
     if entries.stride(-1) != 1:
         raise ValueError("the channels of an entry must lie side by side: make the cache contiguous in its last axis")
-    for name, tensor in by_column.items():
-        if tensor is not None and (tensor.shape[0] != B or tensor.stride(-1) != 1):
-            raise ValueError(f"{name} {tuple(tensor.shape)} must have {B} rows, and columns that lie side by side")
+    if depths.shape[0] != lanes or depths.shape[1] < S or depths.stride(-1) != 1:
+        raise ValueError(f"depths {tuple(depths.shape)} must have {lanes} rows, and {S} columns that lie side by side")
 
 
 @register_flop_formula(torch.ops.recurrent_depth_kernels.decode_attention)
 def _flops(q: Any, entries: Any, *args: Any, **kwargs: Any) -> int:
     """Scores and weighted values over all S columns of the cache: how many are in use only the device knows."""
-    B, H, T, K = q
-    return 4 * B * H * T * entries[4] * K
+    N, H, T, K = q
+    return 4 * N * H * T * entries[4] * K

@@ -30,7 +30,6 @@ def examples(
     """By op: the width its settings are kept under, and a call that makes its launches."""
     x, weight = torch.randn(rows, width, device=device, dtype=dtype), torch.ones(width, device=device, dtype=dtype)
     scale = torch.ones(rows, device=device)
-    none = scale.new_empty(0)
     qkv = torch.randn(1, rows, 3 * width, device=device, dtype=dtype)
     bias = torch.zeros(2, 1, heads, width // heads, device=device, dtype=dtype)
     table = torch.ones(1, rows, width // heads, device=device)
@@ -39,11 +38,10 @@ def examples(
     position = torch.arange(rows, device=device)
     entries = torch.randn(4, 2, 1, heads, rows, width // heads, device=device, dtype=dtype)  # a budget of 4
     queries = torch.randn(1, heads, 4, width // heads, device=device, dtype=dtype)
-    cached = torch.ones_like(position[None]), None, position[:1], position[:1] + rows
+    cached = torch.ones_like(position[None]), None, position[:1], position[:1] + rows, position[:1], False
     return {
-        "norm": (width, lambda: norm_rows(x, x, weight, weight, 1e-6, False)),
-        "norm_backward": (width, lambda: norm_rows_backward(x, x, weight, None, scale, none, x, none, False)),
-        "norm_norm_backward": (width, lambda: norm_rows_backward(x, x, weight, weight, scale, scale, x, x, False)),
+        "norm": (width, lambda: norm_rows(x, x, weight, 1e-6, False)),
+        "norm_backward": (width, lambda: norm_rows_backward(x, x, weight, scale, x, False)),
         "rope": (width, lambda: rope(qkv, bias, table, table, heads)),
         "rope_backward": (width, lambda: rope_gradient(grad, grad, grad, table, table, True)),
         "swiglu": (inner, lambda: swiglu_rows(gate_up)),

@@ -28,7 +28,6 @@ def _table(nvidia: Settings, amd: Settings, **exceptions: Settings) -> dict[str,
 TABLE: dict[str, dict[str, Settings]] = {
     "norm": _table({"elements": 16}, {"elements": 16}, sm_100={"elements": 32}),
     "norm_backward": _table({"elements": 16}, {"elements": 16}),
-    "norm_norm_backward": _table({"elements": 16}, {"elements": 16}, sm_100={"elements": 32}),  # 16 would spill
     "rope": _table({"block": 1024, "num_warps": 4}, {"block": 2048, "num_warps": 4}),
     "rope_backward": _table({"block": 1024, "num_warps": 4}, {"block": 2048, "num_warps": 4}),
     "swiglu": _table({"block": 1024, "num_warps": 4}, {"block": 2048, "num_warps": 4}),

@@ -6,13 +6,14 @@ Tokens, core iterations and FLOPs are counted where they are spent, in recurrent
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.evaluation.budget_metrics import Cell
 from recurrent_depth.evaluation.config import BudgetsConfig
-from recurrent_depth.generation.decoding import Decoding, decode
-from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.generation.engine import Decoder
+from recurrent_depth.generation.request import DecodableModel, Decoding
 from recurrent_depth.reasoning.curation.answers import Checker
 from recurrent_depth.reasoning.format import Formatter
 from recurrent_depth.reasoning.pool import load_pool
@@ -82,12 +83,16 @@ class Examiner:
         batch_size: questions decoded together.
     """
 
-    model: RecurrentDepthModel
+    model: DecodableModel
     formatter: Formatter
     questions: Sequence[Question]
     grade: Grade
     answer_tokens: int = 32
     batch_size: int = 32
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(self.model)
 
     def __post_init__(self) -> None:
         if not self.questions:
@@ -146,7 +151,7 @@ class Examiner:
 
     def _room(self, prompts: list[list[int]]) -> int:
         """Return the thinking tokens that fit the model's block after the longest prompt."""
-        block, longest = self.model.config.block_size, max(map(len, prompts))
+        block, longest = self.model.model_config.block_size, max(map(len, prompts))
         room = block - longest - self._overhead()
         if room < 0:
             raise ValueError(
@@ -162,7 +167,7 @@ class Examiner:
         core_steps = flops = 0
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            result = decode(self.model, [prompts[index] for index in batch], options, requests=batch)
+            result = self._decoder.generate([prompts[index] for index in batch], options, requests=batch)
             for index, written in zip(batch, result.tokens, strict=True):
                 tokens[index] = written
             core_steps += result.core_steps
@@ -171,7 +176,7 @@ class Examiner:
 
 
 def make_examiner(
-    model: RecurrentDepthModel, tokenizer: Any, questions: Sequence[Question], config: BudgetsConfig, checker: Checker
+    model: DecodableModel, tokenizer: Any, questions: Sequence[Question], config: BudgetsConfig, checker: Checker
 ) -> Examiner:
     """Return an Examiner that grades by rule (numbers, fractions, LaTeX, letters); undecided answers count as wrong."""
 

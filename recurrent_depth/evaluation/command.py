@@ -137,12 +137,10 @@ def _run_sections(
     config: EvalConfig, model: Any, tokenizer: Any, name: str, questions: Any, out: Path, settings: list[dict[str, Any]]
 ) -> Iterator[list[Result]]:
     """Yield the results of every evaluation; `settings` takes those of the lm-eval tasks."""
-    from recurrent_depth.hf.loading import unwrap
-
     if config.generated.tasks:
         from recurrent_depth.evaluation.generated import evaluate_generated
 
-        yield from evaluate_generated(unwrap(model), name, config.generated, config.num_steps)
+        yield from evaluate_generated(model, name, config.generated, config.num_steps)
     if config.budgets.questions is not None:
         from recurrent_depth.evaluation import grid
         from recurrent_depth.evaluation.budgets import make_examiner
@@ -150,7 +148,7 @@ def _run_sections(
 
         cells = []
         with Checker(_GRADE_TIMEOUT_S) as checker:
-            examiner = make_examiner(unwrap(model), tokenizer, questions, config.budgets, checker)
+            examiner = make_examiner(model, tokenizer, questions, config.budgets, checker)
             for cell in grid.evaluate_budgets(examiner, config.budgets, config.num_steps):
                 cells.append(cell)
                 yield [grid.as_result(cell, name, config.budgets.questions.label)]

@@ -22,8 +22,8 @@ class PromptOptions:
         apply_chat_template: write prompts with the tokenizer's chat template.
         system_instruction: system message of the chat; null for none.
         fewshot_as_multiturn: write the examples as earlier turns of the chat.
-        gen_kwargs: generation options of tasks that generate text, for example {"temperature": 0.2, "top_p": 0.95} or
-            {"exit": "kl"}.
+        gen_kwargs: generation options of tasks that generate text, for example {temperature: 0.2, top_p: 0.95},
+            {exit: kl} or {thinking: {at_most: 256, rounds: 2}}; those of `generate` are known here as well.
     """
 
     num_fewshot: int | None = None
@@ -86,8 +86,8 @@ class LmEvalConfig(PromptOptions):
         include_path: folder with further lm-eval tasks.
         length: instructions in the longest row of a generated task (NAME_lm).
         state_seeds: initial states: null for zeros, a number for the random state of that seed. Each is evaluated.
-        budgets: thinking budgets for tasks that generate text; the delimiters are gen_kwargs think_begin, think_end
-            and wait.
+        budgets: thinking budgets for tasks that generate text; their delimiters and the text of
+            a wait are fields of `thinking` in gen_kwargs.
         run_generated_code: let lm-eval execute the programs that the model writes (HumanEval and the like).
     """
 

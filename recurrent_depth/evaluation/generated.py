@@ -17,8 +17,7 @@ from recurrent_depth.data.tasks.state import BUCKETS, TASKS, StateTask, bucket_n
 from recurrent_depth.evaluation.config import GeneratedConfig
 from recurrent_depth.evaluation.table import Result
 from recurrent_depth.files import write_text
-from recurrent_depth.generation.cache import RecurrentCache
-from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.generation.engine import Decoder
 
 VALIDATION_SPLIT = 1
 LM_SUFFIX = "_lm"
@@ -52,7 +51,7 @@ def check_model(name: str, tokenizer: Any, block_size: int, config: GeneratedCon
 
 
 def evaluate_generated(
-    model: RecurrentDepthModel, name: str, config: GeneratedConfig, num_steps: Sequence[int]
+    model: Any, name: str, config: GeneratedConfig, num_steps: Sequence[int]
 ) -> Iterator[list[Result]]:
     """Yield the results of each task, mode and number of iterations."""
     for task in config.tasks:
@@ -66,7 +65,7 @@ def evaluate_generated(
 
 @torch.no_grad()
 def evaluate_per_position(
-    model: RecurrentDepthModel,
+    model: Any,
     name: str,
     task: StateTask,
     num_steps: Sequence[int],
@@ -80,6 +79,7 @@ def evaluate_per_position(
     """Return the accuracy of the state at every position, over all positions and by difficulty bucket.
 
     Args:
+        model: of the training class or the transformers class.
         name: of the model, for the results.
         num_steps: numbers of iterations R.
         length: instructions of a row.
@@ -98,23 +98,12 @@ def evaluate_per_position(
     return results
 
 
-def predict(model: RecurrentDepthModel, input_ids: Tensor, num_steps: int, mode: str) -> Tensor:
+def predict(model: Any, input_ids: Tensor, num_steps: int, mode: str) -> Tensor:
     """Return the most probable state at every position, [B, T]."""
-    weight = model.lm_head.weight
-    input_ids = input_ids.to(weight.device)
+    input_ids = input_ids.to(model.lm_head.weight.device)
     if mode == "parallel":
-        return _logits(model, input_ids, num_steps=num_steps).argmax(-1)
-    B, T = input_ids.shape
-    cache = RecurrentCache(model.config, B, T, num_steps, _CACHE_BUDGETS[mode], weight.dtype, weight.device)
-    columns = input_ids.split(1, dim=1)
-    logits = [_logits(model, column, num_steps=num_steps, cache=cache) for column in columns]
-    return torch.cat(logits, dim=1).argmax(-1)
-
-
-def _logits(model: RecurrentDepthModel, input_ids: Tensor, **options: Any) -> Tensor:
-    logits = model(input_ids, **options).logits
-    assert logits is not None
-    return logits
+        return model(input_ids, num_steps=num_steps).logits.argmax(-1)
+    return Decoder(model).logits(input_ids, num_steps, _CACHE_BUDGETS[mode]).argmax(-1)
 
 
 def _buckets(length: int) -> dict[str, list[int]]:

@@ -3,24 +3,27 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from recurrent_depth.building import build
 from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation.budgets import budget_label
 from recurrent_depth.evaluation.config import LmEvalConfig, TaskGroup
 from recurrent_depth.evaluation.generated import LM_SUFFIX, export_task
 from recurrent_depth.evaluation.table import Result, natural
+from recurrent_depth.generation.config import EngineOptions
+from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.forcing import ThinkingBudget
-from recurrent_depth.hf.engine import EngineOptions, decode_texts, joined, unpadded
+from recurrent_depth.hf.engine import decoding, joined, stop_at, unpadded
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that a loaded model was passed, at every call
 
@@ -30,8 +33,8 @@ GENERATED_NAMES = {f"{name}{LM_SUFFIX}": task for name, task in TASKS.items()}
 class RecurrentLM(HFLM):
     """lm-eval's Hugging Face model, with a number of iterations and an initial state that change between runs.
 
-    Generation options that are fields of `EngineOptions` (for example `gen_kwargs: {think: true, think_at_most: 256}`
-    or `{exit: kl}`) send the requests to our decoding engine. A thinking part is cut off before an answer is read, and
+    Generation options that are fields of `EngineOptions` (for example `gen_kwargs: {thinking: {at_most: 256}}` or
+    `{exit: kl}`) send the requests to our decoding engine. A thinking part is cut off before an answer is read, and
     a task's stop texts count after it only. `spent` sums up tokens, core iterations and FLOPs of the engine.
     """
 
@@ -39,24 +42,25 @@ class RecurrentLM(HFLM):
     state_seed: int | None = None
     spent: Counter[str]
     think_end_token: int | None = None
+    decoder: Decoder | None = None
 
     def _model_call(self, inps: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         with torch.no_grad():
             return self.model(inps, num_steps=self.num_steps, state_seed=self.state_seed).logits
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: Any, **kwargs: Any) -> torch.Tensor:
-        names = {field.name for field in fields(EngineOptions)} & set(kwargs)
-        engine = {"num_steps": self.num_steps} | {name: kwargs.pop(name) for name in names}
+        engine = engine_options(kwargs, num_steps=self.num_steps)
         self.think_end_token = None
-        if not names:
+        if engine is None:
             depth = {"num_steps": self.num_steps, "state_seed": self.state_seed}
             return super()._model_generate(context, max_length, stop, **depth, **kwargs)
         if self.state_seed is not None:
             raise ValueError(
-                f"lm_eval.gen_kwargs: {', '.join(sorted(names))} decode from an initial state of zeros; leave "
+                "lm_eval.gen_kwargs: exits, thinking and modes of decoding start from a state of zeros; leave "
                 "lm_eval.state_seeds out"
             )
-        return self._decode(EngineOptions(**engine), context, max_length, stop, **kwargs)
+        others = {name: value for name, value in kwargs.items() if not _is_engine_option(name)}
+        return self._decode(engine, context, max_length, stop, **others)
 
     def _decode(
         self,
@@ -71,7 +75,8 @@ class RecurrentLM(HFLM):
         top_p: float = 1.0,
     ) -> torch.Tensor:
         """Generate with the decoding engine; the sampling options have lm-eval's names."""
-        options = engine.decoding(
+        options = decoding(
+            engine,
             self.tokenizer,
             max_new_tokens=max_length - context.shape[1],
             temperature=0.0 if do_sample is False else temperature,
@@ -81,17 +86,43 @@ class RecurrentLM(HFLM):
         )
         if isinstance(options.thinking, ThinkingBudget):
             self.think_end_token = options.thinking.end[-1]
-        result = decode_texts(
-            self.model, self.tokenizer, unpadded(context, attention_mask), options, engine.mode(), stop
-        )
+        if self.decoder is None or self.decoder.mode != engine.mode():
+            self.decoder = Decoder(self.model, engine.mode())
+        on_token = stop_at(self.tokenizer, stop, options)
+        result = self.decoder.generate(unpadded(context, attention_mask), options, on_token=on_token)
         self.spent += Counter(tokens=sum(map(len, result.tokens)), core_steps=result.core_steps, flops=result.flops)
         return joined(context, result.tokens, self.tokenizer.pad_token_id)
+
+
+def flat(gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return generation options with sections written out: `{thinking: {rounds: 2}}` as `{thinking.rounds: 2}`.
+
+    lm-eval tells requests apart by plain values alone.
+    """
+    found: dict[str, Any] = {}
+    for name, value in gen_kwargs.items():
+        found |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, Mapping) else {name: value}
+    return found
+
+
+def engine_options(gen_kwargs: Mapping[str, Any], **further: Any) -> EngineOptions | None:
+    """Return the options of our decoding engine among generation options; None if there are none."""
+    values: dict[str, Any] = {}
+    for name, value in flat(gen_kwargs).items():
+        if _is_engine_option(name):
+            section, dot, key = name.partition(".")
+            values |= {section: values.get(section, {}) | {key: value}} if dot else {name: value}
+    return build(EngineOptions, further | values, "lm_eval.gen_kwargs") if values else None
+
+
+def _is_engine_option(name: str) -> bool:
+    return name.partition(".")[0] in {field.name for field in fields(EngineOptions)}
 
 
 def check_tasks(groups: Sequence[TaskGroup], config: LmEvalConfig) -> None:
     """Load every task, and raise for one that is unknown, malformed, or cannot have a thinking budget."""
     for group in groups:
-        _check_gen_kwargs(group.gen_kwargs)
+        engine_options(group.gen_kwargs)
     if config.include_path is not None and not Path(config.include_path).is_dir():
         raise FileNotFoundError(
             f"lm_eval.include_path: {config.include_path} is not a folder; give one with task YAMLs"
@@ -114,17 +145,6 @@ def check_tasks(groups: Sequence[TaskGroup], config: LmEvalConfig) -> None:
                     f"lm_eval.budgets: {name} does not generate text ({task.OUTPUT_TYPE}), so it has no thinking "
                     "budget; evaluate it in another call"
                 )
-
-
-def _check_gen_kwargs(gen_kwargs: dict[str, Any]) -> None:
-    for option in fields(EngineOptions):
-        value, kind = gen_kwargs.get(option.name), cast(type, option.type)
-        number = isinstance(value, int) and isinstance(0.0, kind)  # 1 is a float, too
-        if value is not None and not isinstance(value, kind) and not number:
-            example = f', for example "{value}"' if kind is str else ""
-            raise ValueError(
-                f"lm_eval.gen_kwargs: {option.name} is {value!r}; it must be {getattr(kind, '__name__', kind)}{example}"
-            )
 
 
 def _load(manager: TaskManager, name: str) -> dict[str, Any]:
@@ -179,7 +199,7 @@ class Harness:
             for seed in self.config.state_seeds:
                 for budget, options in self._budgets():
                     settings: dict[str, Any] = {"group": asdict(group), "budget": budget, "state_seed": seed}
-                    settings |= {"gen_kwargs": group.gen_kwargs | options, "engine_spent": {}}
+                    settings |= {"gen_kwargs": flat(group.gen_kwargs) | options, "engine_spent": {}}
                     self.settings.append(settings)
                     for r in num_steps:
                         yield self._run(manager, group, seed, budget, settings, r)
@@ -187,7 +207,7 @@ class Harness:
     def _budgets(self) -> list[tuple[str, dict[str, Any]]]:
         """Return every budget's label with its generation options; one without budget if there are none."""
         budgets: list[tuple[str, dict[str, Any]]] = [
-            (budget_label(tokens, waits), {"think": True, "think_at_most": tokens, "waits": waits})
+            (budget_label(tokens, waits), {"thinking.at_most": tokens, "thinking.rounds": waits})
             for tokens, waits in self.config.budgets.combinations()
         ]
         return budgets or [("", {})]

@@ -1,34 +1,26 @@
-"""Keys and values of a looped model, preallocated and indexed by (recurrence, layer).
+"""Keys and values of a looped model, preallocated, one place per (iteration, layer) of a budget.
 
-Shapes: B batch, T new tokens, S cached columns, H heads, K head size.
+Shapes: B lanes (requests), T new tokens, S columns (tokens of a lane), H heads, K head size.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from recurrent_depth.checks import check_at_least
 from recurrent_depth.model.config import ModelConfig
-from recurrent_depth.model.ops import Ops, decode_attention
-
-MOST_QUERIES = 8
-"""New tokens a row up to which attention waits for memory, not arithmetic; longer prompts copy what they read."""
-
-Rows = Tensor | slice
-"""Which rows take part: places [N], or all."""
-
-ALL = slice(None)
 
 
 def cache_shape(
     config: ModelConfig, batch_size: int, max_length: int, num_steps: int, budget: int | None = None
 ) -> tuple[int, int, int, int, int, int]:
-    """Shape of the entries, [slots, keys and values, B, H, max_length, K]."""
-    if num_steps < 1 or (budget is not None and budget < 1):
-        raise ValueError(f"num_steps ({num_steps}) and budget ({budget}) must be at least 1")
+    """Return the shape of the entries, [layers, keys and values, B, H, max_length, K]."""
+    check_at_least("num_steps", num_steps, 1)
+    check_at_least("budget", budget, 1)
     kept = num_steps if budget is None else min(budget, num_steps)
-    slots = config.unrolled_layers(kept)
-    return slots, 2, batch_size, config.n_heads, max_length, config.head_dim
+    return config.unrolled_layers(kept), 2, batch_size, config.n_heads, max_length, config.head_dim
 
 
 def cache_bytes(
@@ -39,30 +31,32 @@ def cache_bytes(
     budget: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> int:
-    """Bytes of a `RecurrentCache` of these arguments, without making it."""
+    """Return the bytes of a `RecurrentCache` of these arguments, without making it."""
     return math.prod(cache_shape(config, batch_size, max_length, num_steps, budget)) * dtype.itemsize
 
 
 class RecurrentCache:
-    """The cache protocol of the model, for a budget of recurrences.
+    """The keys and values of a batch of lanes; written and read by `recurrent_depth.generation.attention`.
 
-    With a budget b, step i of the core writes to recurrence i mod b (arXiv 2502.05171, section 6.2): later tokens then
-    see the latest entry an earlier token left there. Without one, every step keeps its own entries, and decoding token
-    by token equals one parallel pass.
-
-    Batches in lockstep write behind `filled`, the same column in every row (`update`, `advance`). Rows of lengths of
-    their own are written and read token by token, at columns that the caller names (recurrent_depth.generation.tokens).
+    Iteration i of the core writes place i mod b of a budget of b iterations. Which place a later token reads is the
+    rule of `recurrent_depth.model.ops.read_place`: the entry of the same iteration, or the last one of a token that
+    stopped before it. Without a budget every iteration has a place of its own, and decoding token by token equals one
+    parallel pass; then `stop` copies a token's last entry to the places it did not reach, so that a place can be read
+    as it is.
 
     Args:
         config: shape of the model.
-        batch_size: rows B.
+        batch_size: lanes B.
         max_length: columns that can be held.
-        num_steps: steps of the core whose entries are kept apart; the budget, if that is smaller.
-        budget: recurrences kept; None keeps num_steps.
+        num_steps: core iterations of a token, at most.
+        budget: iterations whose entries are kept; None keeps num_steps.
+        released: read entries of stopped tokens by the released code's rule.
+        memory: a flat tensor to use, of at least as many elements as the entries; None allocates.
 
     Attributes:
-        entries: [slots, 2, B, H, max_length, K].
-        depths: [B, max_length], the steps every cached token took; num_steps unless it left early.
+        entries: [layers, 2, B, H, max_length, K].
+        depths: [B, max_length], iterations every token took; num_steps while it still iterates.
+        by_depth: whether reading depends on `depths`: a budget is shared, and a token has stopped early.
     """
 
     def __init__(
@@ -74,141 +68,49 @@ class RecurrentCache:
         budget: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        released: bool = False,
+        memory: Tensor | None = None,
     ) -> None:
         shape = cache_shape(config, batch_size, max_length, num_steps, budget)
         self.outer = config.n_layers_in_prelude + config.n_layers_in_coda
         self.core_layers = config.n_layers_in_recurrent_block
         self.num_steps = num_steps
         self.budget = num_steps if budget is None else min(budget, num_steps)
-        self.max_length = max_length
+        self.max_length, self.released = max_length, released
+        if memory is None:
+            memory = torch.empty(math.prod(shape), dtype=dtype, device=device)
         # Zeros, since masked columns are read too: a weight of 0 does not hide a NaN left in fresh memory.
-        self.entries = torch.zeros(shape, dtype=dtype, device=device)
-        self.filled = 0
-        self.uniform = True  # no token has left early yet
-        self.depths = torch.full((batch_size, max_length), num_steps, dtype=torch.long, device=device)
+        self.entries = memory[: math.prod(shape)].zero_().view(shape)
+        self.core = self.entries[self.outer :].unflatten(0, (self.budget, self.core_layers))
+        """Entries of the core, [budget, layers, 2, B, H, max_length, K]."""
+        self.by_depth = False
+        self.depths = torch.full((batch_size, max_length), num_steps, dtype=torch.long, device=self.entries.device)
 
     @property
     def num_bytes(self) -> int:
         return self.entries.numel() * self.entries.element_size()
 
-    @property
-    def is_full(self) -> bool:
-        """Every step has a slot of its own."""
-        return self.budget >= self.num_steps
+    def layer(self, layer_index: int) -> Tensor:
+        """Return the entries [2, B, H, max_length, K] that a layer writes; those of the core wrap around the budget."""
+        if layer_index < self.outer:
+            return self.entries[layer_index]
+        iteration, layer = divmod(layer_index - self.outer, self.core_layers)
+        return self.core[iteration % self.budget, layer]
 
-    @property
-    def core(self) -> Tensor:
-        """Entries of the core alone, [budget, layers, 2, B, H, max_length, K]."""
-        return self.entries[self.outer :].unflatten(0, (self.budget, self.core_layers))
+    def begin(self, lanes: Tensor, columns: Tensor) -> None:
+        """Forget the depths of earlier tokens at these places: new ones begin to iterate there."""
+        if self.by_depth:
+            self.depths[lanes, columns] = self.num_steps
 
-    def length(self) -> int:
-        return self.filled
-
-    def place(self, slot: int) -> int:
-        """Where the model's slot is kept: core slots wrap around the budget."""
-        if slot < self.outer:
-            return slot
-        step, layer = divmod(slot - self.outer, self.core_layers)
-        return self.outer + (step % self.budget) * self.core_layers + layer
-
-    def update(self, k: Tensor, v: Tensor, slot: int) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, H, T, K] behind the filled columns; returns all keys and values [B, H, S, K]."""
-        self.write(k, v, slot)
-        return self.view(slot, self.filled + k.shape[2])
-
-    def write(self, k: Tensor, v: Tensor, slot: int, rows: Rows = ALL, first: int = 0) -> None:
-        """Store k, v [N, H, T', K] of some rows, `first` columns behind the filled ones."""
-        start = self.filled + first
-        end = self._end(first + k.shape[2])
-        kept = self.entries[self.place(slot)]
-        kept[0, rows, :, start:end] = k
-        kept[1, rows, :, start:end] = v
-
-    def view(self, slot: int, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first columns, [B, H, end, K] each; nothing is copied."""
-        kept = self.entries[self.place(slot), :, :, :, :end]
-        return kept[0], kept[1]
-
-    def attend_at_depth(
-        self, ops: Ops, q: Tensor, k: Tensor, v: Tensor, step: int, layer: int, active: Tensor, steps: Tensor,
-        mask: Tensor, rows: Rows = ALL,
-    ) -> Tensor:  # fmt: skip
-        """Store k, v [N, H, T, K] and attend in a core step of a shared budget, where only `active` [N, T] take part.
-
-        Entries that are read follow slot(token, i) = min(i, depth(token) - 1), then modulo the budget.
-
-        Args:
-            ops: of the model; its decode attention reads in place, or copies the layer's entries.
-            q: [N, H, T', K], of the tokens from `first` on.
-            steps: [N, T], taken before this one.
-            mask: [B, filled + T], nonzero where a token is real.
-        """
-        end = self._end(k.shape[2])
-        kept = self.entries[self.place(self.outer + step * self.core_layers + layer)]
-        for new, old in ((k, kept[0]), (v, kept[1])):
-            there = old[rows, :, self.filled : end]
-            old[rows, :, self.filled : end] = torch.where(active[:, None, :, None], new, there)
-        self.depths[rows, self.filled : end] = torch.where(active, step + 1, steps.clamp(min=1))
-        at = torch.full((len(q),), step, device=q.device)
-        attend = ops.decode_attention if q.shape[2] <= MOST_QUERIES else decode_attention
-        core = self.core[:, layer, :, rows]  # [budget, 2, N, H, max_length, K], a view where all rows take part
-        return attend(q, core[..., :end, :], self.depths[rows, :end], mask[rows], at, torch.full_like(at, end))
-
-    def fill(self, deepest: Tensor, depths: Tensor) -> None:
-        """After a pass that ended early: remember depths [B, T]; leave the deepest entries at steps nobody took.
-
-        deepest: [layers, 2, B, H, T, K].
-        """
-        end = self.filled + depths.shape[1]
-        self.depths[:, self.filled : end] = depths.clamp(min=1)
-        self.uniform = False
-        if not self.is_full:
-            return
-        reached = depths.amax(dim=1)
-        for step in reached.unique().tolist():
-            if step < self.num_steps:
-                rows = (reached == step).nonzero()[:, 0]
-                self.core[step:, :, :, rows, :, self.filled : end] = deepest[:, :, rows]
-
-    def leave(self, rows: list[int], columns: list[int], depths: list[int]) -> None:
-        """As `fill` for single tokens: each has left the core after so many steps."""
-        for row, column, depth in zip(rows, columns, depths, strict=True):
-            self.depths[row, column] = depth
-            if depth < self.num_steps:
-                self.uniform = False
-                if self.is_full:
-                    self.core[depth:, :, :, row, :, column] = self.core[depth - 1, :, :, row, :, column]
-
-    def advance(self, tokens: int) -> None:
-        self.filled += tokens
-
-    def _end(self, tokens: int) -> int:
-        end = self.filled + tokens
-        if end > self.max_length:
-            raise ValueError(
-                f"the cache holds {self.max_length} tokens, {end} are needed; make it with a larger max_length"
-            )
-        return end
-
-    def select_columns(self, columns: Tensor) -> None:
-        """Keep the columns [B, S'] of each row, in that order."""
-        S = columns.shape[1]
-        index = columns[None, :, None, :, None]
-        for slot in self.entries:  # [2, B, H, S, K]; one by one, so that no second cache is held
-            slot[:, :, :, :S] = slot.gather(3, index.expand(2, -1, slot.shape[2], -1, slot.shape[4]))
-        self.depths[:, :S] = self.depths.gather(1, columns)
-        self.filled = S
-
-    def reorder(self, rows: Tensor) -> None:
-        """Row b becomes what row rows[b] was (beams); a row may be taken several times."""
-        if rows.shape != (self.entries.shape[2],):
-            raise ValueError(f"reorder needs a source for each of {self.entries.shape[2]} rows, got {list(rows.shape)}")
-        for slot in self.entries:
-            slot[:, :, :, : self.filled] = slot[:, rows, :, : self.filled]
-        self.depths.copy_(self.depths[rows])
-
-    def crop(self, length: int) -> None:
-        """Forget all columns from `length` on."""
-        if not 0 <= length <= self.filled:
-            raise ValueError(f"cannot crop a cache of {self.filled} tokens to {length}")
-        self.filled = length
+    def stop(self, lanes: Sequence[int], columns: Sequence[int], depths: Sequence[int]) -> None:
+        """Note that tokens have stopped after so many iterations."""
+        for depth in sorted(set(depths)):
+            if depth >= self.num_steps or self.budget == 1:
+                continue  # there is one place, or the token has written all of them
+            chosen = [n for n, d in enumerate(depths) if d == depth]
+            rows, at = [lanes[n] for n in chosen], [columns[n] for n in chosen]
+            if self.budget < self.num_steps:
+                self.depths[rows, at] = depth
+                self.by_depth = True
+            else:
+                self.core[depth:, :, :, rows, :, at] = self.core[depth - 1 : depth, :, :, rows, :, at]

@@ -1,7 +1,7 @@
-"""When a token has thought enough: rules for leaving the core early (arXiv 2502.05171, section 6.1).
+"""Rules that stop iterating a token early (arXiv 2502.05171, section 6.1).
 
-A rule is a function of one step and of what it chose to remember of the step before. It holds no state of its own, so
-that rows of a batch may be at different steps, leave, and be replaced by others.
+A rule is a function of one iteration and of what it chose to remember of the one before. It holds no state of its own,
+so that tokens may be at different iterations, stop, and be replaced by others.
 
 Shapes: B batch, T tokens, D width, V vocabulary, M numbers that a rule remembers of a token.
 """
@@ -9,30 +9,32 @@ Shapes: B batch, T tokens, D width, V vocabulary, M numbers that a rule remember
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Read = Callable[[], Tensor]
-"""Logits [B, T, V] of the state after the step, through coda and head: as dear as a core step or more."""
+from recurrent_depth.checks import check_at_least
 
-ReadRows = Callable[[Tensor | None], Tensor]
-"""The same for the rows at these places (None: all of them)."""
+Read = Callable[[], Tensor]
+"""Returns the logits [B, T, V] of the state after the iteration; costs coda and head."""
+
+ReadSome = Callable[[Tensor | None], Tensor]
+"""The same for the tokens at these places (None: all of them)."""
 
 
 class ExitRule(Protocol):
-    """When a token has converged."""
+    """Decides when a token has converged."""
 
     def remembers(self, vocab_size: int) -> int:
-        """M, the numbers kept of every token from one step to the next."""
+        """Return M, the numbers kept of every token from one iteration to the next."""
 
     def converged(self, before: Tensor, after: Tensor, read: Read, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Which tokens have converged, bool [B, T], and the new memory [B, T, M].
+        """Return which tokens have converged, bool [B, T], and the new memory [B, T, M].
 
-        `before` and `after` are the states around a step, [B, T, D]. At a token's first step its memory is NaN, so
-        that every comparison with it is false.
+        `before` and `after` are the states around an iteration, [B, T, D]. At a token's first iteration its memory is
+        NaN, so that every comparison with it is false.
         """
 
 
@@ -43,7 +45,7 @@ class StateChange:
     threshold: float = 0.03
 
     def __post_init__(self) -> None:
-        _check(self.threshold)
+        check_at_least("threshold", self.threshold, 0)
 
     def remembers(self, vocab_size: int) -> int:
         return 0
@@ -59,7 +61,7 @@ class OutputKL:
     threshold: float = 5e-4
 
     def __post_init__(self) -> None:
-        _check(self.threshold)
+        check_at_least("threshold", self.threshold, 0)
 
     def remembers(self, vocab_size: int) -> int:
         return vocab_size
@@ -76,7 +78,7 @@ class EntropyChange:
     threshold: float = 1e-3
 
     def __post_init__(self) -> None:
-        _check(self.threshold)
+        check_at_least("threshold", self.threshold, 0)
 
     def remembers(self, vocab_size: int) -> int:
         return 1
@@ -89,13 +91,12 @@ class EntropyChange:
 
 @dataclass(frozen=True)
 class StableArgmax:
-    """The likeliest token is the same for `patience` successive steps."""
+    """The most probable token is the same for `patience` successive iterations."""
 
     patience: int = 5
 
     def __post_init__(self) -> None:
-        if self.patience < 2:
-            raise ValueError(f"patience is {self.patience}; an argmax can be stable over 2 steps at least")
+        check_at_least("patience", self.patience, 2)
 
     def remembers(self, vocab_size: int) -> int:
         return 2
@@ -120,78 +121,86 @@ def register(name: str, factory: Callable[..., ExitRule]) -> None:
     if name in RULES:
         raise ValueError(f"an exit rule called {name!r} exists; choose another name")
     RULES[name] = factory
+    exit_rule.cache_clear()
 
 
+@cache
 def exit_rule(name: str, threshold: float | None = None) -> ExitRule:
-    """A rule by its name, or by the place of a class or function: `package.module:Rule`.
+    """Return a rule by its name, or of the class at a place: `package.module:Class`.
 
-    `threshold` is the patience of `argmax`; None is each rule's default (the published value).
+    `threshold` is the patience of `argmax`; None is each rule's default (the published value). The same arguments give
+    the same object, so that a decoder finds the graphs again that it captured with the rule.
     """
-    factory = _imported(name) if ":" in name else RULES.get(name)
+    factory = _rule_class(name) if ":" in name else RULES.get(name)
     if factory is None:
         raise ValueError(
-            f"unknown exit rule {name!r}; known are {', '.join(RULES)}, or give your own as package.module:Rule"
+            f"exit is {name!r}; known rules are {', '.join(RULES)}, or give a class of your own as package.module:Class"
         )
-    rule = factory() if threshold is None else factory(threshold)
-    if not (callable(getattr(rule, "remembers", None)) and callable(getattr(rule, "converged", None))):
-        raise ValueError(f"{name!r} is no exit rule: it needs the methods `remembers` and `converged` of ExitRule")
-    return rule
+    check_at_least("exit_threshold", threshold, 0)
+    try:
+        return factory() if threshold is None else factory(threshold)
+    except TypeError as error:
+        given = "without arguments" if threshold is None else "with the threshold alone"
+        raise ValueError(f"exit {name!r} cannot be called {given}: {error}") from error
 
 
-def _imported(path: str) -> Callable[..., Any]:
+def _rule_class(path: str) -> Callable[..., ExitRule]:
+    """Import a class, and look at its methods before anything of it is called."""
     module, _, attribute = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"exit rule {path!r} cannot be imported: {error}") from error
-
-
-def _check(threshold: float) -> None:
-    if threshold < 0:
-        raise ValueError(f"the exit threshold is {threshold}; it must be 0 (never leave early) or more")
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # importing runs the module's code, which may raise anything
+        raise ValueError(f"exit {path!r} cannot be imported ({type(error).__name__}: {error})") from error
+    methods = ("remembers", "converged")
+    if not (isinstance(found, type) and all(callable(getattr(found, method, None)) for method in methods)):
+        raise ValueError(f"exit {path!r} is not an exit rule; give a class with the methods {' and '.join(methods)}")
+    return found
 
 
 class Exits:
-    """The rules of a batch, one a row, and what they remember of tokens [rows, T]."""
+    """The rules of the tokens in the core, and what they remember.
 
-    def __init__(self, rules: Sequence[ExitRule | None], tokens: int, vocab_size: int) -> None:
-        self.rules, self.tokens, self.vocab_size = list(rules), tokens, vocab_size
-        self.memory: dict[ExitRule, Tensor] = {}  # rule -> [rows, T, M]
+    Rules are told apart by identity, so that they need neither hash nor equality. Tokens that share a rule object are
+    asked together.
+    """
 
-    def keep(self, rows: list[int]) -> None:
-        """Forget all other rows."""
-        self.rules = [self.rules[row] for row in rows]
-        self.memory = {rule: memory[rows] for rule, memory in self.memory.items()}
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.rules: list[ExitRule | None] = []  # one per token
+        self.memory: dict[int, Tensor] = {}  # id of a rule in `rules` -> [N, 1, M]
 
     def extend(self, rules: Sequence[ExitRule | None]) -> None:
-        """Further rows, of tokens that have taken no step."""
+        """Add tokens that have not iterated yet."""
         self.rules += rules
         for rule, memory in self.memory.items():
             new = torch.full((len(rules), *memory.shape[1:]), torch.nan, dtype=memory.dtype, device=memory.device)
             self.memory[rule] = torch.cat([memory, new])
 
-    def converged(self, rows: Sequence[int], before: Tensor, after: Tensor, read: ReadRows, first: int = 0) -> Tensor:
-        """Which tokens have converged, bool [N, T']: states [N, T', D] of `rows`, of the tokens from `first` on."""
-        done = torch.zeros(after.shape[:2], dtype=torch.bool, device=after.device)
-        for rule in dict.fromkeys(self.rules[row] for row in rows):
-            if rule is None:
-                continue
-            mine = [n for n, row in enumerate(rows) if self.rules[row] == rule]
-            at = _places(mine, len(rows), after.device)
-            kept = _places([rows[n] for n in mine], len(self.rules), after.device)
+    def keep(self, tokens: list[int]) -> None:
+        """Forget all other tokens."""
+        self.rules = [self.rules[n] for n in tokens]
+        used = {id(rule) for rule in self.rules}
+        self.memory = {rule: memory[tokens] for rule, memory in self.memory.items() if rule in used}
+
+    def converged(self, before: Tensor, after: Tensor, read: ReadSome) -> list[bool] | None:
+        """Return which tokens have converged, from their states [N, 1, D]; None if none has a rule."""
+        distinct = {id(rule): rule for rule in self.rules if rule is not None}
+        if not distinct:
+            return None
+        done = torch.zeros(len(after), dtype=torch.bool, device=after.device)
+        for rule in distinct.values():
+            mine = [n for n, other in enumerate(self.rules) if other is rule]
+            everyone = len(mine) == len(self.rules)
+            at = None if everyone else torch.tensor(mine, device=after.device)
+            chosen: Any = slice(None) if everyone else at
             memory = self._memory(rule, after)
-            logits = partial(read, None if isinstance(at, slice) else at)
-            done[at], memory[kept, first:] = rule.converged(before[at], after[at], logits, memory[kept, first:])
-        return done
+            done_now, memory[chosen] = rule.converged(before[chosen], after[chosen], partial(read, at), memory[chosen])
+            done[chosen] = done_now[:, 0]
+        return done.tolist()  # the host decides who goes on
 
     def _memory(self, rule: ExitRule, like: Tensor) -> Tensor:
-        if rule not in self.memory:
+        if id(rule) not in self.memory:
             dtype = torch.promote_types(like.dtype, torch.float32)
-            shape = (len(self.rules), self.tokens, rule.remembers(self.vocab_size))
-            self.memory[rule] = torch.full(shape, torch.nan, dtype=dtype, device=like.device)
-        return self.memory[rule]
-
-
-def _places(places: list[int], total: int, device: torch.device) -> Tensor | slice:
-    """An index for these places; a slice, which copies nothing, where they are all."""
-    return slice(None) if places == list(range(total)) else torch.tensor(places, device=device)
+            shape = (len(self.rules), 1, rule.remembers(self.vocab_size))
+            self.memory[id(rule)] = torch.full(shape, torch.nan, dtype=dtype, device=like.device)
+        return self.memory[id(rule)]

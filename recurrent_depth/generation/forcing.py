@@ -7,43 +7,33 @@ thought long enough, the delimiter is written for it.
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from recurrent_depth.generation.config import ThinkingLimits
+
 
 @dataclass(frozen=True)
-class ThinkingBudget:
-    """The budget of one request, in tokens.
+class ThinkingBudget(ThinkingLimits):
+    """`Thinking` in ids.
 
     Args:
         begin: ids that open the thinking part; written at once if the prompt does not hold them already.
         end: ids that close it; the first of them is what a model is stopped from writing.
         wait: ids written in place of the end ("Wait").
-        at_most: thinking tokens (those of `wait` and of a part that the prompt began included) after which the end is
-            written.
-        at_least: thinking tokens before which an end is always replaced, whatever `rounds` says.
-        rounds: ends that are replaced, if the budget allows.
     """
 
     begin: tuple[int, ...]
     end: tuple[int, ...]
     wait: tuple[int, ...] = ()
-    at_most: int = 256
-    at_least: int = 0
-    rounds: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.begin or not self.end:
             raise ValueError("begin and end of thinking must each have at least one token")
-        if self.at_most < 0 or not 0 <= self.at_least <= self.at_most:
-            raise ValueError(
-                f"thinking tokens: at_least {self.at_least} must lie between 0 and at_most {self.at_most}; change one"
-            )
-        if self.rounds < 0:
-            raise ValueError(f"rounds is {self.rounds}; it must be 0 or more")
         if (self.rounds or self.at_least) and not self.wait:
             raise ValueError("rounds and at_least replace the end of thinking by `wait`; give its tokens")
 
 
 class Forcing:
-    """One request under a budget. Ask `forced` before a token is chosen, tell `choose` what the model chose.
+    """One request under a budget: `choose` says what is written when the model has drawn a token.
 
     `stop` are ids that end a request: while it thinks they count as an end of thinking, so that it answers.
     """
@@ -55,7 +45,7 @@ class Forcing:
         thought = _open_thoughts(prompt, budget)
         self.tokens = thought or 0
         self.replaced = 0
-        self.queue: list[int] = list(budget.begin) if thought is None else []
+        self.queue: list[int] = list(budget.begin) if thought is None else []  # tokens that are written next
         self.opening = len(self.queue)
         if self.tokens > budget.at_most:
             raise ValueError(
@@ -63,24 +53,26 @@ class Forcing:
             )
 
     def forced(self) -> int | None:
-        """The next token, where it is not the model's to choose."""
-        if not self.queue and self.thinking and self.tokens >= self.budget.at_most:
-            self._close()
-        return self.queue[0] if self.queue else None
+        """Return the next token, where the model has no choice."""
+        if self.queue:
+            return self.queue[0]
+        return self.budget.end[0] if self.thinking and self.tokens >= self.budget.at_most else None
 
-    def choose(self, token: int) -> int:
-        """What is written when the model (or the queue) says `token`."""
+    def choose(self, drawn: int) -> int:
+        """Return the next token, given the one the model has drawn."""
+        if not self.queue and self.thinking:
+            if self.tokens >= self.budget.at_most:
+                self._close()
+            elif drawn in self.ends:
+                if self._replaces():
+                    self.replaced += 1
+                    self.queue = list(self.budget.wait)
+                else:
+                    self._close()
         if self.queue:
             return self._from_queue()
-        if self.thinking and token in self.ends:
-            if self._replaces():
-                self.replaced += 1
-                self.queue = list(self.budget.wait)
-            else:
-                self._close()
-            return self._from_queue()
         self.tokens += self.thinking
-        return token
+        return drawn
 
     def _replaces(self) -> bool:
         room = self.tokens + len(self.budget.wait) <= self.budget.at_most

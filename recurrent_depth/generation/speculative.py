@@ -1,208 +1,92 @@
-"""Self-speculation: draft tokens with few steps of the core, then take the remaining steps for all of them at once.
+"""Self-speculation: draft tokens with few iterations, then run the remaining ones for all of them at once.
 
-The draft's states and entries are reused, so a drafted token costs no step twice. Drafted and verified tokens are
+The draft's states and entries are reused, so a drafted token costs no iteration twice. Drafted and verified tokens are
 drawn with the same noise (a function of seed, request and position), so that what is written equals plain decoding
-with all steps token for token, sampling included; a draft that agrees is accepted.
+token for token, sampling included; a draft that agrees is accepted. A rejected one is overwritten in the cache.
 
-Shapes: B requests, G drafted tokens, D width, V vocabulary.
+Shapes: n requests, G drafted tokens, V vocabulary.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from recurrent_depth.generation.adaptive import visible
+from recurrent_depth.generation.batch import Batch, prefill
 from recurrent_depth.generation.cache import RecurrentCache
-from recurrent_depth.generation.decoding import (
-    Decoded,
-    Decoding,
-    OnToken,
-    count,
-    draw,
-    name_tensor,
-    one_depth,
-    padded,
-    write,
-)
-from recurrent_depth.model.attention import Attend
-from recurrent_depth.model.layers import Rotary, rotary_at
-from recurrent_depth.model.loss import wide
-from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.generation.config import Speculation
+from recurrent_depth.generation.request import DecodableModel, Decoded, Requests, Stopping
+
+MODE = "self-speculation"
 
 
-@dataclass(frozen=True)
-class Speculation:
-    """Draft `tokens` tokens a round with `steps` steps each."""
-
-    steps: int = 4
-    tokens: int = 4
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.tokens < 1:
-            raise ValueError(f"draft steps ({self.steps}) and tokens ({self.tokens}) must be at least 1")
-
-
-@dataclass
-class Speculated(Decoded):
-    """With the drafted tokens that were asked about and those that were accepted, over all requests."""
-
-    drafted: int = 0
-    accepted: int = 0
-
-
-@torch.inference_mode()
 def decode_speculatively(
-    model: RecurrentDepthModel,
-    prompts: Sequence[Sequence[int]],
-    options: Decoding,
-    speculation: Speculation,
-    *,
-    requests: Sequence[int] | None = None,
-    on_token: OnToken | None = None,
-) -> Speculated:
-    """As `decode`, with the same tokens; see there for the arguments."""
-    steps, _ = one_depth(options, model.config, "self-speculation", full_cache=True)
-    if speculation.steps >= steps:
-        raise ValueError(f"draft steps {speculation.steps} must be fewer than num_steps {steps}; lower them")
-    return _Run(model, prompts, options, speculation, steps, requests, on_token).result()
+    model: DecodableModel, requests: Requests, cache: RecurrentCache, speculation: Speculation
+) -> Decoded:
+    """Decode all requests; the cache has room for the drafts of a round beyond theirs."""
+    stopping = requests.one_depth(MODE)
+    requests.refuse(MODE, "exit", "thinking", "warm_start", full_cache=True)
+    if speculation.steps >= stopping.most:
+        raise ValueError(
+            f"speculation.steps is {speculation.steps}; it must be fewer than num_steps {stopping.most}, lower it"
+        )
+    return _Rounds(model, requests, cache, speculation).run()
 
 
-class _Run:
-    """The state of one batch: cache, mask, the last token of each request, and what is written so far."""
+class _Rounds:
+    """A batch of requests, the next column and the first one of each."""
 
     def __init__(
-        self,
-        model: RecurrentDepthModel,
-        prompts: Sequence[Sequence[int]],
-        options: Decoding,
-        speculation: Speculation,
-        steps: int,
-        requests: Sequence[int] | None,
-        on_token: OnToken | None,
+        self, model: DecodableModel, requests: Requests, cache: RecurrentCache, speculation: Speculation
     ) -> None:
-        self.model, self.options, self.speculation, self.steps = model, options, speculation, steps
-        self.on_token = on_token
-        ids, self.mask = padded(model, prompts, options)
-        B, width = ids.shape
-        weight = model.lm_head.weight
-        self.names = name_tensor(requests, B, ids.device)
-        # Rejected columns stay as holes that the mask hides, until `_compact` closes them.
-        room = width + options.max_new_tokens + 4 * speculation.tokens
-        self.cache = RecurrentCache(model.config, B, room, steps, None, weight.dtype, weight.device)
-        self.running = [True] * B
-        self.written = Speculated([[] for _ in prompts], [[] for _ in prompts], cache_bytes=self.cache.num_bytes)
-        logits = self._prefill(ids)
-        for row, token in enumerate(draw(logits, options, self.names, self.mask.sum(1)).tolist()):
-            self._write(row, token)
+        self.requests, self.speculation = requests, speculation
+        batch = Batch(model, requests, cache)
+        logits, _ = prefill(batch)
+        self.tokens = batch.tokens
+        self.starts = [requests.longest - len(prompt) for prompt in requests.prompts]
+        self.next = [requests.longest] * len(requests.prompts)
+        everyone = list(range(len(requests.prompts)))
+        for request, token in enumerate(requests.draw(logits, everyone, [len(p) for p in requests.prompts])):
+            requests.write(request, token)
 
-    def result(self) -> Speculated:
-        while any(self.running):
-            self._round()
-        return self.written
+    def run(self) -> Decoded:
+        while any(self.requests.running):
+            self._round([request for request, running in enumerate(self.requests.running) if running])
+        self.requests.result.computed_steps = self.tokens.computed
+        return self.requests.result
 
-    def _prefill(self, ids: Tensor) -> Tensor:
-        """All steps for the prompts; logits [B, V] of their last tokens."""
-        _, state, rotary = self._begin(ids, self.steps)
-        logits = self._finish(state, rotary, ids.shape[1])[:, -1]
-        self.cache.advance(ids.shape[1])
-        self._account(ids.shape[1], self.steps, [int(n) for n in self.mask.sum(1)])
-        return logits
-
-    def _round(self) -> None:
+    def _round(self, running: list[int]) -> None:
         """Draft, verify, write what holds."""
-        still_missing = (
-            self.options.max_new_tokens - len(written)
-            for written, goes_on in zip(self.written.tokens, self.running, strict=True)
-            if goes_on
-        )
-        G = min(self.speculation.tokens, max(still_missing))
-        if self.cache.length() + G > self.cache.max_length:
-            self._compact()
-        start = self.cache.length()
-        tokens = [torch.tensor([w[-1] for w in self.written.tokens], device=self.mask.device)]
-        new = torch.tensor(self.running, device=self.mask.device).long()[:, None]
-        drafts = []
-        for _ in range(G):
-            self.mask = torch.cat([self.mask, new], dim=1)
-            drafts.append(self._begin(tokens[-1][:, None], self.speculation.steps))
-            logits = self._finish(drafts[-1][1], drafts[-1][2], 1)[:, -1]
-            self.cache.advance(1)
-            tokens.append(draw(logits, self.options, self.names, self.mask.sum(1)))
-        self._account(G, self.speculation.steps, [G] * len(self.running))
+        requests, result, n = self.requests, self.requests.result, len(running)
+        missing = max(requests.options.max_new_tokens - len(result.tokens[request]) for request in running)
+        G, few, most = min(self.speculation.tokens, missing), self.speculation.steps, requests.most_steps
+        drafted, groups = [[result.tokens[request][-1] for request in running]], self.tokens.empty
+        for g in range(G):
+            self.tokens.start(drafted[-1], running, *self._places(running, g))
+            for _ in range(few):
+                self.tokens.iterate()
+            draft = self.tokens.take()
+            positions = [self.next[request] + g + 1 - self.starts[request] for request in running]
+            drafted.append(requests.draw(self.tokens.logits(draft)[:, 0], running, positions))
+            groups = groups + draft
+        # Lane after lane, so that attention takes each lane's drafts as a block.
+        self.tokens.put(groups.at([g * n + i for i in range(n) for g in range(G)]))
+        for _ in range(most - few):
+            self.tokens.iterate()
+        logits = self.tokens.logits(self.tokens.take())[:, 0]  # [n G, V]
+        asked = [request for request in running for _ in range(G)]
+        positions = [self.next[request] + g + 1 - self.starts[request] for request in running for g in range(G)]
+        chosen = requests.draw(logits, asked, positions)
+        for i, request in enumerate(running):
+            context = self.next[request] + G - self.starts[request]
+            requests.count(request, G, G * few, context)
+            requests.count(request, G, G * (most - few), context)
+            mine = chosen[i * G : (i + 1) * G]
+            right = [drafted[g + 1][i] == mine[g] for g in range(G - 1)]  # drafts that were fed on
+            agreed = right.index(False) if False in right else len(right)
+            result.drafted += G - 1
+            result.accepted += agreed
+            for token in mine[: agreed + 1]:
+                if requests.running[request]:
+                    requests.write(request, token)
+            self.next[request] += agreed + 1
 
-        self.cache.crop(start)
-        verified = self._verify(drafts)  # [B, G, V]
-        self.cache.advance(G)
-        self._account(G, self.steps - self.speculation.steps, [G] * len(self.running))
-        positions = self.mask.sum(1)[:, None] - torch.arange(G - 1, -1, -1, device=self.mask.device)
-        chosen = torch.stack(
-            [draw(verified[:, g], self.options, self.names, positions[:, g]) for g in range(G)], dim=1
-        )  # [B, G]
-        drafted = torch.stack(tokens[1:], dim=1)
-        agree = (drafted[:, : G - 1] == chosen[:, : G - 1]).long().cumprod(1).sum(1)  # drafts that were fed on
-        for row, agreed in enumerate(agree.tolist()):
-            if not self.running[row]:
-                continue
-            self.written.drafted += G - 1
-            self.written.accepted += agreed
-            for g in range(agreed + 1):
-                if self.running[row]:
-                    self._write(row, int(chosen[row, g]))
-            self.mask[row, start + agreed + 1 :] = 0
-        longest = int(agree.max()) + 1
-        self.mask = self.mask[:, : start + longest]
-        self.cache.crop(start + longest)
-
-    def _begin(self, ids: Tensor, steps: int) -> tuple[Tensor, Tensor, Rotary]:
-        """Prelude and the first steps of new tokens [B, T]: (e, state [B, T, D], rotary)."""
-        part, T = self.model.transformer, ids.shape[1]
-        # Drafts beyond a row's last token are never written; they must only not leave the rotary table.
-        positions = (self.mask.cumsum(-1) - 1).clamp(0, self.model.config.block_size - 1)[:, -T:]
-        rotary = rotary_at(self.model.freqs_cis, positions)
-        e = part.read(part.embed(ids), rotary, self._attend(T))
-        return e, part.think(torch.zeros_like(e), e, steps, rotary, self._attend(T)), rotary
-
-    def _verify(self, drafts: list[tuple[Tensor, Tensor, Rotary]]) -> Tensor:
-        """The remaining steps of all drafted tokens in parallel: logits [B, G, V]."""
-        e = torch.cat([e for e, _, _ in drafts], dim=1)
-        state = torch.cat([state for _, state, _ in drafts], dim=1)
-        cos = torch.cat([cos for _, _, (cos, _) in drafts], dim=1)
-        sin = torch.cat([sin for _, _, (_, sin) in drafts], dim=1)
-        T, first = len(drafts), self.speculation.steps
-        state = self.model.transformer.think(
-            state, e, self.steps - first, (cos, sin), self._attend(T), first_step=first
-        )
-        return self._finish(state, (cos, sin), T)
-
-    def _finish(self, state: Tensor, rotary: Rotary, T: int) -> Tensor:
-        return wide(self.model.lm_head(self.model.transformer.write(state, rotary, self._attend(T))))
-
-    def _attend(self, T: int) -> Attend:
-        mask = visible(self.mask, T)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, slot: int) -> Tensor:
-            k, v = self.cache.update(k, v, slot)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-        return attend
-
-    def _write(self, row: int, token: int) -> None:
-        self.running[row] = write(self.written, row, token, None, self.options, self.on_token)
-
-    def _compact(self) -> None:
-        """Close the holes: every row's real columns move to the right end of the longest row."""
-        longest = int(self.mask.sum(1).max())
-        order = self.mask.argsort(dim=1, stable=True)[:, -longest:]  # holes first, then columns in their order
-        self.cache.select_columns(order)
-        self.mask = self.mask.gather(1, order)
-
-    def _account(self, tokens: int, steps: int, real: list[int]) -> None:
-        """Steps and FLOPs of the requests that run: `tokens` new columns, `real` of them not padding."""
-        contexts = self.mask.sum(1).tolist()
-        self.written.computed_steps += len(self.running) * tokens * steps
-        for row, goes_on in enumerate(self.running):
-            if goes_on:
-                count(self.written, self.model.config, row, real[row], steps * real[row], contexts[row])
+    def _places(self, running: list[int], g: int) -> tuple[list[int], list[int], list[Stopping]]:
+        """Columns, first columns and limits of the g-th draft of each request."""
+        columns = [self.next[request] + g for request in running]
+        return columns, [self.starts[request] for request in running], [self.requests.stopping[0]] * len(running)

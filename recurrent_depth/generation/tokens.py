@@ -1,194 +1,211 @@
-"""Tokens that think together though they stand at different steps: the weights of the core are the same at every step.
+"""The tokens that are in the core: the only code of generation that iterates it.
 
-They may belong to different requests (depth-refilled batching) or follow each other in one (the wavefront).
+Every token has taken a number of iterations of its own. The weights of the core are the same at every iteration, so
+tokens at different ones go through it together; tokens that have stopped are not computed.
 
-Shapes: N tokens, D width, H heads, K head size, S cached columns, V vocabulary.
+Shapes: N tokens, D width, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from recurrent_depth.generation.adaptive import COPY_LIMIT
+from recurrent_depth.generation.attention import CacheAttention, Layout
 from recurrent_depth.generation.cache import RecurrentCache
-from recurrent_depth.generation.exits import ExitRule, Exits
-from recurrent_depth.model.layers import Rotary, rotary_at
-from recurrent_depth.model.loss import wide
-from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.generation.exits import Exits
+from recurrent_depth.generation.request import DecodableModel, Stopping
+from recurrent_depth.model.loss import to_float32
 
 
 @dataclass
-class Places:
-    """Where N tokens stand: the row and the column of the cache, and the steps each has taken."""
-
-    rows: list[int] = field(default_factory=list)
-    columns: list[int] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        return zip(self.rows, self.columns, self.steps, strict=True)
-
-    def at(self, chosen: Sequence[int]) -> "Places":
-        """Some of them."""
-        return Places(*([values[n] for n in chosen] for values in (self.rows, self.columns, self.steps)))
-
-    def extend(self, others: "Places") -> None:
-        self.rows += others.rows
-        self.columns += others.columns
-        self.steps += others.steps
-
-
-class TokenAttention:
-    """Attention of N tokens, each of which sees the columns of its row up to its own.
-
-    At a core step it reads what its row's tokens left at this step, slot(token, i) = min(i, depth(token) - 1), then
-    modulo the budget. A kernel that reads entries in place would take the place of `attend`: it needs the entries, the
-    depths, and rows, columns and steps.
-    """
-
-    def __init__(self, cache: RecurrentCache, places: Places) -> None:
-        self.cache, self.places = cache, places
-        device = cache.entries.device
-        self.rows, self.columns, self.steps = (
-            torch.tensor(values, device=device) for values in (places.rows, places.columns, places.steps)
-        )
-        self.length = max(places.columns) + 1
-        self.seen = torch.arange(self.length, device=device) <= self.columns[:, None]  # [N, S]
-        # Tokens with the same key read the same entries: (0, row) in the outer layers, (recurrence, row) in the core.
-        self.by_row = [(0, row) for row in places.rows]
-        self.by_step = [(step % cache.budget, row) for row, _, step in places]
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, slot: int) -> Tensor:
-        """q, k, v [N, H, 1, K]; core slots are those of step 0, to which every token's own step is added."""
-        cache, layer = self.cache, slot - self.cache.outer
-        if layer < 0:
-            at, keys, stride = torch.full_like(self.rows, slot), self.by_row, 0
-        else:
-            at = cache.outer + (self.steps % cache.budget) * cache.core_layers + layer
-            keys, stride = self.by_step, cache.core_layers
-        cache.entries[at, 0, self.rows, :, self.columns] = k[:, :, 0]
-        cache.entries[at, 1, self.rows, :, self.columns] = v[:, :, 0]
-        if layer >= 0 and 1 < cache.budget < cache.num_steps:
-            return self._attend_by_column(q, layer)
-        if len(set(keys)) * COPY_LIMIT > q.shape[0] * self.length * q.shape[1] * q.shape[3]:
-            entries = cache.entries[:, :, :, :, : self.length]
-            mask = self.seen[:, None, None]
-            return F.scaled_dot_product_attention(q, entries[at, 0, self.rows], entries[at, 1, self.rows], mask)
-        y = torch.empty_like(q)
-        for (recurrence, row), members in _groups(keys).items():
-            entries = cache.entries[slot + recurrence * stride, :, row]  # [2, H, S, K]
-            y[members] = self._attend_in_row(q[members], entries, members)
-        return y
-
-    def _attend_in_row(self, q: Tensor, entries: Tensor, members: list[int]) -> Tensor:
-        """Queries [n, H, 1, K] that read the same entries [2, H, S, K]."""
-        end = max(self.places.columns[n] for n in members) + 1
-        mask = None if len(members) == 1 else self.seen[members, :end]
-        keys, values = entries[:, None, :, :end]
-        return F.scaled_dot_product_attention(q.transpose(0, 2), keys, values, attn_mask=mask).transpose(0, 2)
-
-    def _attend_by_column(self, q: Tensor, layer: int) -> Tensor:
-        """A shared budget: every column is read in a slot of its own."""
-        cache, S = self.cache, self.length
-        depths = cache.depths[self.rows, :S]
-        depths[torch.arange(len(depths)), self.columns] = self.steps + 1
-        recurrence = torch.minimum(depths - 1, self.steps[:, None]) % cache.budget  # [N, S]
-        columns = torch.arange(S, device=q.device)[None]
-        kept = cache.core[recurrence, layer, :, self.rows[:, None], :, columns]  # [N, S, 2, H, K]
-        keys, values = kept.permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.seen[:, None, None])
-
-
-def _groups(keys: list[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
-    groups: dict[tuple[int, int], list[int]] = {}
-    for n, key in enumerate(keys):
-        groups.setdefault(key, []).append(n)
-    return groups
-
-
-class ThinkingTokens:
-    """The tokens that are in the core at one time. In every row they are in the order of their columns.
+class Group:
+    """N tokens, where they stand, and how far they are.
 
     Attributes:
-        places: where they stand.
-        state: [N, 1, D].
-        computed: steps the machine has run, over all tokens.
+        steps: iterations taken.
+        stopping: when each one stops (for `Tokens.advance`).
+        state, injected: [N, 1, D], the state, and what enters the core at every iteration.
     """
 
-    def __init__(self, model: RecurrentDepthModel, cache: RecurrentCache) -> None:
-        self.model, self.cache = model, cache
-        weight = model.lm_head.weight
-        self.places = Places()
-        self.state = torch.zeros(0, 1, model.config.n_embd, dtype=weight.dtype, device=weight.device)
-        self.injected = self.state
-        self.exits = Exits([], 1, model.config.vocab_size)
-        self.computed = 0
+    layout: Layout
+    steps: list[int]
+    stopping: list[Stopping]
+    state: Tensor
+    injected: Tensor
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.steps)
+
+    def at(self, chosen: Sequence[int]) -> "Group":
+        """Return some of the tokens."""
+        if len(chosen) == len(self) and list(chosen) == list(range(len(self))):
+            return Group(self.layout, list(self.steps), self.stopping, self.state, self.injected)
+        index = self.layout.tensor(list(chosen))
+        steps, stopping = ([values[n] for n in chosen] for values in (self.steps, self.stopping))
+        return Group(self.layout.at(chosen), steps, stopping, self.state[index], self.injected[index])  # type: ignore[arg-type]
+
+    def __add__(self, other: "Group") -> "Group":
+        if not len(self):
+            return other
+        state, injected = (torch.cat(pair) for pair in ((self.state, other.state), (self.injected, other.injected)))
+        return Group(
+            self.layout + other.layout, self.steps + other.steps, self.stopping + other.stopping, state, injected
+        )
+
+
+class Tokens:
+    """The tokens of a batch of lanes that are in the core, and those that have stopped and wait for the coda.
+
+    Attributes:
+        iterating, stopped: the tokens.
+        computed: core iterations the machine has run, over all tokens.
+        passes: calls of the core.
+    """
+
+    def __init__(self, model: DecodableModel, cache: RecurrentCache) -> None:
+        self.model, self.cache = model, cache
+        weight, config = model.lm_head.weight, model.model_config
+        nothing = torch.zeros(0, 1, config.n_embd, dtype=weight.dtype, device=weight.device)
+        self.empty = Group(Layout([], [], [], model.freqs_cis), [], [], nothing, nothing)
+        self.iterating = self.stopped = self.empty
+        self.exits = Exits(config.vocab_size)
+        self.adapt = model.transformer.injection(nothing)[1]
+        self.computed = self.passes = 0
 
     def start(
         self,
-        ids: list[int],
-        places: Places,
-        state: Tensor | None = None,
-        rules: Sequence[ExitRule | None] | None = None,
+        ids: Sequence[int],
+        lanes: list[int],
+        columns: list[int],
+        starts: list[int],
+        stopping: list[Stopping],
+        states: Tensor | None = None,
     ) -> None:
-        """Bring further tokens to the core. A token's column is its position.
+        """Run the prelude for new tokens and bring them to the core.
 
-        They start from states [n, 1, D] (default zeros); rules say when each has converged (default never).
+        Args:
+            starts: the first column of each token's lane.
+            states: [n, 1, D] to start from; default zeros.
         """
-        injected = self._read_in(ids, places)
-        self.places.extend(places)
-        self.state = torch.cat([self.state, torch.zeros_like(injected) if state is None else state])
-        self.injected = torch.cat([self.injected, injected])
-        self.exits.extend([None] * len(ids) if rules is None else rules)
+        layout = Layout(lanes, columns, starts, self.model.freqs_cis)
+        self.cache.begin(*layout.index)
+        injected = self._injected(ids, layout)
+        state = torch.zeros_like(injected) if states is None else states
+        self.iterating = self.iterating + Group(layout, [0] * len(layout), stopping, state, injected)
+        self.exits.extend([limits.rule for limits in stopping])
 
-    def blend(self, ids: list[int], average: float) -> None:
-        """The tokens in the core are these now; what they read is a moving average over passes."""
-        self.injected = average * self.injected + (1 - average) * self._read_in(ids, self.places)
+    def blend(self, ids: Sequence[int], average: float) -> None:
+        """The iterating tokens are these now; what they read is a moving average over calls."""
+        group = self.iterating
+        group.injected = average * group.injected + (1 - average) * self._injected(ids, group.layout)
 
-    def _read_in(self, ids: list[int], places: Places) -> Tensor:
-        """Prelude, and what of it enters the core: [n, 1, D]."""
+    def _injected(self, ids: Sequence[int], layout: Layout) -> Tensor:
         part = self.model.transformer
-        x = part.embed(torch.tensor(ids, device=self.state.device)[:, None])
-        return part.injection(part.read(x, self._rotary(places), TokenAttention(self.cache, places).attend))[0]
+        x = part.embed(layout.tensor(list(ids))[:, None])
+        return part.injection(part.run_prelude(x, layout.rotary, CacheAttention(self.cache, layout)))[0]
 
-    def keep(self, chosen: list[int]) -> None:
-        """Forget all others."""
-        if len(chosen) < len(self):
-            self.places = self.places.at(chosen)
-            self.state, self.injected = self.state[chosen], self.injected[chosen]
-            self.exits.keep(chosen)
-
-    def step(self) -> Tensor:
-        """One step of the core for all; returns which have converged, bool [N]."""
-        part, places, before = self.model.transformer, self.places, self.state
-        attention = TokenAttention(self.cache, places)
-        adapt = part.injection(self.injected[:1])[1]
-        self.cache.depths[attention.rows, attention.columns] = attention.steps + 1
-        self.state = part.core_block.step(
-            before, self.injected, adapt, self._rotary(places), attention.attend, part.first_core_slot
+    def iterate(self, chosen: Sequence[int] | None = None) -> None:
+        """Run one iteration for all iterating tokens, or for some of them."""
+        group = self.iterating
+        part = group if chosen is None or len(chosen) == len(group) else group.at(chosen)
+        if not len(part):
+            return
+        attention = CacheAttention(self.cache, part.layout, part.steps)
+        state = self.model.transformer.core_block.step(
+            part.state, part.injected, self.adapt, part.layout.rotary, attention, attention.iteration
         )
-        places.steps = [taken + 1 for taken in places.steps]
-        self.computed += len(places)
-        return self.exits.converged(range(len(places)), before, self.state, self._read)[:, 0]
+        self.computed += len(part)
+        self.passes += 1
+        if part is group:
+            group.state, group.steps = state, [taken + 1 for taken in group.steps]
+        else:
+            assert chosen is not None
+            group.state = group.state.index_put((group.layout.tensor(list(chosen)),), state)
+            for n in chosen:
+                group.steps[n] += 1
+
+    def advance(self) -> list[int]:
+        """Iterate until tokens stop; return the lanes in which none iterates any more."""
+        group, converged = self.iterating, None
+        if all(limits.rule is None for limits in group.stopping):
+            for _ in range(min(limits.most - taken for limits, taken in zip(group.stopping, group.steps, strict=True))):
+                self.iterate()
+        else:
+            before = group.state
+            self.iterate()
+            converged = self.exits.converged(before, group.state, self._read)
+        stops: list[int] = []
+        going = set()  # lanes in which a token goes on
+        for n, (lane, taken, limits) in enumerate(zip(group.layout.lanes, group.steps, group.stopping, strict=True)):
+            early = converged is not None and converged[n] and taken >= limits.least
+            if (early or taken >= limits.most) and not (limits.in_order and lane in going):
+                stops.append(n)
+            else:
+                going.add(lane)
+        self._stop(stops)
+        return [lane for lane in dict.fromkeys(group.layout.lanes[n] for n in stops) if lane not in going]
 
     def _read(self, at: Tensor | None) -> Tensor:
-        chosen = range(len(self)) if at is None else at.tolist()
-        return self.logits(self.state if at is None else self.state[at], self.places.at(chosen))
+        return self.logits(self.iterating if at is None else self.iterating.at(at.tolist()))
 
-    def logits(self, state: Tensor, places: Places, wanted: Sequence[int] | None = None) -> Tensor:
-        """Through the coda, states [N, 1, D] at these places; through the head, those that are wanted: [n, 1, V]."""
-        attention = TokenAttention(self.cache, places)
-        hidden = self.model.transformer.write(state, self._rotary(places), attention.attend)
-        return wide(self.model.lm_head(hidden if wanted is None else hidden[list(wanted)]))
+    def _stop(self, chosen: list[int]) -> None:
+        if chosen:
+            group, stopping = self.iterating, set(chosen)
+            part = group.at(chosen)
+            self.cache.stop(part.layout.lanes, part.layout.columns, part.steps)
+            self.stopped = self.stopped + part
+            self.keep([n for n in range(len(group)) if n not in stopping])
 
-    def _rotary(self, places: Places) -> Rotary:
-        return rotary_at(self.model.freqs_cis, torch.tensor(places.columns, device=self.state.device)[:, None])
+    def keep(self, chosen: list[int]) -> None:
+        """Forget all other iterating tokens."""
+        if len(chosen) < len(self.iterating):
+            self.iterating = self.iterating.at(chosen) if chosen else self.empty
+            self.exits.keep(chosen)
+
+    def take(self) -> Group:
+        """Take all iterating tokens out of the core, as they are."""
+        group = self.iterating
+        self.keep([])
+        return group
+
+    def put(self, group: Group) -> None:
+        """Bring tokens back that were taken out."""
+        self.iterating = self.iterating + group
+        self.exits.extend([limits.rule for limits in group.stopping])
+
+    def finish(self, lanes: list[int], every: bool = False) -> tuple[Group, Tensor]:
+        """Run the coda over the stopped tokens of these lanes, which are done, and forget them.
+
+        Returns the tokens, lane after lane, and the logits [n, V] of the last one of each lane, or of every token.
+        """
+        group, order = self.stopped, {lane: place for place, lane in enumerate(lanes)}
+        of, column = group.layout.lanes, group.layout.columns
+        mine = sorted((n for n, lane in enumerate(of) if lane in order), key=lambda n: (order[of[n]], column[n]))
+        others = [n for n, lane in enumerate(of) if lane not in order]
+        done = group.at(mine)
+        self.stopped = group.at(others) if others else self.empty
+        if every:
+            return done, self.logits(done)[:, 0]
+        of = done.layout.lanes
+        last = [n for n, lane in enumerate(of) if n + 1 == len(of) or of[n + 1] != lane]
+        return done, self.logits(done, last)[:, 0]
+
+    def feed(self, ids: Tensor, first: int, num_steps: int) -> Tensor:
+        """Run given tokens [B, n] of all lanes, at columns from `first` on; return their logits [B, n, V]."""
+        (B, n), lanes = ids.shape, range(len(ids))
+        at = [lane for lane in lanes for _ in range(n)]
+        columns = [*range(first, first + n)] * B
+        self.start(ids.flatten().tolist(), at, columns, [0] * len(at), [Stopping(num_steps)] * len(at))
+        while len(self.iterating):
+            self.advance()
+        return self.finish([*lanes], every=True)[1].view(B, n, -1)
+
+    def logits(self, group: Group, wanted: list[int] | None = None) -> Tensor:
+        """Run the coda over a group, and the head over the tokens that are wanted; return logits [n, 1, V]."""
+        attention = CacheAttention(self.cache, group.layout)
+        hidden = self.model.transformer.run_coda(group.state, group.layout.rotary, attention)
+        if wanted is not None and len(wanted) < len(group):
+            hidden = hidden[group.layout.tensor(wanted)]
+        return to_float32(self.model.lm_head(hidden))

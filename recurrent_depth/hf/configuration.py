@@ -10,7 +10,6 @@ from recurrent_depth.model.config import ModelConfig
 _FIXED = {
     "architecture_class_name": "RecurrentGPT",
     "block_class_name": "SandwichBlock",
-    "norm_class_name": "RMSNorm_llama",
     "mlp_class_name": "GatedMLP",
     "nonlin_name": "SiLU",
     "injection_type": "linear",
@@ -33,6 +32,9 @@ _DERIVED = (
     "test_time_noise_type",
 )
 """Fields of a Huginn folder that follow from others or do not matter to a loaded model."""
+
+_NORMS = {"RMSNorm_llama": "rms", "LayerNorm": "layer"}
+"""By the released name of the field, norm_class_name: the norms of `ModelConfig.norm`."""
 
 _SPELLINGS = {"num_attention_heads": "n_heads", "tie_word_embeddings": "tie_embeddings"}
 
@@ -58,6 +60,10 @@ class RecurrentDepthConfig(PreTrainedConfig):
             value = kwargs.pop(name, implemented)
             if value != implemented:
                 raise ValueError(f"config.json has {name}: {value!r}; only {implemented!r} is implemented")
+        norm = kwargs.pop("norm_class_name", "RMSNorm_llama")
+        if norm not in _NORMS:
+            raise ValueError(f"config.json has norm_class_name: {norm!r}; implemented are {', '.join(_NORMS)}")
+        kwargs.setdefault("norm", _NORMS[norm])
         for name in _DERIVED:
             kwargs.pop(name, None)
         for spelling, name in _SPELLINGS.items():
@@ -74,6 +80,15 @@ class RecurrentDepthConfig(PreTrainedConfig):
             setattr(self, name, value)
         self.num_key_value_heads = self.n_heads
         super().__init__(tie_word_embeddings=self.tie_embeddings, **kwargs)
+
+    @property
+    def norm(self) -> str:
+        """`ModelConfig.norm`, kept under the released name of the field."""
+        return _NORMS[self.norm_class_name]
+
+    @norm.setter
+    def norm(self, value: str) -> None:
+        self.norm_class_name = next(name for name, norm in _NORMS.items() if norm == value)
 
     @property
     def num_hidden_layers(self) -> int:

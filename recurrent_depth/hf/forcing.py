@@ -4,49 +4,31 @@ Shapes: B requests, L tokens so far, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from recurrent_depth.generation.adaptive import per_row
-from recurrent_depth.generation.decoding import Decoding, draw
+from recurrent_depth.generation.config import Thinking
 from recurrent_depth.generation.forcing import Forcing, ThinkingBudget
+from recurrent_depth.generation.request import Decoding, draw, per_request
 
 
-@dataclass(frozen=True)
-class Thinking:
-    """A budget of thinking in texts; `budget` makes it one of ids.
-
-    Args:
-        begin, end: delimiters, one token each.
-        wait: text written in place of an end that comes too early.
-        at_most, at_least: thinking tokens.
-        rounds: ends that are replaced by `wait`, if the budget allows.
-    """
-
-    begin: str = "<|begin_think|>"
-    end: str = "<|end_think|>"
-    wait: str = "Wait"
-    at_most: int = 256
-    at_least: int = 0
-    rounds: int = 0
-
-    def budget(self, tokenizer: Any) -> ThinkingBudget:
-        """The same in ids of a tokenizer."""
-        begin, end = (_delimiter(tokenizer, getattr(self, name), name) for name in ("begin", "end"))
-        wait = tuple(tokenizer(self.wait, add_special_tokens=False)["input_ids"])
-        return ThinkingBudget((begin,), (end,), wait, self.at_most, self.at_least, self.rounds)
+def thinking_budget(thinking: Thinking, tokenizer: Any) -> ThinkingBudget:
+    """Return the budget with its delimiters as ids of a tokenizer."""
+    begin, end = (_delimiter(tokenizer, getattr(thinking, name), name) for name in ("begin", "end"))
+    wait = tuple(tokenizer(thinking.wait, add_special_tokens=False)["input_ids"])
+    limits = {"at_most": thinking.at_most, "at_least": thinking.at_least, "rounds": thinking.rounds}
+    return ThinkingBudget((begin,), (end,), wait, **limits)
 
 
 def _delimiter(tokenizer: Any, text: str, name: str) -> int:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise ValueError(
-            f"the {name} of thinking, {text!r}, is {len(ids)} tokens of this tokenizer; a delimiter must be one token. "
-            "The spares <|c_0|>, <|c_1|>, ... are"
+            f"thinking.{name} is {text!r}, {len(ids)} tokens of this tokenizer; a delimiter must be one token, for "
+            "example one of the spares <|c_0|>, <|c_1|>, ..."
         )
     return ids[0]
 
@@ -98,7 +80,6 @@ class BudgetForcing(LogitsProcessor):
         tokens = draw(scores, self.sampling, names, (input_ids.shape[1] - self.padding).to(scores.device))
         for row, request in enumerate(self.requests):
             if request is not None:
-                request.forced()
                 tokens[row] = request.choose(int(tokens[row]))
         self.seen, self.told = input_ids, tokens.to(input_ids)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
@@ -112,7 +93,7 @@ class BudgetForcing(LogitsProcessor):
             raise ValueError(f"attention_mask has {len(mask)} rows for {B} sequences; pass the mask of the prompts")
         mask = mask.repeat_interleave(B // len(mask), dim=0)  # num_return_sequences
         self.padding = width - mask.sum(1)  # [B]
-        budgets = per_row(self.budgets, B, "budgets")
+        budgets = per_request(self.budgets, B, "budgets")
         prompts = [ids[-n:] for ids, n in zip(input_ids.tolist(), mask.sum(1).tolist(), strict=True)]
         self.requests = [
             None if b is None else Forcing(b, prompt, self.stop) for b, prompt in zip(budgets, prompts, strict=True)

@@ -80,15 +80,6 @@ def wrap(model: RecurrentDepthModel) -> RecurrentDepthForCausalLM:
     return wrapped
 
 
-def unwrap(model: RecurrentDepthForCausalLM) -> RecurrentDepthModel:
-    """The other way: our model around the modules of the transformers class, for `recurrent_depth.generation`."""
-    with torch.device("meta"):
-        inner = RecurrentDepthModel(model.config.to_model_config())
-    inner.transformer, inner.lm_head = model.transformer, model.lm_head
-    inner.freqs_cis = model.freqs_cis
-    return inner.eval()
-
-
 def fast_tokenizer(file: Path | None) -> Any:
     """Return the transformers tokenizer of a run's tokenizer.json, with its special tokens and chat template."""
     if file is None:

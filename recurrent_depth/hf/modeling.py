@@ -18,13 +18,13 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from recurrent_depth.hf.caches import CacheLayers, make_cache
 from recurrent_depth.hf.clock import DepthClock
 from recurrent_depth.hf.configuration import RecurrentDepthConfig
-from recurrent_depth.hf.slots import Slots, make_cache
-from recurrent_depth.model.attention import Attend
+from recurrent_depth.model.attention import AttentionFunction, on_heads
 from recurrent_depth.model.config import Kernels
-from recurrent_depth.model.layers import RMSNorm, rotary_at, rotary_table
-from recurrent_depth.model.loss import wide
+from recurrent_depth.model.layers import NORMS, rotary_at, rotary_table
+from recurrent_depth.model.loss import to_float32
 from recurrent_depth.model.ops import choose_ops, use_ops
 from recurrent_depth.model.recurrence import NumSteps, random_state, sample_depth, split_steps
 from recurrent_depth.model.transformer import Transformer, initial_value
@@ -77,10 +77,10 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         self.clock = DepthClock()
         self.post_init()
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "transformer":  # libraries that bring their own head (TRL) call the base model alone
-            value.forward = self.backbone
+    @property
+    def base_model(self) -> Callable[..., "BackboneOutput"]:
+        """Everything before the head, with the arguments of `forward`; libraries with their own head (TRL) call it."""
+        return self.backbone
 
     def set_kernels(self, kernels: Kernels, released_rounding: bool = False) -> None:
         """Choose who computes the element-wise operations, for the device the model is on now.
@@ -112,7 +112,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             init.copy_(self.freqs_cis, rotary_table(self.model_config))
         prefix = next((name for name, m in self.named_modules() if m is module), "")
         for name, p in module.named_parameters(recurse=False):
-            if isinstance(module, RMSNorm):
+            if isinstance(module, tuple(NORMS.values())):
                 init.ones_(p)
             else:
                 init.copy_(p, initial_value(f"{prefix}.{name}", p.shape, self.model_config, seed=0))
@@ -160,7 +160,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = wide(self.lm_head(backbone.last_hidden_state[:, kept]))
+        logits = to_float32(self.lm_head(backbone.last_hidden_state[:, kept]))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -196,19 +196,19 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         assert x is not None
         if use_cache and past_key_values is None and not self.training:
             past_key_values = make_cache(self.config, 1)
-        slots = None if past_key_values is None else Slots(past_key_values, self.config)
-        position_ids = self._positions(x, slots, attention_mask, position_ids)
+        layers = None if past_key_values is None else CacheLayers(past_key_values, self.config)
+        position_ids = self._positions(x, layers, attention_mask, position_ids)
         steps, state = self._depth_and_state(x, position_ids, num_steps, input_states, state_seed)
         mask = self._mask(x, attention_mask, past_key_values, position_ids)
-        attend = self._attend(mask, slots, kwargs)
+        attention = self._attention(mask, layers, kwargs)
         rotary = rotary_at(self.freqs_cis, position_ids)
 
         with _recorded(self.transformer, x, bool(output_hidden_states)) as hidden_states:
-            e = self.transformer.read(x, rotary, attend)
-            state = self.transformer.think(state, e, steps, rotary, attend)
-            hidden = self.transformer.write(state, rotary, attend)
-        if slots is not None:
-            slots.finish(sum(split_steps(steps)))
+            e = self.transformer.run_prelude(x, rotary, attention)
+            state = self.transformer.iterate(state, e, steps, rotary, attention)
+            hidden = self.transformer.run_coda(state, rotary, attention)
+        if layers is not None:
+            layers.finish(sum(split_steps(steps)))
         recorded = tuple(hidden_states) if output_hidden_states else None
         return BackboneOutput(hidden, past_key_values, recorded, last_state=state)
 
@@ -228,8 +228,10 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits [B, T, V] that the coda reads off a state [B, T, D] of any step (before ln_f, whole sequences)."""
         position_ids = self._positions(state, None, attention_mask, position_ids)
         mask = self._mask(state, attention_mask, None, position_ids)
-        hidden = self.transformer.write(state, rotary_at(self.freqs_cis, position_ids), self._attend(mask, None, {}))
-        return wide(self.lm_head(hidden))
+        hidden = self.transformer.run_coda(
+            state, rotary_at(self.freqs_cis, position_ids), self._attention(mask, None, {})
+        )
+        return to_float32(self.lm_head(hidden))
 
     def _mask(self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None, position_ids: Tensor) -> Any:
         return create_causal_mask(
@@ -240,10 +242,10 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
         )
 
-    def _positions(self, x: Tensor, slots: Slots | None, mask: Tensor | None, given: Tensor | None) -> Tensor:
+    def _positions(self, x: Tensor, layers: CacheLayers | None, mask: Tensor | None, given: Tensor | None) -> Tensor:
         """Position ids [B or 1, T]: as given, else counted in the mask, else counted on from the cache."""
         T = x.shape[1]
-        past = 0 if slots is None else slots.past
+        past = 0 if layers is None else layers.past
         if given is not None:
             positions = given
         elif mask is not None and mask.ndim == 2:
@@ -295,19 +297,19 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         with_gradient = total if k is None else min(k, total)
         return total - with_gradient, with_gradient
 
-    def _attend(self, mask: Any, slots: Slots | None, kwargs: dict[str, Any]) -> Attend:
+    def _attention(self, mask: Any, layers: CacheLayers | None, kwargs: dict[str, Any]) -> AttentionFunction:
         """transformers' attention function and cache, in the form the blocks call."""
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         scaling = self.model_config.head_dim**-0.5
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, slot: int) -> Tensor:
-            self.layer_idx = slot  # paged attention reads it
-            if slots is not None:
-                k, v = slots.update(k, v, slot)
+        def attend(q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
+            self.layer_idx = layer_index  # paged attention reads it
+            if layers is not None:
+                k, v = layers.update(k, v, layer_index)
             y, _ = function(self, q, k, v, mask, scaling=scaling, dropout=0.0, **kwargs)
             return y.transpose(1, 2)  # [B, H, T, K]
 
-        return attend
+        return on_heads(attend)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """transformers' inputs, with the number of steps and the seed of the state of the generation config."""
@@ -369,5 +371,5 @@ def eager_attention(
     scores = q @ k.transpose(-1, -2) * scaling
     if mask is not None:
         scores = scores + mask
-    weights = wide(scores).softmax(-1).to(q.dtype)
+    weights = to_float32(scores).softmax(-1).to(q.dtype)
     return (weights @ v).transpose(1, 2), weights

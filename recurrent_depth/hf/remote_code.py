@@ -14,7 +14,7 @@ AUTO_MAP = {
 
 _CODE = {
     "model": ("attention", "config", "layers", "loss", "ops", "random", "recurrence", "transformer"),
-    "hf": ("clock", "configuration", "modeling", "slots"),
+    "hf": ("caches", "clock", "configuration", "modeling"),
 }
 """The files of a copy, by the part of this package they come from."""
 

@@ -30,6 +30,7 @@ class ModelConfig:
         mean_backprop_depth: last iterations that carry gradient (k); null trains through all of them.
         sampling_scheme: `poisson-lognormal-filling` samples the depth, `fixed` always runs `mean_recurrence`.
         state_init: `like-init` draws the initial state in training, `zero` starts from zeros.
+        norm: class of the norms, by its name in `recurrent_depth.model.layers.NORMS`.
         norm_eps: epsilon of the norms.
         rope_base: base of the rotary embedding.
         qk_bias: queries and keys have a bias.
@@ -52,6 +53,7 @@ class ModelConfig:
     rope_base: float = 50_000.0
     qk_bias: bool = True
     tie_embeddings: bool = True
+    norm: Literal["rms", "layer"] = "rms"
 
     def __post_init__(self) -> None:
         for name in (

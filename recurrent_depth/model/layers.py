@@ -1,4 +1,6 @@
-"""The blocks: RMSNorm, rotary attention, gated MLP, and the sandwich that joins them (arXiv 2502.05171, section 3).
+"""The blocks: norms, rotary attention, gated MLP, and the sandwich that joins them (arXiv 2502.05171, section 3).
+
+A block's modules run when it calls them; a fused kernel is how a module is implemented, chosen by its `ops`.
 
 Shapes: B batch, T tokens, D width, H heads, K head size, I inner width.
 """
@@ -6,12 +8,9 @@ Shapes: B batch, T tokens, D width, H heads, K head size, I inner width.
 import torch
 from torch import Tensor, nn
 
-from recurrent_depth.model.attention import Attend, ProjectedAttend
+from recurrent_depth.model.attention import AttentionFunction, Projection, Rotary
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.ops import TORCH_OPS
-
-Rotary = tuple[Tensor, Tensor]
-"""cos and signed sin, each [B or 1, T, K] in fp32."""
 
 
 class RMSNorm(nn.Module):
@@ -23,12 +22,35 @@ class RMSNorm(nn.Module):
         self.ops = TORCH_OPS
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor:
+        """Return the norm of x, or of x + branch."""
+        if branch is None:
+            return self.ops.rms_norm(x, self.weight, self.eps)
+        return self.ops.add_norm(x, branch, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm with a learned weight and no bias."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__(width, eps, bias=False)
+
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor:
+        """Return the norm of x, or of x + branch."""
+        return super().forward(x if branch is None else x + branch)
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+"""By `ModelConfig.norm`. A norm is a class with `__init__(width, eps)` and `forward(x, branch=None)`."""
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """Return a new norm of the configured class."""
+    return NORMS[config.norm](config.n_embd, config.norm_eps)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with one fused projection, a learned bias on q and k, and interleaved RoPE."""
+    """Self-attention with one fused projection, a learned bias on q and k, and interleaved RoPE."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -39,13 +61,9 @@ class Attention(nn.Module):
         self.qk_bias = nn.Parameter(torch.zeros(shape)) if config.qk_bias else None
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, rotary: Rotary, attend: Attend, slot: int) -> Tensor:
-        qkv = self.Wqkv(x)
-        if isinstance(attend, ProjectedAttend):
-            y = attend.attend(self.ops, qkv, self.qk_bias, rotary, slot)
-        else:
-            y = attend(*self.ops.bias_rope(qkv, self.qk_bias, *rotary, self.n_heads), slot)  # [B, H, T, K]
-        return self.proj(y.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, rotary: Rotary, attention: AttentionFunction, layer_index: int) -> Tensor:
+        projection = Projection(self.Wqkv(x), self.qk_bias, rotary, self.n_heads, self.ops)
+        return self.proj(attention(projection, layer_index))
 
 
 class GatedMLP(nn.Module):
@@ -66,20 +84,17 @@ class SandwichBlock(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width, eps = config.n_embd, config.norm_eps
-        self.ops = TORCH_OPS
-        self.norm_1 = RMSNorm(width, eps)
+        self.norm_1 = make_norm(config)
         self.attn = Attention(config)
-        self.norm_2 = RMSNorm(width, eps)
-        self.norm_3 = RMSNorm(width, eps)
+        self.norm_2 = make_norm(config)
+        self.norm_3 = make_norm(config)
         self.mlp = GatedMLP(config)
-        self.norm_4 = RMSNorm(width, eps)
+        self.norm_4 = make_norm(config)
 
-    def forward(self, x: Tensor, rotary: Rotary, attend: Attend, slot: int) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, attention: AttentionFunction, layer_index: int) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
-        y = self.attn(self.norm_1(x), rotary, attend, slot)
-        x, y = self.ops.add_norm_norm(x, y, self.norm_2.weight, self.norm_3.weight, self.norm_2.eps)
-        return self.ops.add_norm(x, self.mlp(y), self.norm_4.weight, self.norm_4.eps)
+        x = self.norm_2(x, self.attn(self.norm_1(x), rotary, attention, layer_index))
+        return self.norm_4(x, self.mlp(self.norm_3(x)))
 
 
 def rotary_table(config: ModelConfig) -> Tensor:

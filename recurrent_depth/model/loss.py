@@ -35,11 +35,11 @@ class _Chunked(torch.autograd.Function):
         with_gradient = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden) if with_gradient else None
         grad_weight = torch.zeros_like(weight) if with_gradient else None
-        total = wide(hidden.new_zeros(()))
+        total = to_float32(hidden.new_zeros(()))
         for start in range(0, len(targets), chunk_size):
             rows = slice(start, start + chunk_size)
             h, target = hidden[rows], targets[rows]
-            logp = wide(F.linear(h, weight)).log_softmax(-1)  # [chunk, V]
+            logp = to_float32(F.linear(h, weight)).log_softmax(-1)  # [chunk, V]
             total = total + F.nll_loss(logp, target, ignore_index=IGNORE_INDEX, reduction="sum")
             if grad_hidden is not None and grad_weight is not None:
                 valid = target != IGNORE_INDEX
@@ -60,12 +60,12 @@ class _Chunked(torch.autograd.Function):
 
 
 def _summed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    logits = wide(F.linear(hidden, weight))
+    logits = to_float32(F.linear(hidden, weight))
     return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def wide(x: Tensor) -> Tensor:
-    """At least fp32."""
+def to_float32(x: Tensor) -> Tensor:
+    """Return x in fp32, or as it is in fp32 and fp64."""
     return x if x.element_size() >= 4 else x.float()
 
 

@@ -20,8 +20,8 @@ from recurrent_depth.model.random import truncated_normal
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, released_rounding: bool = False) -> Tensor:
     """x [..., D], weight [D] -> [..., D]: x / sqrt(mean(x²) + eps) * weight, computed in fp32 (or fp64)."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    h = x if x.dtype == torch.float64 else x.float()
+    normal = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     if released_rounding:
         normal = normal.to(x.dtype)
     return (normal * weight).to(x.dtype)
@@ -30,14 +30,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, released_rounding: bool = Fa
 def add_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: float, released_rounding: bool = False) -> Tensor:
     """rms_norm(residual + branch): the sandwich norm wraps the residual sum (arXiv 2502.05171, section 3.2)."""
     return rms_norm(residual + branch, weight, eps, released_rounding)
-
-
-def add_norm_norm(
-    residual: Tensor, branch: Tensor, weight_a: Tensor, weight_b: Tensor, eps: float, released_rounding: bool = False
-) -> tuple[Tensor, Tensor]:
-    """a = rms_norm(residual + branch, weight_a) and b = rms_norm(a, weight_b), both [..., D]."""
-    a = add_norm(residual, branch, weight_a, eps, released_rounding)
-    return a, rms_norm(a, weight_b, eps, released_rounding)
 
 
 def bias_rope(
@@ -73,44 +65,58 @@ def rope_into_cache(
     qkv: Tensor, q_bias: Tensor | None, k_bias: Tensor | None, cos: Tensor, sin: Tensor, entries: Tensor,
     steps: Tensor, columns: Tensor, active: Tensor, n_heads: int,
 ) -> Tensor:  # fmt: skip
-    """`bias_rope` at decode: returns q [B, H, T, K] and stores k, v in the cache; what the host need not know stays
-    on the device.
+    """`bias_rope` at decode: return q [B, H, T, K] and store k, v in the cache, without host synchronisation.
 
-    entries [R, 2, B, H, S, K], a layer's part of the cache with a budget of R recurrences, is changed in place: the
-    active tokens [B, T] of row b go to slot steps[b] mod R, from column columns[b] on. Biases [H, K].
+    entries [R, 2, B, H, S, K], a layer's part of a cache with a budget of R iterations, is changed in place: the active
+    tokens [B, T] of row b go to place steps[b] mod R, from column columns[b] on. Biases [H, K].
     """
     bias = None if q_bias is None or k_bias is None else torch.stack([q_bias, k_bias])[:, None]
     q, k, v = bias_rope(qkv, bias, cos, sin, n_heads)
     rows = torch.arange(len(qkv), device=qkv.device)
-    slots = steps % len(entries)
+    places = steps % len(entries)
     for t in range(qkv.shape[1]):
         new = torch.stack([k[:, :, t], v[:, :, t]], dim=1)  # [B, 2, H, K]
-        at = (slots, slice(None), rows, slice(None), columns + t)
+        at = (places, slice(None), rows, slice(None), columns + t)
         entries[at] = torch.where(active[:, t, None, None, None], new, entries[at])
     return q
 
 
-def decode_attention(
-    q: Tensor, entries: Tensor, depths: Tensor, mask: Tensor | None, steps: Tensor, lengths: Tensor
-) -> Tensor:
-    """Attention of q [B, H, T, K], the last T of each row's lengths[b] columns, over a recurrence-indexed cache.
+def read_place(steps: Tensor, depths: Tensor, budget: int, released: bool = False) -> Tensor:
+    """Return the place where an iteration reads a token, of a cache that keeps `budget` iterations.
 
-    A cached token is seen by the entry of step min(steps[b], depth - 1), modulo the budget R (arXiv 2502.05171,
-    section 6.2): entries [R, 2, B, H, S, K], depths [B, S]. mask [B, S] is nonzero where a column is a real token; a
-    new token always sees itself. Copies the entries it reads, where R is above 1; the kernel reads them in place.
+    Iteration i writes place i mod b (arXiv 2502.05171, section 6.2). A token that took d iterations is read at its last
+    one from there on, min(i, d - 1), so at place min(i, d - 1) mod b. The released code reads place i mod b as long as
+    the token has written there, min(i mod b, d - 1). Both are the same without a budget, with a budget of one, and
+    where every token takes all iterations.
+
+    Args:
+        steps: the iteration i that reads, from 0; broadcasts with `depths`, the iterations d that a token took.
+    """
+    if released:
+        return torch.minimum(steps % budget, depths - 1)
+    return torch.minimum(steps, depths - 1) % budget
+
+
+def decode_attention(
+    q: Tensor, entries: Tensor, depths: Tensor, lanes: Tensor | None, starts: Tensor, lengths: Tensor, steps: Tensor,
+    released: bool,
+) -> Tensor:  # fmt: skip
+    """Attention of q [N, H, T, K], the last T of each row's lengths[n] columns, over lane lanes[n] (or n) of a cache.
+
+    entries [R, 2, B, H, S, K] and depths [B, S] are read by the rule of `read_place`, from column starts[n] on. Copies
+    the entries it reads, where R is above 1; the kernel reads them in place.
     """
     T, S = q.shape[2], entries.shape[4]
-    chosen = entries[0]
-    if len(entries) > 1:
-        slots = torch.minimum(steps[:, None], depths - 1) % len(entries)
-        index = slots[None, None, :, None, :, None].expand(1, *entries.shape[1:])
-        chosen = entries.gather(0, index)[0]  # [2, B, H, S, K]
     column = torch.arange(S, device=q.device)
-    own = lengths[:, None, None] - T + torch.arange(T, device=q.device)[:, None]  # [B, T, 1]
-    seen = column <= own
-    if mask is not None:
-        seen = seen & (mask[:, None] != 0) | (column == own)
-    return F.scaled_dot_product_attention(q, chosen[0], chosen[1], attn_mask=seen[:, None])
+    if len(entries) == 1:
+        keys, values = entries[0] if lanes is None else entries[0][:, lanes]  # [N, H, S, K]
+    else:
+        row = torch.arange(len(q), device=q.device) if lanes is None else lanes
+        places = read_place(steps[:, None], depths[row, :S], len(entries), released)  # [N, S]
+        keys, values = entries[places, :, row[:, None], :, column].permute(2, 0, 3, 1, 4)
+    own = lengths[:, None, None] - T + torch.arange(T, device=q.device)[:, None]  # [N, T, 1]
+    seen = (column <= own) & (column >= starts[:, None, None])
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None])
 
 
 @dataclass(frozen=True)
@@ -119,12 +125,16 @@ class Ops:
 
     rms_norm: Callable[..., Tensor] = rms_norm
     add_norm: Callable[..., Tensor] = add_norm
-    add_norm_norm: Callable[..., tuple[Tensor, Tensor]] = add_norm_norm
     bias_rope: Callable[..., tuple[Tensor, Tensor, Tensor]] = bias_rope
     swiglu: Callable[[Tensor], Tensor] = swiglu
     truncated_normal: Callable[..., Tensor] = truncated_normal
     rope_into_cache: Callable[..., Tensor] = rope_into_cache
     decode_attention: Callable[..., Tensor] = decode_attention
+
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether `decode_attention` reads the cache where it lies."""
+        return self.decode_attention is not decode_attention
 
 
 TORCH_OPS = Ops()
@@ -160,7 +170,6 @@ def _rounding(ops: Ops, released: bool) -> Ops:
         ops,
         rms_norm=partial(ops.rms_norm, released_rounding=True),
         add_norm=partial(ops.add_norm, released_rounding=True),
-        add_norm_norm=partial(ops.add_norm_norm, released_rounding=True),
     )
 
 

@@ -1,6 +1,6 @@
-"""How deep to think, and the loop that does it.
+"""The loop over the core blocks, how many iterations it runs, and the state it starts from.
 
-Shapes: B batch, T tokens, D width, R steps.
+Shapes: B batch, T tokens, D width, R iterations.
 """
 
 import math
@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from recurrent_depth.model.attention import Attend
+from recurrent_depth.model.attention import AttentionFunction, Rotary
 from recurrent_depth.model.config import Checkpointing, ModelConfig
-from recurrent_depth.model.layers import Rotary, SandwichBlock
+from recurrent_depth.model.layers import SandwichBlock
 from recurrent_depth.model.ops import TORCH_OPS, Ops
 from recurrent_depth.model.random import DEPTH_STREAM, generator
 
 NumSteps = int | tuple[int, int]
-"""Steps of the core: an int (all carry gradient), or (steps without gradient, steps with)."""
+"""Core iterations: an int (all carry gradient), or (iterations without gradient, iterations with)."""
 
 Adapt = Callable[[Tensor, Tensor], Tensor]
 """(state [B, T, D], injection [B, T, D]) -> input of the first core block [B, T, D]"""
 
 OnStep = Callable[[int, Tensor], bool | None]
-"""Called with (steps done, state) after every step; returning True ends the loop."""
+"""Called with (iterations done, state) after every iteration; returning True ends the loop."""
 
 
 DEPTH_SIGMA = 0.5
@@ -41,10 +41,10 @@ def split_steps(num_steps: NumSteps) -> tuple[int, int]:
 
 
 def sample_depth(config: ModelConfig, *, seed: int, step: int, micro_step: int) -> tuple[int, int]:
-    """Steps (without gradient, with gradient) of one micro-step: a pure function of its arguments, equal on all ranks.
+    """Return the iterations (without gradient, with gradient) of a micro-step: a pure function, equal on all ranks.
 
     Log-normal Poisson (arXiv 2502.05171, section 3.3): tau ~ Normal(log m - sigma²/2, sigma), m = max(mean, k),
-    r ~ Poisson(exp tau) + 1; the last k steps carry gradient.
+    r ~ Poisson(exp tau) + 1; the last k iterations carry gradient.
     """
     mean = config.mean_recurrence
     k = config.mean_backprop_depth
@@ -70,13 +70,14 @@ def random_state(
 
 
 class RecurrentCore(nn.ModuleList):
-    """The core blocks and the loop over them. One module, so that sharding gathers its weights once for all steps.
+    """The core blocks and the loop over them. One module, so that sharding gathers its weights once for the whole loop.
 
-    `activation_checkpointing` recomputes whole steps or single blocks in the backward pass.
+    `activation_checkpointing` recomputes whole iterations or single blocks in the backward pass.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(SandwichBlock(config) for _ in range(config.n_layers_in_recurrent_block))
+        self.first_layer = config.n_layers_in_prelude + config.n_layers_in_coda  # layer indices before the core's
         self.ops = TORCH_OPS
         self.activation_checkpointing: Checkpointing = "none"
 
@@ -87,20 +88,18 @@ class RecurrentCore(nn.ModuleList):
         adapt: Adapt,
         num_steps: NumSteps,
         rotary: Rotary,
-        attend: Attend,
-        first_slot: int = 0,
+        attention: AttentionFunction,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Run the loop from `state` [B, T, D]; `injection` [B, T, D] enters at every step. Returns the last state.
+        """Run the loop from `state` [B, T, D]; `injection` [B, T, D] enters at every iteration. Return the last state.
 
-        Memory does not grow with the steps without gradient. `first_slot` is the cache slot of the first block.
+        Memory does not grow with the iterations without gradient.
         """
         without, with_gradient = split_steps(num_steps)
-        for step in range(without + with_gradient):
-            slot = first_slot + step * len(self)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and step >= without):
-                state = self._checkpointed_step(state, injection, adapt, rotary, attend, slot)
-            if on_step is not None and on_step(step + 1, state):
+        for iteration in range(without + with_gradient):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and iteration >= without):
+                state = self._checkpointed_step(state, injection, adapt, rotary, attention, iteration)
+            if on_step is not None and on_step(iteration + 1, state):
                 break
         return state
 
@@ -110,13 +109,19 @@ class RecurrentCore(nn.ModuleList):
         return self.step(state, *args)
 
     def step(
-        self, state: Tensor, injection: Tensor, adapt: Adapt, rotary: Rotary, attend: Attend, first_slot: int
+        self,
+        state: Tensor,
+        injection: Tensor,
+        adapt: Adapt,
+        rotary: Rotary,
+        attention: AttentionFunction,
+        iteration: int,
     ) -> Tensor:
-        """One recurrence: s_i = core(adapter([s_{i-1}; e])). [B, T, D] -> [B, T, D]."""
+        """Run an iteration, counted from 0: s_{i+1} = core(adapter([s_i; e])). [B, T, D] -> [B, T, D]."""
         x = adapt(state, injection)
-        for offset, block in enumerate(self):
+        for layer_index, block in enumerate(self, start=self.first_layer + iteration * len(self)):
             if self.activation_checkpointing == "block" and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, attend, first_slot + offset, use_reentrant=False)
+                x = checkpoint(block, x, rotary, attention, layer_index, use_reentrant=False)
             else:
-                x = block(x, rotary, attend, first_slot + offset)
+                x = block(x, rotary, attention, layer_index)
         return x

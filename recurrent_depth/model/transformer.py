@@ -1,6 +1,6 @@
 """The model: prelude, recurrent core, coda (arXiv 2502.05171). Free of transformers, files and processes.
 
-Shapes: B batch, T tokens, D width, R steps, V vocabulary.
+Shapes: B batch, T tokens, D width, R iterations, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recurrent_depth.model.attention import Attend, Cache, attention_for
+from recurrent_depth.model.attention import AttentionFunction, Rotary, attention_for
 from recurrent_depth.model.config import ModelConfig
-from recurrent_depth.model.layers import RMSNorm, Rotary, SandwichBlock, rotary_at, rotary_table
-from recurrent_depth.model.loss import linear_cross_entropy, shift_labels, valid_targets, wide
+from recurrent_depth.model.layers import SandwichBlock, make_norm, rotary_at, rotary_table
+from recurrent_depth.model.loss import linear_cross_entropy, shift_labels, to_float32, valid_targets
 from recurrent_depth.model.random import named_generator
 from recurrent_depth.model.recurrence import Adapt, NumSteps, OnStep, RecurrentCore
 
@@ -28,30 +28,25 @@ class Transformer(nn.Module):
         self.adapter = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
         self.core_block = RecurrentCore(config)
         self.coda = nn.ModuleList(SandwichBlock(config) for _ in range(config.n_layers_in_coda))
-        self.ln_f = RMSNorm(config.n_embd, config.norm_eps)
-
-    # Cache slots: [prelude | coda | core step 0 | core step 1 | ...], so that depth may vary without moving the coda.
-    @property
-    def first_core_slot(self) -> int:
-        return len(self.prelude) + len(self.coda)
+        self.ln_f = make_norm(config)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """input_ids [B, T] -> scaled embeddings [B, T, D]."""
         return self.wte(input_ids) * self.embed_scale
 
-    def read(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        """Prelude: embeddings [B, T, D] -> e [B, T, D]."""
-        for slot, block in enumerate(self.prelude):
-            x = block(x, rotary, attend, slot)
+    def run_prelude(self, x: Tensor, rotary: Rotary, attention: AttentionFunction) -> Tensor:
+        """Embeddings [B, T, D] -> e [B, T, D]."""
+        for layer_index, block in enumerate(self.prelude):
+            x = block(x, rotary, attention, layer_index)
         return x
 
     def injection(self, e: Tensor) -> tuple[Tensor, Adapt]:
-        """What enters the core at every step, and the function that adds it to the state.
+        """Return what enters the core at every iteration, and the function that adds it to the state.
 
         adapter([s; e]) = s W_sᵀ + e W_eᵀ, and e does not change: the second product is made once. An adapter that was
-        replaced (LoRA, quantised) keeps the concatenation, so that its own forward runs.
+        replaced, wrapped or quantised (LoRA, torchao, hooks) keeps the concatenation, so that its own forward runs.
         """
-        if type(self.adapter) is not nn.Linear:
+        if not _computes_a_plain_product(self.adapter):
             return e, self._concatenate
         state_weight, input_weight = self.adapter.weight.split(e.shape[-1], dim=1)
         return F.linear(e, input_weight), lambda state, injected: F.linear(state, state_weight) + injected
@@ -59,27 +54,41 @@ class Transformer(nn.Module):
     def _concatenate(self, state: Tensor, e: Tensor) -> Tensor:
         return self.adapter(torch.cat([state, e], dim=-1))
 
-    def think(
+    def iterate(
         self,
         state: Tensor,
         e: Tensor,
         num_steps: NumSteps,
         rotary: Rotary,
-        attend: Attend,
-        first_step: int = 0,
+        attention: AttentionFunction,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Iterate the core from `state` [B, T, D]; `first_step` says how many steps that state has already had."""
+        """Return `state` [B, T, D] after `num_steps` iterations of the core."""
         injected, adapt = self.injection(e)
-        first_slot = self.first_core_slot + first_step * len(self.core_block)
-        return self.core_block(state, injected, adapt, num_steps, rotary, attend, first_slot, on_step)
+        return self.core_block(state, injected, adapt, num_steps, rotary, attention, on_step)
 
-    def write(self, state: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        """Coda: state [B, T, D] -> hidden [B, T, D] for the head. `ln_f` is used on both sides of it."""
+    def run_coda(self, state: Tensor, rotary: Rotary, attention: AttentionFunction) -> Tensor:
+        """State [B, T, D] -> hidden [B, T, D] for the head. `ln_f` is used on both sides of the coda."""
         x = self.ln_f(state)
         for offset, block in enumerate(self.coda):
-            x = block(x, rotary, attend, len(self.prelude) + offset)
+            x = block(x, rotary, attention, len(self.prelude) + offset)
         return self.ln_f(x)
+
+
+def _computes_a_plain_product(linear: nn.Module) -> bool:
+    """Return whether calling the module is x Wᵀ and nothing else, decided by exact types."""
+    if type(linear) is not nn.Linear or linear.bias is not None or "forward" in vars(linear):
+        return False
+    return not linear._forward_hooks and not linear._forward_pre_hooks and _is_plain(linear.weight)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Return whether a tensor holds its values itself; quantised weights are subclasses that may not be sliced."""
+    if type(weight) in (Tensor, nn.Parameter):
+        return True
+    from torch.distributed.tensor import DTensor  # not at the top: it takes a fifth of a second to import
+
+    return type(weight) is DTensor and _is_plain(weight.to_local())
 
 
 @dataclass
@@ -90,7 +99,7 @@ class ModelOutput:
         logits: [B, T, V] in fp32; None where only the loss was asked for.
         loss: mean over valid labels (`labels`), or sum over valid targets (`targets`); None without either.
         state: s_R [B, T, D], before ln_f.
-        states: the state after every step, R tensors [B, T, D], if asked for.
+        states: the state after every iteration, R tensors [B, T, D], if asked for.
     """
 
     logits: Tensor | None
@@ -113,6 +122,11 @@ class RecurrentDepthModel(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
         self.register_buffer("freqs_cis", rotary_table(config))
 
+    @property
+    def model_config(self) -> ModelConfig:
+        """The configuration, by the name it has in the transformers class as well."""
+        return self.config
+
     def forward(
         self,
         input_ids: Tensor,
@@ -124,7 +138,6 @@ class RecurrentDepthModel(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
-        cache: Cache | None = None,
         return_states: bool = False,
         loss_chunk_size: int | None = None,
     ) -> ModelOutput:
@@ -132,50 +145,43 @@ class RecurrentDepthModel(nn.Module):
 
         Args:
             input_ids: [B, T].
-            num_steps: steps of the core, an int, or (without, with) gradient; default: the config's mean_recurrence.
+            num_steps: core iterations, an int, or (without, with) gradient; default: the config's mean_recurrence.
             input_states: initial state [B, T, D]; default zeros.
             labels: [B, T], shifted here, -100 ignored; the loss is their mean.
             targets: [B, T], aligned already, -100 ignored; the loss is their sum and no logits are returned.
-            attention_mask: [B, S], nonzero where a token is real, cached columns included.
-            position_ids: [B or 1, T]; default: from the mask where there is one, else counted on from the cache.
+            attention_mask: [B, T], nonzero where a token is real.
+            position_ids: [B or 1, T]; default: counted, in the mask where there is one.
             document_ids: [B, T]; tokens see only their own document.
-            cache: holds the keys and values of earlier tokens and takes those of this pass.
-            return_states: keep the state after every step.
+            return_states: keep the state after every iteration.
             loss_chunk_size: with `targets`, tokens whose logits exist at one time.
         """
-        past = cache.length() if cache is not None else 0
-        if past + input_ids.shape[1] > self.config.block_size and position_ids is None:
+        if input_ids.shape[1] > self.config.block_size and position_ids is None:
             raise ValueError(
-                f"{past + input_ids.shape[1]} tokens exceed model.block_size {self.config.block_size}; "
+                f"{input_ids.shape[1]} tokens exceed model.block_size {self.config.block_size}; "
                 "shorten the input or use a model with a longer block_size"
             )
-        rotary = rotary_at(self.freqs_cis, self._positions(input_ids, past, attention_mask, position_ids))
-        attend = attention_for(
-            input_ids.shape[1], attention_mask=attention_mask, document_ids=document_ids, cache=cache
-        )
-        e = self.transformer.read(self.transformer.embed(input_ids), rotary, attend)
+        rotary = rotary_at(self.freqs_cis, self._positions(input_ids, attention_mask, position_ids))
+        attention = attention_for(input_ids.shape[1], attention_mask=attention_mask, document_ids=document_ids)
+        e = self.transformer.run_prelude(self.transformer.embed(input_ids), rotary, attention)
         state = torch.zeros_like(e) if input_states is None else input_states.to(e.dtype)
         states: list[Tensor] | None = [] if return_states else None
         record = None if states is None else lambda step, s: states.append(s)
         steps = self.config.mean_recurrence if num_steps is None else num_steps
-        state = self.transformer.think(state, e, steps, rotary, attend, on_step=record)
-        hidden = self.transformer.write(state, rotary, attend)
-        if cache is not None:
-            cache.advance(input_ids.shape[1])
+        state = self.transformer.iterate(state, e, steps, rotary, attention, record)
+        hidden = self.transformer.run_coda(state, rotary, attention)
         if targets is not None:
             loss = linear_cross_entropy(hidden, self.lm_head.weight, targets, loss_chunk_size)
             return ModelOutput(None, loss, state, states)
-        logits = wide(self.lm_head(hidden))
+        logits = to_float32(self.lm_head(hidden))
         return ModelOutput(logits, _labels_loss(logits, labels), state, states)
 
     @staticmethod
-    def _positions(input_ids: Tensor, past: int, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+    def _positions(input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
         if position_ids is not None:
             return position_ids
-        T = input_ids.shape[1]
         if mask is not None:
-            return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -T:]
-        return torch.arange(past, past + T, device=input_ids.device)[None]
+            return (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

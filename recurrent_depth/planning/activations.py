@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recurrent_depth.model.attention import on_heads
 from recurrent_depth.model.config import Checkpointing, ModelConfig
 from recurrent_depth.model.layers import rotary_at
 from recurrent_depth.model.transformer import RecurrentDepthModel
@@ -60,14 +61,15 @@ def activation_bytes(
             kept[storage._cdata] = (storage.nbytes(), tensor)  # holds the tensor, so that its address is not reused
         return tensor
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, slot: int) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
         return _Flash.apply(q, k, v)
 
     part = model.transformer
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        e = part.read(part.embed(ids), rotary, attend)
-        state = part.think(torch.zeros_like(e), e, steps, rotary, attend)
-        part.write(state, rotary, attend)
+        attention = on_heads(attend)
+        e = part.run_prelude(part.embed(ids), rotary, attention)
+        state = part.iterate(torch.zeros_like(e), e, steps, rotary, attention)
+        part.run_coda(state, rotary, attention)
     return sum(size for size, _ in kept.values())
 
 

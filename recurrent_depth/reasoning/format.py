@@ -76,7 +76,7 @@ class Formatter:
             waits: times that the end of thinking is replaced.
         """
         end = (self.end_think, self.begin_answer, *encode(self.tokenizer, self.format.answer_prefix))
-        return ThinkingBudget((self.begin_think,), end, self.wait if waits else (), at_most, rounds=waits)
+        return ThinkingBudget((self.begin_think,), end, self.wait if waits else (), at_most=at_most, rounds=waits)
 
     def read_reply(self, ids: list[int]) -> tuple[int, str]:
         """Return the number of thinking tokens and the text of the answer in what a model has written.

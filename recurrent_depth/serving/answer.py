@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from recurrent_depth.generation.stopping import TextStream, cut
+from recurrent_depth.generation.text import TextStream, cut
 
 
 class Answer:

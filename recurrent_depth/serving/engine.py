@@ -13,8 +13,9 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from recurrent_depth.generation.decoding import Decoding, decode
-from recurrent_depth.hf.loading import unwrap
+from recurrent_depth.generation.cache import cache_bytes
+from recurrent_depth.generation.engine import Decoder
+from recurrent_depth.generation.request import Decoding
 from recurrent_depth.hf.modeling import RecurrentDepthForCausalLM
 from recurrent_depth.serving.config import Limits
 
@@ -150,7 +151,7 @@ class DecoderEngine:
                 "default; raise the limit"
             )
         self.limits = limits
-        self.model = unwrap(model)
+        self.decoder = Decoder(model)
         self.waiting: deque[_Request] = deque()
         self.batch: list[_Request] = []
         self.closed = False
@@ -168,9 +169,8 @@ class DecoderEngine:
         return request
 
     def cache_tokens(self, num_steps: int) -> int:
-        weight = self.model.lm_head.weight
-        layers = self.model.config.unrolled_layers(num_steps)
-        return int(self.limits.cache_gib * 2**30 / (2 * layers * self.model.config.n_embd * weight.element_size()))
+        config, dtype = self.decoder.model.model_config, self.decoder.model.lm_head.weight.dtype
+        return int(self.limits.cache_gib * 2**30 / cache_bytes(config, 1, 1, num_steps, dtype=dtype))
 
     def load(self) -> tuple[int, int]:
         with self.changed:
@@ -235,7 +235,7 @@ class DecoderEngine:
         def on_token(row: int, token: int) -> bool:
             return batch[row].take(token) or self.closed
 
-        decode(self.model, [g.prompt for g in asked], options, requests=seeds, on_token=on_token)
+        self.decoder.generate([g.prompt for g in asked], options, requests=seeds, on_token=on_token)
         self._end(batch, StopAsyncIteration())
 
     @staticmethod

@@ -1,75 +1,108 @@
-"""`recurrent-depth generate`: text from prompts, with adaptive depth, shared caches and budgets of thinking."""
+"""`recurrent-depth generate`: continue prompts, with adaptive depth, shared caches and thinking limits."""
 
 import json
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from recurrent_depth.generation.decoding import OnToken
-from recurrent_depth.generation.stopping import TextStream
-from recurrent_depth.hf.engine import EngineOptions, decode_texts, text_of
-from recurrent_depth.hf.loading import load_model
+from recurrent_depth.checks import check_at_least, check_between
+from recurrent_depth.generation.config import EngineOptions
 from recurrent_depth.model.config import Kernels
+
+if TYPE_CHECKING:
+    from recurrent_depth.generation.request import OnToken
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(EngineOptions):
-    """Continue prompts; prints one JSON object a prompt, and what it took at the end.
+    """Continue prompts; print one JSON object per prompt, and what it took at the end.
 
     Args:
-        model: run folder, export or hub name.
-        prompts: texts; none reads standard input, one prompt a line.
+        model: run folder, checkpoint, export, Hugging Face folder or hub name.
+        prompt: text to continue, taken as it is; give the option once for each prompt. Without it, every line of
+            standard input is a prompt.
         max_new_tokens: tokens written after each prompt, at most.
-        temperature: 0 takes the likeliest token.
-        top_k, top_p: limits of sampling.
-        stop: texts that end a request.
-        chat: write prompts as chat.
-        stream: write the text of a single prompt to standard error as it comes.
-        device: cpu or cuda.
-        kernels: who computes the element-wise operations: auto, triton, torch.
+        temperature: 0 takes the most probable token.
+        top_k: sample among that many tokens; null: all.
+        top_p: sample among the most probable tokens that have this probability together.
+        stop: text that ends a request; give the option once for each text.
+        chat: write each prompt as the message of a user.
+        stream: write the text of a single prompt to standard error as it is made.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: of the weights; auto is bfloat16 on a GPU and float32 on a CPU.
+        kernels: implementation of the element-wise operations; auto is triton on a GPU.
     """
 
     model: str
-    prompts: list[str] = field(default_factory=list)
+    prompt: list[str] = field(default_factory=list, metadata={"literal": True})
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 1.0
-    stop: list[str] = field(default_factory=list)
+    stop: list[str] = field(default_factory=list, metadata={"literal": True})
     chat: bool = False
     stream: bool = False
-    device: str = "cpu"
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     kernels: Kernels = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        check_at_least("temperature", self.temperature, 0)
+        check_at_least("top_k", self.top_k, 1)
+        check_between("top_p", self.top_p, 0, 1, low_open=True)
+        if not all(self.stop):
+            raise ValueError("stop is an empty text; leave it out")
+        self.check_stream(self.prompt)
+
+    def check_stream(self, prompts: list[str]) -> None:
+        """Raise if several prompts are to be streamed."""
+        if self.stream and len(prompts) > 1:
+            raise ValueError(f"stream follows one prompt, and {len(prompts)} were given; leave stream out")
 
 
 def generate(config: GenerateConfig) -> None:
     """Decode all prompts."""
-    model, tokenizer = load_model(config.model, device=config.device, kernels=config.kernels)
+    from recurrent_depth.devices import choose_device, choose_dtype
+    from recurrent_depth.generation.engine import Decoder
+    from recurrent_depth.generation.exits import exit_rule
+    from recurrent_depth.hf.engine import decoding, stop_at, text_of
+    from recurrent_depth.hf.loading import load_model
+
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    if config.exit is not None:
+        exit_rule(config.exit, config.exit_threshold)  # an unknown rule is refused before the model is loaded
+    model, tokenizer = load_model(config.model, dtype, device, config.kernels)
     if tokenizer is None:
-        raise ValueError(f"{config.model} has no tokenizer; decode ids with recurrent_depth.generation.decoding")
-    prompts = config.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if config.stream and len(prompts) > 1:
-        raise ValueError(f"stream follows one prompt, there are {len(prompts)}; leave it out")
+        raise ValueError(f"model: {config.model} has no tokenizer; decode ids with recurrent_depth.generation")
+    prompts = config.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise ValueError("no prompt was given; use --prompt TEXT, or write one per line to standard input")
+    config.check_stream(prompts)
     ids = [_encode(tokenizer, prompt, config.chat) for prompt in prompts]
     ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end_turn|>")} - {None}
-    options = config.decoding(
-        tokenizer, max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
-        top_p=config.top_p, stop=tuple(sorted(ends)),
+    options = decoding(
+        config, tokenizer, max_new_tokens=config.max_new_tokens, num_steps=config.num_steps or model.config.num_steps,
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, stop=tuple(sorted(ends)),
     )  # fmt: skip
-    on_token = _printing(tokenizer) if config.stream else None
-    result = decode_texts(model, tokenizer, ids, options, config.mode(), config.stop, on_token)
+    on_token = stop_at(tokenizer, config.stop, options, _printing(tokenizer) if config.stream else None)
+    result = Decoder(model, config.mode()).generate(ids, options, on_token=on_token)
     for prompt, tokens, steps in zip(prompts, result.tokens, result.steps, strict=True):
         text = text_of(tokenizer, tokens, options, config.stop)
         print(json.dumps({"prompt": prompt, "text": text, "steps": steps}, ensure_ascii=False))
     print(
-        f"{sum(map(len, result.tokens))} tokens, {result.core_steps} core steps, {result.flops:.3g} FLOPs, "
+        f"{sum(map(len, result.tokens))} tokens, {result.core_steps} core iterations, {result.flops:.3g} FLOPs, "
         f"{result.cache_bytes / 2**20:.1f} MiB of cache",
         file=sys.stderr,
     )
 
 
-def _printing(tokenizer: Any) -> OnToken:
-    """Writes text to standard error as its tokens come."""
+def _printing(tokenizer: Any) -> "OnToken":
+    """Return a function that writes text to standard error as its tokens come."""
+    from recurrent_depth.generation.text import TextStream
+
     text = TextStream(tokenizer.decode)
 
     def write(request: int, token: int) -> None:

@@ -16,12 +16,12 @@ from recurrent_depth.evaluation.budgets import Attempt, Attempts, Examiner, Ques
 from recurrent_depth.evaluation.config import ControlsConfig
 from recurrent_depth.evaluation.controls import best_of, majority, run_controls
 from recurrent_depth.evaluation.table import read_csv
-from recurrent_depth.generation.decoding import Decoding, decode
+from recurrent_depth.generation.request import Decoding
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.reasoning.config import ThinkingFormat
 from recurrent_depth.reasoning.format import Formatter
 from recurrent_depth.training.launch import train
-from support import lively_model, small_run
+from support import decode, lively_model, small_run
 
 END_THINK = WORDS.index("<|end_think|>")
 

@@ -13,9 +13,10 @@ from recurrent_depth.cli import main
 from recurrent_depth.evaluation.command import evaluate
 from recurrent_depth.evaluation.config import BudgetGrid, EvalConfig, LmEvalConfig, TaskGroup
 from recurrent_depth.evaluation.harness import RecurrentLM, check_tasks, read_report
-from recurrent_depth.generation.decoding import decode
-from recurrent_depth.hf.engine import EngineOptions
-from recurrent_depth.hf.loading import load_model, unwrap
+from recurrent_depth.generation.config import EngineOptions, Thinking
+from recurrent_depth.hf.engine import decoding
+from recurrent_depth.hf.loading import load_model
+from support import decode
 
 CONTEXTS = ["the quick", "how many apples are there?", "7"]
 
@@ -35,14 +36,16 @@ def ask(lm, **options):
 
 
 def test_answers_and_stop_texts_are_read_after_the_thinking_part(lm):
-    options = {"think": True, "think_at_most": 6, "think_at_least": 4, "waits": 1, "wait": "e"}
+    thinking = {"at_most": 6, "at_least": 4, "rounds": 1, "wait": "e"}
+    options = {f"thinking.{name}": value for name, value in thinking.items()}
     lm.spent = Counter()
     answers = ask(lm, **options)
-    decoding = EngineOptions(num_steps=3, **options).decoding(lm.tokenizer, max_new_tokens=24, stop=(lm.eot_token_id,))
-    end = decoding.thinking.end[0]
+    engine = EngineOptions(num_steps=3, thinking=Thinking(**thinking))
+    expected = decoding(engine, lm.tokenizer, max_new_tokens=24, stop=(lm.eot_token_id,))
+    end = expected.thinking.end[0]
     thoughts = []
     for context, answer in zip(CONTEXTS, answers, strict=True):
-        tokens = decode(unwrap(lm.model), [lm.tok_encode(context)], decoding).tokens[0]
+        tokens = decode(lm.model, [lm.tok_encode(context)], expected).tokens[0]
         thoughts.append(lm.tokenizer.decode(tokens[: tokens.index(end)]))
         assert tokens.index(end) <= 7
         assert answer == lm.tok_decode(tokens[tokens.index(end) + 1 :]).lstrip()
@@ -87,13 +90,14 @@ def write_task(folder, **changes):
 @pytest.mark.slow
 def test_lm_eval_tasks_are_asked_under_every_budget(chat_folder, tmp_path, monkeypatch):
     """A comma in the wait text is no syntax: the decoding engine gets the text as it is written."""
-    seen, original = [], EngineOptions.decoding
+    seen = []
     monkeypatch.setattr(
-        EngineOptions, "decoding", lambda self, *args, **kwargs: seen.append(self) or original(self, *args, **kwargs)
+        "recurrent_depth.evaluation.harness.decoding",
+        lambda options, *args, **changes: seen.append(options.thinking) or decoding(options, *args, **changes),
     )
     section = LmEvalConfig(
         include_path=write_task(tmp_path / "tasks"), batch_size=3,
-        gen_kwargs={"max_gen_toks": 20, "wait": "Wait, let me check"},
+        gen_kwargs={"max_gen_toks": 20, "thinking": {"wait": "Wait, let me check"}},
         apply_chat_template=True, budgets=BudgetGrid(thinking_tokens=[0, 8], waits=[0, 2]),
     )  # fmt: skip
     config = EvalConfig(
@@ -102,7 +106,7 @@ def test_lm_eval_tasks_are_asked_under_every_budget(chat_folder, tmp_path, monke
     results = evaluate(config)
     assert {r.budget for r in results} == {f"tokens={n} waits={w}" for n in (0, 8) for w in (0, 2)}
     assert {(r.mode, r.seed) for r in results} == {("lm-eval", None)}
-    assert {(options.wait, options.think_at_most, options.waits) for options in seen} == {
+    assert {(thinking.wait, thinking.at_most, thinking.rounds) for thinking in seen} == {
         ("Wait, let me check", tokens, waits) for tokens in (0, 8) for waits in (0, 2)
     }
     settings = json.loads((tmp_path / "out" / "results.json").read_text())["lm_eval"]
@@ -116,7 +120,12 @@ def test_lm_eval_tasks_are_asked_under_every_budget(chat_folder, tmp_path, monke
 
 @pytest.mark.parametrize(
     ("gen_kwargs", "message"),
-    [({"wait": 1}, 'wait is 1; it must be str, for example "1"'), ({"think_at_most": "many"}, "it must be int")],
+    [
+        ({"thinking": {"wait": 1}}, r"gen_kwargs\.thinking\.wait is 1; it must be text: put it in quotes"),
+        ({"thinking.at_most": "many"}, r"gen_kwargs\.thinking\.at_most is 'many'; it must be a whole number"),
+        ({"thinking": {"atmost": 2}}, r"unknown option lm_eval\.gen_kwargs\.thinking\.atmost; did you mean .*at_most"),
+        ({"exit": "kl", "min_steps": 0}, r"gen_kwargs\.min_steps is 0"),
+    ],
 )
 def test_generation_options_of_the_wrong_type_are_refused(gen_kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recurrent_depth.generation.decoding import Decoding, decode
+from recurrent_depth.generation.config import Speculation
 from recurrent_depth.generation.exits import StateChange
-from recurrent_depth.generation.speculative import Speculation, decode_speculatively
-from recurrent_depth.generation.stopping import StopStrings
-from support import lively_model
+from recurrent_depth.generation.request import Decoding
+from recurrent_depth.generation.text import StopStrings
+from support import decode, lively_model
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_the_same_tokens_as_plain_decoding(model, data):
     )
     speculation = Speculation(steps=data.draw(st.integers(1, 2)), tokens=data.draw(st.integers(1, 6)))
     plain = decode(model, prompts, options)
-    found = decode_speculatively(model, prompts, options, speculation)
+    found = decode(model, prompts, options, speculation)
     assert found.tokens == plain.tokens
     assert 0 <= found.accepted <= found.drafted
 
@@ -41,7 +41,7 @@ def test_the_same_tokens_as_plain_decoding(model, data):
 def test_drafts_are_accepted_and_rounds_compact_the_cache(model):
     prompts = [[5, 6, 7], [8], [9, 10]]
     options = Decoding(max_new_tokens=60, num_steps=6)
-    found = decode_speculatively(model, prompts, options, Speculation(steps=3, tokens=5))
+    found = decode(model, prompts, options, Speculation(steps=3, tokens=5))
     assert found.tokens == decode(model, prompts, options).tokens
     assert 0 < found.accepted < found.drafted
 
@@ -50,10 +50,7 @@ def test_prompts_and_new_tokens_may_fill_the_whole_block():
     short = lively_model(vocab_size=20, block_size=16)
     options = Decoding(max_new_tokens=11, num_steps=6)
     prompts = [[5, 6, 7, 8, 9], [3]]
-    assert (
-        decode_speculatively(short, prompts, options, Speculation(2, 4)).tokens
-        == decode(short, prompts, options).tokens
-    )
+    assert decode(short, prompts, options, Speculation(2, 4)).tokens == decode(short, prompts, options).tokens
 
 
 def test_streaming_can_end_a_request(model):
@@ -65,17 +62,17 @@ def test_streaming_can_end_a_request(model):
         seen.append(token)
         return len(seen) == 3
 
-    found = decode_speculatively(model, [[5, 6, 7]], options, Speculation(1, 4), on_token=third)
+    found = decode(model, [[5, 6, 7]], options, Speculation(1, 4), on_token=third)
     assert found.tokens[0] == seen == whole[:3]
 
 
 def test_what_does_not_go_together_is_refused(model):
     with pytest.raises(ValueError, match="fewer than num_steps 4"):
-        decode_speculatively(model, [[1]], Decoding(num_steps=4), Speculation(4, 2))
+        decode(model, [[1]], Decoding(num_steps=4), Speculation(4, 2))
     with pytest.raises(ValueError, match="cache_budget 2"):
-        decode_speculatively(model, [[1]], Decoding(num_steps=4, cache_budget=2), Speculation(1, 2))
+        decode(model, [[1]], Decoding(num_steps=4, cache_budget=2), Speculation(1, 2))
     with pytest.raises(ValueError, match="exit"):
-        decode_speculatively(model, [[1]], Decoding(num_steps=4, exit=StateChange()), Speculation(1, 2))
+        decode(model, [[1]], Decoding(num_steps=4, exit=StateChange()), Speculation(1, 2))
     with pytest.raises(ValueError, match="at least 1"):
         Speculation(0, 2)
 
@@ -84,7 +81,7 @@ def test_samples_follow_the_distribution(model):
     """The third token, given the two before it, where drafts are often wrong."""
     n, prompt = 3000, [5, 6, 7]
     options = Decoding(max_new_tokens=3, num_steps=4, temperature=1.5, top_k=4, seed=5)
-    found = decode_speculatively(model, [prompt] * n, options, Speculation(1, 2))
+    found = decode(model, [prompt] * n, options, Speculation(1, 2))
     assert 0 < found.accepted < found.drafted
     pairs = sorted({tuple(tokens[:2]) for tokens in found.tokens})
     with torch.no_grad():
@@ -109,6 +106,6 @@ def test_stop_strings_end_a_request(model):
     plain = "".join(letters[i] for i in decode(model, [[5, 6, 7]], options).tokens[0])
     stop = plain[6:9]
     strings = StopStrings(lambda ids: "".join(letters[i] for i in ids), [stop])
-    found = decode_speculatively(model, [[5, 6, 7]], options, Speculation(2, 4), on_token=strings)
+    found = decode(model, [[5, 6, 7]], options, Speculation(2, 4), on_token=strings)
     assert strings.text(0) == plain[: plain.index(stop)]
     assert len(found.tokens[0]) == plain.index(stop) + 3

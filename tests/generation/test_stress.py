@@ -6,13 +6,10 @@ import random
 import pytest
 import torch
 
-from recurrent_depth.generation.decoding import Decoding, decode
+from recurrent_depth.generation.config import Refill, Speculation, Wavefront
 from recurrent_depth.generation.exits import OutputKL, StateChange
-from recurrent_depth.generation.modes import decode_in_mode
-from recurrent_depth.generation.scheduler import Refill
-from recurrent_depth.generation.speculative import Speculation
-from recurrent_depth.generation.wavefront import Wavefront
-from support import lively_model
+from recurrent_depth.generation.request import Decoding
+from support import decode, lively_model
 
 MODES = {
     "plain": (None, {"exit": OutputKL(0.2)}),
@@ -38,7 +35,7 @@ def test_thousands_of_requests(name):
     for first in range(0, len(prompts), 256):
         options = Decoding(max_new_tokens=6, num_steps=5, temperature=0.8, stop=(3,), **changes)
         names = range(first, first + 256)
-        result = decode_in_mode(model, prompts[first : first + 256], options, mode, requests=names)
+        result = decode(model, prompts[first : first + 256], options, mode, requests=names)
         written += result.tokens
         del result
         alive.append(tensors_alive())

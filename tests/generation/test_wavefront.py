@@ -5,11 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recurrent_depth.generation.decoding import Decoding, decode
+from recurrent_depth.generation.config import EngineOptions, Wavefront
 from recurrent_depth.generation.exits import StateChange
-from recurrent_depth.generation.wavefront import Wavefront, decode_wavefront
+from recurrent_depth.generation.request import Decoding
+from recurrent_depth.model.attention import on_heads
 from recurrent_depth.model.layers import rotary_at
-from support import lively_model
+from support import decode, lively_model
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_the_exact_wavefront_writes_what_plain_decoding_writes(model, data):
     wavefront = Wavefront(
         steps=data.draw(st.integers(1, 4), "steps a pass"), width=data.draw(st.integers(1, 6), "width"), exact=True
     )
-    found = decode_wavefront(model, prompts, options, wavefront)
+    found = decode(model, prompts, options, wavefront)
     plain = decode(model, prompts, options)
     assert found.tokens == plain.tokens
     assert found.steps == plain.steps
@@ -45,15 +46,16 @@ def test_the_exact_wavefront_writes_what_plain_decoding_writes(model, data):
 @torch.no_grad()
 def reference(model, prompt, new, r, wavefront):
     """The approximate sampler for one request, with dense windows and one entry a (column, layer): a shared cache."""
-    part, outer = model.transformer, model.transformer.first_core_slot
+    part, outer = model.transformer, model.transformer.core_block.first_layer
     layers = len(part.core_block)
     kept = {}
 
-    def attend_from(first):
+    def attend_from(first, writes=None):
         def attend(q, k, v, slot):
             layer = slot if slot < outer else outer + (slot - outer) % layers
             for i in range(q.shape[2]):
-                kept[layer, first + i] = (k[:, :, i : i + 1], v[:, :, i : i + 1])
+                if writes is None or writes[i]:
+                    kept[layer, first + i] = (k[:, :, i : i + 1], v[:, :, i : i + 1])
             rows = []
             for i in range(q.shape[2]):
                 keys, values = (torch.cat([kept[layer, c][n] for c in range(first + i + 1)], dim=2) for n in (0, 1))
@@ -65,51 +67,66 @@ def reference(model, prompt, new, r, wavefront):
     def rotary(first, n):
         return rotary_at(model.freqs_cis, torch.arange(first, first + n)[None])
 
-    def think(first, ids, e, state, steps):
-        """(e, state) of positions from `first` on after some steps."""
-        turn = rotary(first, len(ids))
-        read = part.read(part.embed(torch.tensor([ids])), turn, attend_from(first))
-        if e is not None:
-            old = e.shape[1]
-            read[:, :old] = wavefront.average * e + (1 - wavefront.average) * read[:, :old]
-        start = torch.zeros_like(read)
-        if state is not None:
-            start[:, : state.shape[1]] = state
-        return read, part.think(start, read, steps, turn, attend_from(first)), start
+    def read(first, ids):
+        return part.run_prelude(part.embed(torch.tensor([ids])), rotary(first, len(ids)), on_heads(attend_from(first)))
+
+    def iterate(first, e, state, writes):
+        turn = rotary(first, e.shape[1])
+        moved = part.iterate(state, e, 1, turn, on_heads(attend_from(first, writes)))
+        return torch.where(torch.tensor(writes)[None, :, None], moved, state)
 
     def says(first, state):
         turn = rotary(first, state.shape[1])
-        return model.lm_head(part.write(state, turn, attend_from(first)))[0].argmax(-1).tolist()
+        return model.lm_head(part.run_coda(state, turn, on_heads(attend_from(first))))[0].argmax(-1).tolist()
 
-    _, state, _ = think(0, prompt, None, None, r)
+    e = read(0, prompt)
+    state = torch.zeros_like(e)
+    for _ in range(r):
+        state = iterate(0, e, state, [True] * len(prompt))
     written = [says(0, state)[-1]]
-    window, front, steps = [written[0]], len(prompt), [0]
+    window, front = [written[0]], len(prompt)
+    settled, since = [True], [0]  # whether all before a position is done, and its iterations since then
     e = state = None
     passes = 0
     while len(written) < new:
-        e, state, start = think(front, window, e, state, wavefront.steps)
-        steps = [n + wavefront.steps for n in steps]
         passes += 1
+        fresh = read(front, window)
+        if e is not None:
+            old = e.shape[1]
+            fresh[:, :old] = wavefront.average * e + (1 - wavefront.average) * fresh[:, :old]
+        e, start = fresh, torch.zeros_like(fresh)
+        if state is not None:
+            start[:, : state.shape[1]] = state
+        state = start
+        taken = [
+            min(wavefront.steps, r - n) if calm else wavefront.steps for calm, n in zip(settled, since, strict=True)
+        ]
+        for i in range(wavefront.steps):
+            state = iterate(front, e, state, [i < n for n in taken])
+        since = [old + n if calm else 0 for old, n, calm in zip(since, taken, settled, strict=True)]
         moved = ((state - start).norm(dim=-1) / state.norm(dim=-1))[0].tolist()
+        done = [delta < wavefront.threshold or n == r for delta, n in zip(moved, since, strict=True)]
         drawn = says(front, state)
-        final, stands, fresh = 0, True, len(window)
-        for j, token in enumerate(drawn):
-            is_final = final == j and stands and (moved[j] < wavefront.threshold or steps[j] == r)
-            if is_final:
-                written.append(token)
-                final += 1
-            if j + 1 == len(window):
-                if len(written) + len(window) - final < new and len(window) - final < wavefront.width:
-                    window.append(token)
-                break
-            stands = window[j + 1] == token
-            window[j + 1] = token
-            if not stands and steps[j + 1] == r:  # out of steps with another token: again from s_0
-                fresh = j + 1
-                break
-        front, window = front + final, window[final:]
-        steps = steps[final:fresh] + [0] * (len(window) + final - fresh)
-        e, state = e[:, final:fresh], state[:, final:fresh]
+        kept_token = [True] + [drawn[j] == window[j + 1] for j in range(len(window) - 1)]
+        done = [a and b for a, b in zip(done, kept_token, strict=True)]
+        if wavefront.in_order:
+            converged = done.index(False) if False in done else len(done)
+        else:
+            converged = max((j + 1 for j, finished in enumerate(done) if finished), default=0)
+        done = [j < converged for j in range(len(window))]
+        settled = [j == 0 or (done[j - 1] and kept_token[j]) for j in range(len(window))]
+        window = [window[0], *drawn]
+        final = max(converged - 1, 0)
+        ends = len(written) + final + 1 == new  # nothing has to follow the last token
+        if wavefront.width == 1 or (ends and converged == len(done)):
+            final = converged
+        written += drawn[:final]
+        settled, since = [*settled, False], [*since, 0]
+        most = min(wavefront.width, new - len(written))  # tokens in flight; what the last one says is the last token
+        front, window = front + final, window[final:][:most]
+        settled, since = settled[final:][:most], since[final:][:most]
+        settled[0:1] = [True]
+        e, state = e[:, final : final + most], state[:, final : final + most]
     return written[:new], passes
 
 
@@ -122,13 +139,28 @@ def test_the_approximate_wavefront_equals_a_dense_reference(model, data):
         width=data.draw(st.integers(1, 6), "width"),
         threshold=data.draw(st.sampled_from([0.05, 0.3, 0.6]), "threshold"),
         average=data.draw(st.sampled_from([0.0, 0.1, 0.5]), "average"),
+        exact=False,
+        in_order=data.draw(st.booleans(), "in order"),
     )
-    new, r = data.draw(st.integers(2, 14), "new"), 4 * wavefront.steps
+    new, r = data.draw(st.integers(2, 14), "new"), data.draw(st.integers(2, 9), "iterations")
     written, passes = reference(model, prompt, new, r, wavefront)
     options = Decoding(max_new_tokens=new, num_steps=r, cache_budget=1)
-    found = decode_wavefront(model, [prompt, [7]], options, wavefront)
+    found = decode(model, [prompt, [7]], options, wavefront)
     assert found.tokens[0] == written
-    assert decode_wavefront(model, [prompt], options, wavefront).passes == passes
+    assert decode(model, [prompt], options, wavefront).passes == passes
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.6])
+def test_the_approximate_wavefront_at_published_settings_writes_what_plain_decoding_writes(scale):
+    """On models that converge: a token is written only when the position that reads it has converged as well."""
+    prompts = [[5, 6, 7], [8], [9, 10], [1, 2, 3, 4]]
+    options = Decoding(max_new_tokens=32, num_steps=32, cache_budget=1)
+    model = lively_model(scale=scale)
+    plain = decode(model, prompts, options).tokens
+    found = decode(model, prompts, options, Wavefront(4, exact=False, threshold=0.03))
+    assert found.tokens == plain
+    looser = decode(model, prompts, options, Wavefront(4, exact=False, threshold=0.3))
+    assert looser.computed_steps < found.computed_steps
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -141,8 +173,8 @@ def test_a_wavefront_of_one_position_is_plain_decoding_at_any_budget(model, data
         cache_budget=data.draw(st.sampled_from([None, 1, 2, 4]), "budget"),
         temperature=data.draw(st.sampled_from([0.0, 1.0]), "temperature"),
     )
-    wavefront = Wavefront(steps=data.draw(st.integers(1, 4), "steps a pass"), width=1, threshold=0.0)
-    found = decode_wavefront(model, prompts, options, wavefront)
+    wavefront = Wavefront(data.draw(st.integers(1, 4), "steps a pass"), width=1, exact=False, threshold=0.0)
+    found = decode(model, prompts, options, wavefront)
     assert found.tokens == decode(model, prompts, options).tokens
     assert found.drafted == 0
 
@@ -150,7 +182,7 @@ def test_a_wavefront_of_one_position_is_plain_decoding_at_any_budget(model, data
 def test_drafts_enter_and_are_accepted_and_streaming_can_end_a_request(model):
     prompts = [[5, 6, 7], [8], [9, 10]]
     options = Decoding(max_new_tokens=30, num_steps=12)
-    found = decode_wavefront(model, prompts, options, Wavefront(steps=3, exact=True))
+    found = decode(model, prompts, options, Wavefront(steps=3, exact=True))
     plain = decode(model, prompts, options)
     assert found.tokens == plain.tokens
     assert 0 < found.accepted < found.drafted
@@ -161,23 +193,30 @@ def test_drafts_enter_and_are_accepted_and_streaming_can_end_a_request(model):
         seen.append((row, token))
         return row == 0 and sum(r == 0 for r, _ in seen) == 3
 
-    stopped = decode_wavefront(model, prompts, options, Wavefront(steps=3, exact=True), on_token=third)
+    stopped = decode(model, prompts, options, Wavefront(steps=3, exact=True), on_token=third)
     assert stopped.tokens == [plain.tokens[0][:3], *plain.tokens[1:]]
     assert [token for row, token in seen if row == 1] == plain.tokens[1]
+
+
+def test_the_wavefront_is_exact_unless_asked_otherwise(model):
+    """An approximation has to be named, on the command line as well."""
+    prompts, options = [[5, 6, 7], [8]], Decoding(max_new_tokens=16, num_steps=8)
+    assert Wavefront(steps=2) == EngineOptions(wavefront=Wavefront(2)).mode()
+    assert decode(model, prompts, options, Wavefront(steps=2)).tokens == decode(model, prompts, options).tokens
 
 
 def test_what_does_not_go_together_is_refused(model):
     exact = Wavefront(exact=True)
     with pytest.raises(ValueError, match="cache_budget 2 must be at least num_steps 4"):
-        decode_wavefront(model, [[1]], Decoding(num_steps=4, cache_budget=2), exact)
+        decode(model, [[1]], Decoding(num_steps=4, cache_budget=2), exact)
     with pytest.raises(ValueError, match="exit"):
-        decode_wavefront(model, [[1]], Decoding(num_steps=4, exit=StateChange()), exact)
+        decode(model, [[1]], Decoding(num_steps=4, exit=StateChange()), exact)
     with pytest.raises(ValueError, match="warm_start"):
-        decode_wavefront(model, [[1]], Decoding(num_steps=4, warm_start=True), exact)
+        decode(model, [[1]], Decoding(num_steps=4, warm_start=True), exact)
     with pytest.raises(ValueError, match="one num_steps"):
-        decode_wavefront(model, [[1], [2]], Decoding(num_steps=[4, 2]), exact)
+        decode(model, [[1], [2]], Decoding(num_steps=[4, 2]), exact)
     with pytest.raises(ValueError, match="min_steps 9"):
-        decode_wavefront(model, [[1]], Decoding(num_steps=4, min_steps=9), exact)
+        decode(model, [[1]], Decoding(num_steps=4, min_steps=9), exact)
     with pytest.raises(ValueError, match="at least 1"):
         Wavefront(steps=0)
     with pytest.raises(ValueError, match="threshold"):

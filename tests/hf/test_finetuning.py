@@ -20,8 +20,8 @@ def run_trainer(folder, out, resume=None, callbacks=True, **changes):
     """Losses of six steps of two micro-steps, and the depths the core ran."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     depths = []
-    think = model.transformer.think
-    model.transformer.think = lambda s, e, steps, *rest: (depths.append(steps), think(s, e, steps, *rest))[1]
+    iterate = model.transformer.iterate
+    model.transformer.iterate = lambda s, e, steps, *rest: (depths.append(steps), iterate(s, e, steps, *rest))[1]
     options = {"max_steps": 6, "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "seed": 5}
     args = TrainingArguments(
         str(out), logging_steps=1, save_steps=3, report_to=[], per_device_train_batch_size=2, use_cpu=True,

@@ -4,13 +4,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from recurrent_depth.generation.decoding import Decoding, decode
+from recurrent_depth.generation.config import EngineOptions, Refill, Speculation, Thinking, Wavefront
 from recurrent_depth.generation.exits import OutputKL, StateChange
 from recurrent_depth.generation.forcing import ThinkingBudget
-from recurrent_depth.hf.engine import Engine, EngineOptions
-from recurrent_depth.hf.forcing import BudgetForcing, Thinking
+from recurrent_depth.generation.request import Decoding
+from recurrent_depth.hf.engine import Engine
+from recurrent_depth.hf.forcing import BudgetForcing, thinking_budget
 from recurrent_depth.hf.loading import wrap
-from support import lively_model
+from support import decode, lively_model
 
 PROMPTS = [[5, 6, 7, 8, 9], [11, 40, 12], [3]]
 BEGIN, WAIT = (40,), (42, 43)
@@ -90,8 +91,8 @@ def test_a_used_object_and_wrong_counts_are_refused(model):
 def test_delimiters_are_one_token(chat_folder):
     tokenizer = AutoTokenizer.from_pretrained(chat_folder)
     with pytest.raises(ValueError, match="must be one token"):
-        Thinking(end="so then").budget(tokenizer)
-    budget = Thinking(at_most=5, rounds=1).budget(tokenizer)
+        thinking_budget(Thinking(end="so then"), tokenizer)
+    budget = thinking_budget(Thinking(at_most=5, rounds=1), tokenizer)
     assert tokenizer.decode(list(budget.begin)) == "<|begin_think|>"
     assert tokenizer.decode(list(budget.wait)) == "Wait"
 
@@ -100,9 +101,9 @@ def test_delimiters_are_one_token(chat_folder):
     ("engine", "plain"),
     [
         ({}, {}),
-        ({"draft_steps": 2}, {}),
-        ({"wavefront_steps": 2}, {}),
-        ({"slots": 2, "exit": "kl", "exit_threshold": 0.02}, {"exit": OutputKL(0.02)}),
+        ({"speculation": Speculation(2)}, {}),
+        ({"wavefront": Wavefront(2)}, {}),
+        ({"refill": Refill(2), "exit": "kl", "exit_threshold": 0.02}, {"exit": OutputKL(0.02)}),
         ({"exit": "state-change", "exit_threshold": 0.3}, {"exit": StateChange(0.3)}),
         ({"cache_budget": 1}, {"cache_budget": 1}),
     ],

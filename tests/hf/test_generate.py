@@ -103,7 +103,7 @@ def test_tokens_of_other_depths_are_seen_by_their_deepest_entries(model):
 
 def test_a_static_cache_that_is_too_shallow_says_so(model):
     cache = StaticCache(config=model.config, max_cache_len=8)  # mean_recurrence is 4
-    with pytest.raises(ValueError, match="made for 4 steps"):
+    with pytest.raises(ValueError, match="made for 4 core iterations"):
         model(torch.tensor([[1, 2]]), past_key_values=cache, num_steps=5)
 
 

@@ -1,6 +1,8 @@
 """The transformers class against the reference vectors, loaded as a user would."""
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import recurrent_depth.hf  # noqa: F401
+from recurrent_depth.hf import RecurrentDepthConfig
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "huginn_tiny"
 
@@ -102,3 +104,25 @@ def test_another_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="injection_type"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_the_norm_is_kept_under_its_released_name(tmp_path):
+    """config.json of a Huginn model has no field for it; another norm has another norm_class_name, and comes back."""
+    config = RecurrentDepthConfig.from_pretrained(FIXTURE)
+    assert "norm" not in json.loads(config.to_json_string())
+    assert (config.norm, config.norm_class_name) == ("rms", "RMSNorm_llama")
+    layer = RecurrentDepthConfig.from_model_config(replace(config.to_model_config(), norm="layer"))
+    layer.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["norm_class_name"] == "LayerNorm"
+    again = RecurrentDepthConfig.from_pretrained(tmp_path)
+    assert again.to_model_config().norm == "layer"
+    with pytest.raises(ValueError, match="norm_class_name: 'ScaleNorm'; implemented are RMSNorm_llama, LayerNorm"):
+        RecurrentDepthConfig(norm_class_name="ScaleNorm")
+
+
+def test_the_base_model_is_everything_before_the_head(model, expected):
+    """TRL's fused loss calls model.base_model and multiplies by the head itself."""
+    ids, mask = expected["input_ids"], torch.ones_like(expected["input_ids"])
+    output = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, num_steps=2)
+    torch.testing.assert_close(model.lm_head(output.last_hidden_state), model(ids, num_steps=2).logits)

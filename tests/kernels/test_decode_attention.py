@@ -10,46 +10,65 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from recurrent_depth.model import ops
 from recurrent_depth_kernels.decode_attention import decode_attention, splits_for
 from recurrent_depth_kernels.launch import watched
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
 
-def brute_force(q, entries, depths, mask, steps, lengths):
-    """[B, H, T, K] in fp64: the definition, without vectors."""
+def read_by_definition(written, step, released):
+    """The place where an iteration reads a token, among the places [(iteration, place), ...] that the token wrote."""
+    if released:  # the place of this iteration, or the highest below it that was written
+        return max(place for _, place in written if place <= step % released)
+    own = [place for iteration, place in written if iteration <= step]
+    return own[-1]  # what the token wrote at this iteration, or at its last one
+
+
+def brute_force(q, entries, depths, lanes, starts, lengths, steps, released):
+    """[N, H, T, K] in fp64: the definition, without vectors."""
     q, entries = q.double(), entries.double()
-    (B, H, T, K), (R, _, _, G, _, _) = q.shape, entries.shape
+    (N, H, T, K), (R, _, _, G, _, _) = q.shape, entries.shape
     out = torch.zeros_like(q)
-    for b, h, t in itertools.product(range(B), range(H), range(T)):
-        own = int(lengths[b]) - T + t
-        seen = [s for s in range(own + 1) if s == own or mask is None or mask[b, s]]
-        slots = [min(int(steps[b]), int(depths[b, s]) - 1) % R for s in seen]
-        keys = torch.stack([entries[r, 0, b, h * G // H, s] for r, s in zip(slots, seen, strict=True)])
-        values = torch.stack([entries[r, 1, b, h * G // H, s] for r, s in zip(slots, seen, strict=True)])
-        out[b, h, t] = torch.softmax(keys @ q[b, h, t] / math.sqrt(K), 0) @ values
+    for n, h, t in itertools.product(range(N), range(H), range(T)):
+        lane = n if lanes is None else int(lanes[n])
+        seen = range(int(starts[n]), int(lengths[n]) - T + t + 1)
+        places = []
+        for s in seen:
+            written = [(i, i % R) for i in range(int(depths[lane, s]))]
+            places.append(read_by_definition(written, int(steps[n]), R if released else 0))
+        keys = torch.stack([entries[r, 0, lane, h * G // H, s] for r, s in zip(places, seen, strict=True)])
+        values = torch.stack([entries[r, 1, lane, h * G // H, s] for r, s in zip(places, seen, strict=True)])
+        out[n, h, t] = torch.softmax(keys @ q[n, h, t] / math.sqrt(K), 0) @ values
     return out
 
 
-def case(B=2, H=2, G=2, T=1, K=96, S=70, R=3, dtype=torch.float32, device="cpu", seed=0):
-    """Random arguments: ragged lengths, depths on both sides of the steps, holes; what nobody may read is NaN."""
+def case(
+    N=3, B=2, H=2, G=2, T=1, K=96, S=70, R=3, dtype=torch.float32, device="cpu", seed=0, released=False, lanes=True
+):
+    """Random arguments: ragged starts and lengths, depths on both sides of the iterations; what is not read is NaN."""
     rng = torch.Generator().manual_seed(seed)
-    q = torch.randn(B, H, T, K, generator=rng).to(dtype)
+    N = N if lanes else B
+    q = torch.randn(N, H, T, K, generator=rng).to(dtype)
     entries = torch.randn(R, 2, B, G, S, K, generator=rng).to(dtype)
     depths = torch.randint(1, 2 * R + 1, (B, S), generator=rng)
-    steps = torch.randint(0, 2 * R, (B,), generator=rng)
-    lengths = torch.randint(T, S + 1, (B,), generator=rng)
-    mask = torch.randint(0, 2, (B, S), generator=rng)
+    steps = torch.randint(0, 2 * R, (N,), generator=rng)
+    lengths = torch.randint(T, S + 1, (N,), generator=rng)
+    starts = (torch.rand(N, generator=rng) * (lengths - T + 1)).long()
+    chosen = torch.randint(0, B, (N,), generator=rng) if lanes else None
     for b in range(B):
-        own = torch.arange(S) >= lengths[b] - T
-        hidden = (torch.arange(S) >= lengths[b]) | ((mask[b] == 0) & ~own)
-        entries[:, :, b, :, hidden] = float("nan")
-    return [x.to(device) for x in (q, entries, depths, mask, steps, lengths)]
+        readers = [n for n in range(N) if (n if chosen is None else int(chosen[n])) == b]
+        used = torch.zeros(S, dtype=torch.bool)
+        for n in readers:
+            used[starts[n] : lengths[n]] = True
+        entries[:, :, b, :, ~used] = float("nan")
+    tensors = [q, entries, depths, chosen, starts, lengths, steps]
+    return [x if x is None else x.to(device) for x in tensors] + [released]
 
 
 def check(arguments):
     out = decode_attention(*arguments)
-    expected = brute_force(*(x if x is None else x.cpu() for x in arguments))
+    expected = brute_force(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in arguments))
     assert out.dtype == arguments[0].dtype
     error = (out.double().cpu() - expected).abs().max() / expected.abs().max()
     assert error < TOLERANCE[out.dtype], float(error)
@@ -64,40 +83,48 @@ def test_equals_brute_force(device, dtype, K, H, G, T):
 
 @settings(max_examples=20, deadline=None)
 @given(
-    B=st.integers(1, 3), G=st.integers(1, 2), group=st.integers(1, 3), T=st.integers(1, 3), K=st.sampled_from([6, 16]),
-    room=st.integers(0, 80), R=st.integers(1, 5), seed=st.integers(0, 99),
+    N=st.integers(1, 4), B=st.integers(1, 3), G=st.integers(1, 2), group=st.integers(1, 3), T=st.integers(1, 3),
+    K=st.sampled_from([6, 16]), room=st.integers(0, 80), R=st.integers(1, 5), seed=st.integers(0, 99),
+    released=st.booleans(), lanes=st.booleans(),
 )  # fmt: skip
-def test_equals_brute_force_at_any_shape(B, G, group, T, K, room, R, seed):
-    check(case(B, G * group, G, T, K, T + room, R, torch.float64, seed=seed))
+def test_equals_brute_force_at_any_shape(N, B, G, group, T, K, room, R, seed, released, lanes):
+    check(case(N, B, G * group, G, T, K, T + room, R, torch.float64, seed=seed, released=released, lanes=lanes))
+
+
+@settings(max_examples=20, deadline=None)
+@given(R=st.integers(1, 6), seed=st.integers(0, 99), released=st.booleans(), lanes=st.booleans(), T=st.integers(1, 2))
+def test_the_kernel_reads_what_torch_reads(R, seed, released, lanes, T):
+    """The rule is written once for torch and once for Triton."""
+    arguments = case(R=R, K=6, S=20, T=T, dtype=torch.float64, seed=seed, released=released, lanes=lanes)
+    arguments[1] = arguments[1].nan_to_num(0.0)
+    expected = ops.decode_attention(*arguments)
+    torch.testing.assert_close(decode_attention(*arguments), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_the_rule_of_torch_is_the_definition(released):
+    for R, depth, step in itertools.product(range(1, 6), range(1, 14), range(14)):
+        written = [(i, i % R) for i in range(depth)]
+        place = ops.read_place(torch.tensor(step), torch.tensor(depth), R, released)
+        assert int(place) == read_by_definition(written, step, R if released else 0)
 
 
 def test_one_key_gives_its_value(device):
-    q, entries, depths, mask, steps, lengths = case(S=1, R=2, device=device)
-    out = decode_attention(q, entries, depths, mask, steps, lengths)
-    slot = torch.minimum(steps, depths[:, 0] - 1) % 2
-    expected = torch.stack([entries[int(r), 1, b, :, 0] for b, r in enumerate(slot)])
+    q, entries, depths, lanes, starts, lengths, steps, _ = case(S=1, R=2, device=device)
+    out = decode_attention(q, entries, depths, lanes, starts, lengths, steps, False)
+    place = torch.minimum(steps, depths[lanes, 0] - 1) % 2
+    expected = torch.stack([entries[int(r), 1, int(b), :, 0] for r, b in zip(place, lanes, strict=True)])
     torch.testing.assert_close(out[:, :, 0], expected)
 
 
-def test_no_mask_is_a_mask_of_ones(device):
-    q, entries, depths, _, steps, lengths = case(device=device)
-    entries = entries.nan_to_num(1.0)
-    ones = torch.ones_like(depths)
-    assert torch.equal(
-        decode_attention(q, entries, depths, None, steps, lengths),
-        decode_attention(q, entries, depths, ones, steps, lengths),
-    )
-
-
 def test_reads_a_cache_in_place(device):
-    """Layers of one cache lie between each other; a layer's part is a view with strides, and boolean masks do."""
-    q, entries, depths, mask, steps, lengths = case(R=3, device=device)
-    cache = torch.full((2 + 2 * 3, *entries.shape[1:]), float("nan"), device=device)
-    cache[3::2] = entries
+    """Layers of one cache lie between each other, and its columns beyond those in use: a layer's part is a view."""
+    q, entries, depths, *rest = case(R=3, device=device)
+    cache = torch.full((2 + 2 * 3, *entries.shape[1:4], 90, entries.shape[5]), float("nan"), device=device)
+    cache[3::2, ..., : entries.shape[4], :] = entries
     q = torch.stack([q, q], dim=-1)[..., 0]  # strides between channels
-    out = decode_attention(q, cache[3::2], depths, mask.bool(), steps, lengths)
-    expected = decode_attention(q.contiguous(), entries, depths, mask, steps, lengths)
-    assert torch.equal(out, expected)
+    out = decode_attention(q, cache[3::2, ..., : entries.shape[4], :], depths, *rest)
+    assert torch.equal(out, decode_attention(q.contiguous(), entries, depths, *rest))
 
 
 @pytest.mark.parametrize("splits", [1, 2, 8, 32])
@@ -106,7 +133,7 @@ def test_the_number_of_splits_changes_nothing(monkeypatch, splits):
     monkeypatch.setattr(sys.modules[splits_for.__module__], "splits_for", lambda *sizes: splits)
     for T in (1, 2):
         with watched() as launches:
-            check(case(B=1, H=1, G=1, T=T, S=200, dtype=torch.float64))
+            check(case(N=1, B=1, H=1, G=1, T=T, S=200, dtype=torch.float64))
         assert launches[0].grid[1] == splits
 
 
@@ -118,13 +145,13 @@ def test_splits_fill_the_device_and_keep_whole_blocks():
 
 
 def test_shapes_that_do_not_fit_say_so():
-    q, entries, depths, mask, steps, lengths = case()
-    with pytest.raises(ValueError, match="must be \\[R, 2, 2, G, S, 96\\]"):
-        decode_attention(q, entries[..., :64], depths, mask, steps, lengths)
+    q, entries, depths, *rest = case()
+    with pytest.raises(ValueError, match="must be \\[R, 2, B, G, S, 96\\]"):
+        decode_attention(q, entries[..., :64], depths, *rest)
     with pytest.raises(ValueError, match="side by side"):
-        decode_attention(q, entries.transpose(-1, -2).contiguous().transpose(-1, -2), depths, mask, steps, lengths)
-    with pytest.raises(ValueError, match="mask"):
-        decode_attention(q, entries, depths, mask[:1], steps, lengths)
+        decode_attention(q, entries.transpose(-1, -2).contiguous().transpose(-1, -2), depths, *rest)
+    with pytest.raises(ValueError, match="depths"):
+        decode_attention(q, entries, depths[:1], *rest)
 
 
 @pytest.mark.parametrize("T", [1, 2])
@@ -133,4 +160,4 @@ def test_torch_sees_the_op(device, T):
     torch.library.opcheck(decode_attention, arguments)
     with FlopCounterMode(display=False) as counter:
         decode_attention(*arguments)
-    assert counter.get_total_flops() == 4 * 2 * 2 * T * 20 * 16
+    assert counter.get_total_flops() == 4 * 3 * 2 * T * 20 * 16

@@ -57,7 +57,7 @@ def test_every_module_computes_by_the_chosen_ops():
     chosen = choose_ops("triton", GPU)
     use_ops(model, chosen)
     holders = [m for m in model.modules() if hasattr(m, "ops")]
-    assert len(holders) == 3 * (4 + 3) + 2  # blocks: four norms, attention, MLP, itself; the core, and ln_f
+    assert len(holders) == 3 * (4 + 2) + 2  # blocks: four norms, attention, MLP; the core, and ln_f
     assert all(m.ops is chosen for m in holders)
 
 
@@ -97,15 +97,15 @@ def test_torch_compile_sees_the_kernels_and_their_launch_options():
         fw_compiler=lambda g, _: shapes_alone(g, graphs), bw_compiler=lambda g, _: shapes_alone(g, graphs)
     )
 
-    def block(x, y, a, b, qkv, cos, sin):
-        one, two = kernels.add_norm_norm(x, y, a, b, 1e-6)
+    def block(x, y, weight, qkv, cos, sin):
+        normal = kernels.add_norm(x, y, weight, 1e-6)
         q, k, v = kernels.bias_rope(qkv, None, cos, sin, 4)
-        return one.sum() + kernels.swiglu(two).sum() + (q * k * v).sum()
+        return normal.sum() + kernels.swiglu(normal).sum() + (q * k * v).sum()
 
-    x, y, a, b = (torch.randn(shape, requires_grad=True) for shape in [(2, 3, 64), (2, 3, 64), (64,), (64,)])
+    x, y, weight = (torch.randn(shape, requires_grad=True) for shape in [(2, 3, 64), (2, 3, 64), (64,)])
     qkv, cos, sin = torch.randn(2, 3, 3 * 64, requires_grad=True), torch.ones(1, 3, 16), torch.ones(1, 3, 16)
     torch._dynamo.reset()
-    torch.compile(block, backend=backend, fullgraph=True)(x, y, a, b, qkv, cos, sin).backward()
+    torch.compile(block, backend=backend, fullgraph=True)(x, y, weight, qkv, cos, sin).backward()
     found = []
     for graph in graphs:
         for node in graph.graph.nodes:
@@ -122,7 +122,7 @@ def test_torch_compile_sees_the_kernels_and_their_launch_options():
 def test_the_catalogue_names_every_launch_within_the_limits_of_the_gpu(arch):
     launches = catalogue.launches(arch)
     assert {launch.name for launch in launches} >= {
-        "norm_forward", "norm_backward", "norm_change", "rope_forward", "rope_backward", "swiglu_forward",
+        "norm_forward", "norm_backward", "rope_forward", "rope_backward", "swiglu_forward",
         "swiglu_backward", "normal_noise",
     }  # fmt: skip
     for launch in launches:
@@ -181,4 +181,4 @@ def test_a_broken_cache_is_named(tmp_path):
 def test_rows_too_wide_for_a_program_are_refused():
     x = torch.empty(2, 40_000, device="meta")
     with assumed("sm_90"), pytest.raises(ValueError, match="wider than 32768"):
-        norm_rows(x, None, torch.empty(40_000, device="meta"), None, 1e-6, False)
+        norm_rows(x, None, torch.empty(40_000, device="meta"), 1e-6, False)

@@ -64,7 +64,7 @@ def test_no_position_sees_a_later_one(model):
 
 
 def test_a_mask_of_the_wrong_length_is_an_error(model):
-    with pytest.raises(ValueError, match="attention_mask covers 5 columns"):
+    with pytest.raises(ValueError, match="attention_mask covers 5 tokens"):
         model(torch.zeros(1, 6, dtype=torch.int64), attention_mask=torch.tensor([[0, 1, 1, 1, 1]]))
 
 

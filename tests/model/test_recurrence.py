@@ -9,6 +9,7 @@ import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.layers import RMSNorm
 from recurrent_depth.model.recurrence import sample_depth, split_steps
 from recurrent_depth.model.transformer import RecurrentDepthModel
 
@@ -107,6 +108,103 @@ def test_a_replaced_adapter_is_called(model, ids):
     wrapped.weight = torch.nn.Parameter(model.transformer.adapter.weight.detach() / 2)
     model.transformer.adapter = wrapped
     torch.testing.assert_close(model(ids, num_steps=3).logits, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_every_module_of_a_block_runs(model, ids):
+    """Hooks fire once per call and see what the module returns; a module in the place of a norm is used."""
+    core = model.transformer.core_block[0]
+    seen = []
+    for name, module in core.named_children():
+        module.register_forward_hook(lambda module, args, y, name=name: seen.append(name))
+    plain = model(ids, num_steps=3).logits
+    assert seen == ["norm_1", "attn", "norm_2", "norm_3", "mlp", "norm_4"] * 3
+
+    class Doubled(RMSNorm):
+        def forward(self, x, branch=None):
+            return 2 * super().forward(x, branch)
+
+    for place in ("norm_1", "norm_2", "norm_3", "norm_4"):
+        original = getattr(core, place)
+        setattr(core, place, Doubled(32, 1e-6).double())
+        assert not torch.allclose(model(ids, num_steps=3).logits, plain)
+        setattr(core, place, original)
+
+
+def test_the_configured_norm_is_used_in_every_place(ids):
+    """A layer norm computed by hand gives the model's outputs; parameters keep their names."""
+    layer, rms = (RecurrentDepthModel(dataclasses.replace(CONFIG, norm=norm)).double() for norm in ("layer", "rms"))
+    layer.initialise(0)
+    rms.initialise(0)
+    assert list(layer.state_dict()) == list(rms.state_dict())
+
+    class ByHand(torch.nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x, branch=None):
+            h = x if branch is None else x + branch
+            h = h - h.mean(-1, keepdim=True)
+            return h / (h.square().mean(-1, keepdim=True) + CONFIG.norm_eps).sqrt() * self.weight
+
+    assert not torch.allclose(layer(ids, num_steps=3).logits, rms(ids, num_steps=3).logits)
+    for block in (*rms.transformer.prelude, *rms.transformer.core_block, *rms.transformer.coda):
+        for place in ("norm_1", "norm_2", "norm_3", "norm_4"):
+            setattr(block, place, ByHand(getattr(block, place).weight))
+    rms.transformer.ln_f = ByHand(rms.transformer.ln_f.weight)
+    expected = rms(ids, num_steps=3).logits
+    torch.testing.assert_close(layer(ids, num_steps=3).logits, expected, rtol=1e-12, atol=1e-12)
+
+
+class QuantisedWeight(torch.Tensor):
+    """As torchao's: nn.Linear keeps its own type, and the weight knows only the product."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            return super().__torch_function__(function, types, args, kwargs or {}).as_subclass(torch.Tensor)
+        if function is torch.Tensor.split:
+            raise NotImplementedError("a quantised weight cannot be split")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_an_adapter_with_a_quantised_weight_is_called(model, ids):
+    plain = model(ids, num_steps=3).logits
+    weight = model.transformer.adapter.weight.detach().as_subclass(QuantisedWeight)
+    model.transformer.adapter.weight = torch.nn.Parameter(weight, requires_grad=False)
+    assert type(model.transformer.adapter) is torch.nn.Linear
+    torch.testing.assert_close(model(ids, num_steps=3).logits, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("scheme", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_a_model_quantised_by_torchao_runs(scheme):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = RecurrentDepthModel(CONFIG)
+    model.initialise(0)
+    ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = model(ids, num_steps=3).logits
+        quantization.quantize_(model.transformer, getattr(quantization, scheme)())
+        difference = (model(ids, num_steps=3).logits - plain).abs().max()
+    assert 0 < difference < 0.1 * plain.abs().max()
+
+
+def test_an_adapter_with_a_bias_hooks_or_another_forward_is_called(model, ids):
+    """What the hoisted product would leave out."""
+    adapter, calls = model.transformer.adapter, []
+    plain = model(ids, num_steps=3).logits
+    with adapter.register_forward_hook(lambda module, args, y: calls.append(y.shape)):
+        torch.testing.assert_close(model(ids, num_steps=3).logits, plain, rtol=1e-12, atol=1e-12)
+    assert len(calls) == 3
+    adapter.forward = lambda x: 2 * torch.nn.functional.linear(x, adapter.weight / 2)
+    torch.testing.assert_close(model(ids, num_steps=3).logits, plain, rtol=1e-12, atol=1e-12)
+    adapter.forward = lambda x: 2 * torch.nn.functional.linear(x, adapter.weight)
+    doubled = model(ids, num_steps=3).logits
+    del adapter.forward
+    assert not torch.allclose(doubled, plain)
+    adapter.bias = torch.nn.Parameter(torch.ones(32, dtype=torch.float64))
+    assert not torch.allclose(model(ids, num_steps=3).logits, plain)
 
 
 @pytest.mark.slow

@@ -225,7 +225,7 @@ def test_request_that_takes_too_long_ends_with_the_reason(chat_folder):
 
 def test_server_goes_on_after_a_failure_of_its_engine(chat_folder):
     with running(chat_folder, served_name="small") as (url, server):
-        embedding = server.service.engine.model.transformer.wte
+        embedding = server.service.engine.decoder.model.transformer.wte
         weight = embedding.weight.data
         embedding.weight.data = weight[:1]  # no other token can be looked up
         status, answer = ask(url)

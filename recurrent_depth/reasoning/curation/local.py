@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recurrent_depth.checks import check_at_least, check_not_empty, check_num_steps
 from recurrent_depth.devices import choose_device
@@ -12,6 +12,9 @@ from recurrent_depth.files import file_hash, json_hash
 from recurrent_depth.hub import check_folder_or_hub_name
 from recurrent_depth.reasoning.curation.replies import Reply, ReplyCache, progress
 from recurrent_depth.runs import find_checkpoint, is_run
+
+if TYPE_CHECKING:
+    from recurrent_depth.generation.engine import Decoder
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class LocalWriter:
     """
 
     def __init__(self, config: LocalConfig) -> None:
+        from recurrent_depth.generation.engine import Decoder
+        from recurrent_depth.hf import RecurrentDepthForCausalLM
         from recurrent_depth.hf.loading import load_model
 
         self.config = config
@@ -90,6 +95,7 @@ class LocalWriter:
             raise ValueError(f"model: {config.model} has no tokenizer; put its tokenizer.json into the folder")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.decoder = Decoder(self.model) if isinstance(self.model, RecurrentDepthForCausalLM) else None
         self.stop_ids = _stop_ids(self.tokenizer, config.stop)
         self.fingerprint = json_hash(config.fingerprint())
 
@@ -109,15 +115,12 @@ class LocalWriter:
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
     def _decode(self, prompts: list[list[int]]) -> list[Reply]:
-        from recurrent_depth.hf import RecurrentDepthForCausalLM
-
-        ours = isinstance(self.model, RecurrentDepthForCausalLM)
-        written = self._by_our_engine(prompts) if ours else self._by_transformers(prompts)
+        decoder = self.decoder
+        written = self._by_transformers(prompts) if decoder is None else self._by_our_engine(decoder, prompts)
         return [self._reply(prompt, tokens) for prompt, tokens in zip(prompts, written, strict=True)]
 
-    def _by_our_engine(self, prompts: list[list[int]]) -> list[list[int]]:
-        from recurrent_depth.generation.decoding import Decoding, decode
-        from recurrent_depth.hf.loading import unwrap
+    def _by_our_engine(self, decoder: "Decoder", prompts: list[list[int]]) -> list[list[int]]:
+        from recurrent_depth.generation.request import Decoding
 
         options = Decoding(
             max_new_tokens=self.config.max_new_tokens,
@@ -126,7 +129,7 @@ class LocalWriter:
             seed=self.config.seed,
             stop=self.stop_ids,
         )
-        return decode(unwrap(self.model), prompts, options).tokens
+        return decoder.generate(prompts, options).tokens
 
     def _by_transformers(self, prompts: list[list[int]]) -> list[list[int]]:
         import torch

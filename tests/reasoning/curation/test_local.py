@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from reasoning.curation.rows import example, run_stage
-from recurrent_depth.generation.decoding import Decoding, decode
-from recurrent_depth.hf.loading import load_model, unwrap
+from recurrent_depth.generation.request import Decoding
+from recurrent_depth.hf.loading import load_model
 from recurrent_depth.reasoning.curation.local import LocalConfig
 from recurrent_depth.reasoning.curation.replies import ReplyCache
+from support import decode
 
 
 class TestLocal:
@@ -22,7 +23,7 @@ class TestLocal:
         model, tokenizer = load_model(chat_folder)
         for prompt, reply in zip(self.PROMPTS, replies, strict=True):
             tokens = tokenizer(prompt)["input_ids"]
-            alone = decode(unwrap(model), [tokens], Decoding(max_new_tokens=6, num_steps=2)).tokens[0]
+            alone = decode(model, [tokens], Decoding(max_new_tokens=6, num_steps=2)).tokens[0]
             assert reply.text == tokenizer.decode(alone, skip_special_tokens=True)
             assert (reply.tokens_in, reply.tokens_out, reply.finish) == (len(tokens), 6, "length")
 

@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from recurrent_depth.generation.cache import RecurrentCache
-from recurrent_depth.generation.decoding import Decoding, decode
+from recurrent_depth.generation.captured import CapturedToken
+from recurrent_depth.generation.config import Captured, EngineOptions, Refill
+from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.exits import RULES, OutputKL, StateChange, exit_rule
 from recurrent_depth.generation.forcing import ThinkingBudget
-from recurrent_depth.generation.graph import Captured, StaticToken, decode_captured
-from recurrent_depth.generation.modes import decode_in_mode
-from support import lively_model
+from recurrent_depth.generation.request import Decoding, Requests
+from support import decode, lively_model
 
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [3]]
 THRESHOLDS = {"state-change": 0.3, "kl": 0.1, "entropy": 0.01, "argmax": 3}
@@ -24,7 +24,7 @@ def model():
 
 
 def same(model, options, prompts=PROMPTS):
-    plain, captured = decode(model, prompts, options), decode_captured(model, prompts, options)
+    plain, captured = decode(model, prompts, options), decode(model, prompts, options, Captured())
     assert captured.tokens == plain.tokens
     assert captured.steps == plain.steps
     assert (captured.core_steps, captured.flops) == (plain.core_steps, plain.flops)
@@ -64,21 +64,23 @@ def test_equals_plain_decoding_with_sampling_warm_starts_stops_and_thinking(mode
     same(model, Decoding(max_new_tokens=12, num_steps=4, thinking=budget))
 
 
-def test_stops_one_step_after_the_last_row_has_left(model):
-    """Leaving is read one step late: that step changes nothing."""
+def test_stops_one_iteration_after_the_last_request_has_stopped(model):
+    """That all have stopped is read one iteration late: that iteration changes nothing."""
     options = Decoding(max_new_tokens=6, num_steps=12, exit=StateChange(0.3))
-    result = decode_captured(model, [[5, 6, 7]], options)
+    result = decode(model, [[5, 6, 7]], options, Captured())
     plain = decode(model, [[5, 6, 7]], options)
     assert result.tokens == plain.tokens
     late = [min(12, steps + 1) - steps for steps in result.steps[0][1:]]
     assert result.computed_steps - plain.computed_steps == sum(late) > 0
 
 
-def static_token(model, rule, budget=None, warm_start=False):
-    dtype = model.lm_head.weight.dtype
-    mask = torch.ones(2, 3, dtype=torch.long)
-    cache = RecurrentCache(model.config, 2, 6, num_steps=3, budget=budget, dtype=dtype)
-    return StaticToken(model, cache, mask, rule, 3, 1, warm_start)
+def captured_token(model, rule, budget=None):
+    """One new token for each of two requests behind prompts of three tokens; both run, and iterate three times."""
+    options = Decoding(max_new_tokens=3, num_steps=3, exit=rule, cache_budget=budget)
+    requests = Requests(model, [[1, 2, 3], [4, 5]], options)
+    token = CapturedToken(model, requests, requests.stopping[0])
+    token.place([0, 1], [3, 3])
+    return token
 
 
 @pytest.mark.parametrize("rule", [None, *RULES])
@@ -86,27 +88,27 @@ def test_no_region_reads_a_value_on_the_host(model, rule):
     """Fake tensors have no values: any .item(), if or index by a value raises."""
     chosen = None if rule is None else exit_rule(rule, THRESHOLDS[rule])
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        token = static_token(model, chosen)
+        token = captured_token(model, chosen)
         for region in token.regions:
             region()
         with pytest.raises(DataDependentOutputException):
-            bool(token.thinking[0])
+            bool(token.going[0])
 
 
-def test_a_step_is_one_graph_without_breaks(model):
+def test_an_iteration_is_one_graph_without_breaks(model):
     """What torch.compile(mode="reduce-overhead") would capture; here traced by dynamo and run eagerly."""
-    expected, token = static_token(model, OutputKL(0.02)), static_token(model, OutputKL(0.02))
+    expected, token = captured_token(model, OutputKL(0.02)), captured_token(model, OutputKL(0.02))
     rng = torch.Generator().manual_seed(0)
     for static in (expected, token):
         static.running[:], static.active[:] = True, True
         static.memory.fill_(torch.nan)
         static.injected.copy_(torch.randn(static.injected.shape, generator=rng.manual_seed(1), dtype=torch.float64))
         static.state.copy_(torch.randn(static.state.shape, generator=rng, dtype=torch.float64))
-    step = torch.compile(token.step, fullgraph=True, backend="eager")
+    iterate = torch.compile(token.iterate, fullgraph=True, backend="eager")
     with torch.no_grad():
         for i in range(2):
-            expected.step(i)
-            step(i)
+            expected.iterate(i)
+            iterate(i)
     torch.testing.assert_close(token.state, expected.state, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(token.cache.entries, expected.cache.entries, rtol=1e-12, atol=1e-12)
     assert torch.equal(token.taken, expected.taken)
@@ -114,7 +116,7 @@ def test_a_step_is_one_graph_without_breaks(model):
 
 def test_a_rehearsal_leaves_no_trace(model):
     """Before capturing, all regions run once; the prompts in the cache and what follows stay as they are."""
-    fresh, rehearsed = static_token(model, StateChange(0.3), budget=2), static_token(model, StateChange(0.3), budget=2)
+    fresh, rehearsed = (captured_token(model, StateChange(0.3), budget=2) for _ in range(2))
     entries = torch.randn(fresh.cache.entries.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for token in (fresh, rehearsed):
         token.cache.entries[..., :3, :] = entries[..., :3, :]
@@ -125,7 +127,7 @@ def test_a_rehearsal_leaves_no_trace(model):
         assert torch.equal(rehearsed.cache.depths[:, :3], fresh.cache.depths[:, :3])
         for tokens, running in (([4, 5], [True, True]), ([6, 7], [True, False])):
             assert fresh.run(tokens, running) == rehearsed.run(tokens, running)
-    for name in ("logits", "state", "taken", "mask", "columns", "positions"):
+    for name in ("logits", "state", "taken", "columns", "starts"):
         assert torch.equal(getattr(fresh, name), getattr(rehearsed, name)), name
     assert torch.equal(rehearsed.cache.entries, fresh.cache.entries)
     assert torch.equal(rehearsed.cache.depths[:, :5], fresh.cache.depths[:, :5])
@@ -133,7 +135,7 @@ def test_a_rehearsal_leaves_no_trace(model):
 
 def test_buffers_do_not_move(model):
     """A captured graph works on addresses."""
-    token = static_token(model, OutputKL(0.02), budget=2)
+    token = captured_token(model, OutputKL(0.02), budget=2)
     tensors = {name: value for name, value in vars(token).items() if isinstance(value, torch.Tensor)}
     tensors |= {"entries": token.cache.entries, "depths": token.cache.depths}
     before = {name: value.data_ptr() for name, value in tensors.items()}
@@ -145,18 +147,38 @@ def test_buffers_do_not_move(model):
 
 
 def test_is_one_of_the_modes(model):
-    from recurrent_depth.hf.engine import EngineOptions
-
     mode = EngineOptions(captured=True).mode()
     assert mode == Captured()
     options = Decoding(max_new_tokens=4, num_steps=3)
-    assert decode_in_mode(model, PROMPTS, options, mode).tokens == decode(model, PROMPTS, options).tokens
-    with pytest.raises(ValueError, match="slots and captured"):
-        EngineOptions(slots=2, captured=True).mode()
+    assert decode(model, PROMPTS, options, mode).tokens == decode(model, PROMPTS, options).tokens
+    with pytest.raises(ValueError, match="refill and captured"):
+        EngineOptions(refill=Refill(2), captured=True)
 
 
 def test_one_rule_and_one_depth_for_all(model):
     with pytest.raises(ValueError, match="one exit rule"):
-        decode_captured(model, PROMPTS, Decoding(max_new_tokens=4, exit=[None, StateChange(), None]))
+        decode(model, PROMPTS, Decoding(max_new_tokens=4, exit=[None, StateChange(), None]), Captured())
     with pytest.raises(ValueError, match="one num_steps"):
-        decode_captured(model, PROMPTS, Decoding(max_new_tokens=4, num_steps=[1, 2, 3]))
+        decode(model, PROMPTS, Decoding(max_new_tokens=4, num_steps=[1, 2, 3]), Captured())
+
+
+def test_a_decoder_captures_once_for_calls_that_fit(model):
+    """Buffers are used again while shape and rule are the same, by name as well; what is written does not change."""
+    decoder = Decoder(model, Captured())
+    rule = exit_rule("state-change", 0.3)
+    options = Decoding(max_new_tokens=8, num_steps=6, exit=rule)
+    first = decoder.generate(PROMPTS, options)
+    kept = decoder.captured
+    shorter = Decoding(max_new_tokens=5, num_steps=6, exit=exit_rule("state-change", 0.3), temperature=0.7, seed=3)
+    others = [[9, 8], [1, 2, 3], [4]]
+    assert decoder.generate(others, shorter).tokens == decode(model, others, shorter).tokens
+    assert decoder.generate(PROMPTS, options).tokens == first.tokens
+    assert decoder.captured is kept
+    for changed in (
+        Decoding(max_new_tokens=9, num_steps=6, exit=rule), Decoding(max_new_tokens=8, num_steps=5, exit=rule),
+        Decoding(max_new_tokens=8, num_steps=6), Decoding(max_new_tokens=8, num_steps=6, cache_budget=2),
+        Decoding(max_new_tokens=8, num_steps=6, exit=rule, warm_start=True),
+    ):  # fmt: skip
+        before = decoder.captured
+        assert decoder.generate(PROMPTS, changed).tokens == decode(model, PROMPTS, changed).tokens
+        assert decoder.captured is not before

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recurrent_depth.generation.stopping import StopStrings, TextStream, cut
+from recurrent_depth.generation.text import StopStrings, TextStream, cut
 
 
 def by_bytes(ids):

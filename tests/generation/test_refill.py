@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recurrent_depth.generation.decoding import Decoding, decode
+from recurrent_depth.generation.config import Refill
 from recurrent_depth.generation.exits import OutputKL, StableArgmax, StateChange
 from recurrent_depth.generation.forcing import ThinkingBudget
-from recurrent_depth.generation.scheduler import Refill, decode_refilled
-from support import lively_model
+from recurrent_depth.generation.request import Decoding
+from support import decode, lively_model
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +41,10 @@ def test_tokens_and_depths_equal_one_at_a_time(model, data):
     }
     options = Decoding(exit=exits, num_steps=steps, **common)
     # Keys are copied together where they are small, and read in place where they are large.
-    with patch("recurrent_depth.generation.tokens.COPY_LIMIT", data.draw(st.sampled_from([0, 10**9]), "copy limit")):
-        slots = data.draw(st.integers(1, 4), "slots")
-        together = data.draw(st.none() | st.integers(1, slots), "together")
-        found = decode_refilled(model, prompts, options, Refill(slots, together))
+    with patch("recurrent_depth.generation.attention.COPY_LIMIT", data.draw(st.sampled_from([0, 10**9]), "copy limit")):
+        lanes = data.draw(st.integers(1, 4), "lanes")
+        together = data.draw(st.none() | st.integers(1, lanes), "together")
+        found = decode(model, prompts, options, Refill(lanes, together))
     for i, prompt in enumerate(prompts):
         alone = decode(model, [prompt], Decoding(exit=exits[i], num_steps=steps[i], **common), requests=[i])
         assert found.tokens[i] == alone.tokens[0]
@@ -56,7 +56,7 @@ def test_tokens_and_depths_equal_one_at_a_time(model, data):
 def test_tokens_that_left_early_are_seen_by_those_that_go_deeper(model, budget):
     prompts = random_prompts([3, 1, 4], seed=1)
     options = Decoding(max_new_tokens=8, num_steps=6, exit=StateChange(0.6), cache_budget=budget)
-    found = decode_refilled(model, prompts, options, Refill(2))
+    found = decode(model, prompts, options, Refill(2))
     for i, prompt in enumerate(prompts):
         alone = decode(model, [prompt], options, requests=[i])
         assert found.tokens[i] == alone.tokens[0]
@@ -71,7 +71,7 @@ def test_the_batch_stays_full(model):
     options = Decoding(max_new_tokens=6, num_steps=steps)
     padded = sum(decode(model, prompts[i : i + 4], Decoding(max_new_tokens=6, num_steps=steps[i : i + 4])).core_steps
                  for i in range(0, 12, 4))  # fmt: skip
-    found = decode_refilled(model, prompts, options, Refill(slots=4))
+    found = decode(model, prompts, options, Refill(lanes=4))
     assert found.core_steps == padded
     longest = 12 * 6  # passes of one long request
     assert found.passes < 3 * longest  # padded batches of four take as long as their longest, three times
@@ -89,19 +89,17 @@ def test_thinking_budgets_streams_and_stops(model):
         seen[row].append(token)
         return row == 2 and len(seen[row]) == 4
 
-    found = decode_refilled(model, prompts, options, Refill(2), on_token=fourth)
+    found = decode(model, prompts, options, Refill(2), on_token=fourth)
     assert found.tokens == seen
     assert found.tokens == [*plain.tokens[:2], plain.tokens[2][:4], *plain.tokens[3:]]
 
 
 def test_what_it_cannot_do_is_refused(model):
-    with pytest.raises(ValueError, match="prefix_monotone"):
-        decode_refilled(model, [[1]], Decoding(num_steps=2, prefix_monotone=False))
-    with pytest.raises(ValueError, match="slots is 0"):
+    with pytest.raises(ValueError, match="lanes is 0"):
         Refill(0)
     with pytest.raises(ValueError, match="together is 5"):
         Refill(4, together=5)
     with pytest.raises(ValueError, match="exit has 2 values for 1"):
-        decode_refilled(model, [[1]], Decoding(max_new_tokens=2, exit=[None, None]))
+        decode(model, [[1]], Decoding(max_new_tokens=2, exit=[None, None]), Refill())
     with pytest.raises(ValueError, match="exceed block_size 64"):
-        decode_refilled(model, [[1] * 60], Decoding(max_new_tokens=5))
+        decode(model, [[1] * 60], Decoding(max_new_tokens=5), Refill())

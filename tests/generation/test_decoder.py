@@ -1,15 +1,18 @@
 """Decoding in batches against decoding alone, sampling against its distribution, and budgets of thinking."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recurrent_depth.generation.decoding import Decoding, decode
-from recurrent_depth.generation.exits import OutputKL, StateChange
+from recurrent_depth.generation.config import Captured, Refill
+from recurrent_depth.generation.exits import EntropyChange, OutputKL, StateChange
 from recurrent_depth.generation.forcing import Forcing, ThinkingBudget
+from recurrent_depth.generation.request import Decoding
 from recurrent_depth.model.flops import forward_flops
-from support import lively_model
+from support import decode, lively_model
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +114,6 @@ def test_thinking_stops_at_its_budget_and_waits_are_written(model):
     request = Forcing(budget, [1, 40])
     written = []
     for wanted in (8, 41, 9, 9, 41, 9, 41, 41, 9):
-        request.forced()
         written.append(request.choose(wanted))
     # 8; the end becomes two tokens (the second over a 9); 9; a second wait; then the end is let through
     assert written == [8, 42, 43, 9, 42, 43, 41, 41, 9]
@@ -149,7 +151,6 @@ def test_a_stop_while_thinking_counts_as_the_end_of_thinking():
     request = Forcing(ThinkingBudget(**BUDGET, at_most=9, rounds=1), [40], stop=(3,))
     written = []
     for wanted in (8, 3, 9, 9, 3, 5, 3):
-        request.forced()
         written.append(request.choose(wanted))
     assert written == [8, 42, 43, 9, 41, 5, 3]
 
@@ -173,7 +174,7 @@ def test_steps_exits_and_budgets_of_every_request(model):
 
 
 def test_bad_options_say_what_to_change(model):
-    with pytest.raises(ValueError, match=r"num_steps is \[4, 0\]"):
+    with pytest.raises(ValueError, match="num_steps is 0"):
         Decoding(num_steps=[4, 0])
     with pytest.raises(ValueError, match="num_steps is 0"):
         Decoding(num_steps=0)
@@ -181,7 +182,7 @@ def test_bad_options_say_what_to_change(model):
         decode(model, [[]])
     with pytest.raises(ValueError, match="exceed block_size 64"):
         decode(model, [[1] * 60], Decoding(max_new_tokens=5))
-    with pytest.raises(ValueError, match="at_least 5"):
+    with pytest.raises(ValueError, match="at_least is 5"):
         ThinkingBudget(**BUDGET, at_most=4, at_least=5)
     with pytest.raises(ValueError, match="give its tokens"):
         ThinkingBudget(begin=(1,), end=(2,), rounds=1)
@@ -190,3 +191,37 @@ def test_bad_options_say_what_to_change(model):
 def test_flops_are_those_of_the_closed_form(model):
     decoded = decode(model, [[5, 6, 7, 8]], Decoding(max_new_tokens=1, num_steps=3))
     assert decoded.flops == forward_flops(model.config, 4, 3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": math.nan}, {"temperature": math.inf}, {"temperature": -0.1}, {"top_p": math.nan},
+        {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": 0}, {"max_new_tokens": 0}, {"num_steps": 4097},
+        {"num_steps": [3, 4097]}, {"min_steps": 0}, {"cache_budget": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_decoding_refuses_impossible_values(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*; it must"):
+        Decoding(**wrong)
+
+
+@pytest.mark.parametrize("rule", [StateChange, OutputKL, EntropyChange])
+@pytest.mark.parametrize("threshold", [math.nan, math.inf, -1.0])
+def test_exit_rules_refuse_impossible_thresholds(rule, threshold):
+    with pytest.raises(ValueError, match=r"threshold is .*at least 0"):
+        rule(threshold)
+
+
+def test_exits_after_the_prompt_only(model):
+    """The prompt takes all iterations; written tokens stop as they do after such a prompt."""
+    prompts, common = [[5, 6, 7], [8]], {"max_new_tokens": 6, "num_steps": 8}
+    found = decode(model, prompts, Decoding(exit=StateChange(0.3), exit_prompt=False, **common))
+    assert [steps[0] for steps in found.steps] == [8, 8]
+    assert min(steps for row in found.steps for steps in row[1:]) < 8
+    full = decode(model, prompts, Decoding(**common))
+    assert [tokens[0] for tokens in found.tokens] == [tokens[0] for tokens in full.tokens]
+    for mode in (Refill(2), Captured()):
+        other = decode(model, prompts, Decoding(exit=StateChange(0.3), exit_prompt=False, **common), mode)
+        assert (other.tokens, other.steps) == (found.tokens, found.steps)

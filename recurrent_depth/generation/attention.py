@@ -1,0 +1,311 @@
+"""Attention of tokens over the cache: the only code of generation that reads and writes its entries.
+
+Tokens at the same iteration attend in blocks of lanes, over the cache as it lies in memory. Which place of the cache an
+iteration reads is the rule of `recurrent_depth.model.ops.read_place`; while no token of a shared cache has stopped
+early, it is the place that the iteration writes.
+
+Shapes: N tokens, H heads, K head size, S cached columns; n blocks of T tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recurrent_depth.generation.cache import RecurrentCache
+from recurrent_depth.model.attention import Projection, Rotary, merge_heads
+from recurrent_depth.model.layers import rotary_at
+from recurrent_depth.model.ops import Ops, read_place
+
+COPY_LIMIT = 8192
+"""Numbers per row (columns x width) up to which copying keys is faster than one call per row (measured on a CPU)."""
+
+MOST_QUERIES = 8
+"""Tokens of a lane up to which attention waits for memory, not for arithmetic; longer prompts copy what they read."""
+
+
+@dataclass
+class Block:
+    """Consecutive tokens of one or several lanes, padded to the same number T.
+
+    Attributes:
+        lanes: n lanes; a slice where they are the first ones of the cache in order, whose keys need not be copied.
+        tokens: [n, T], places among the N tokens; shorter lanes repeat their last one.
+        kept: [m], places in [n T] that are no repetition; None: all.
+        is_grid: the N tokens are exactly these, in order.
+        aligned: all lanes end at the same column.
+        starts, lengths: [n], the first column of each lane, and its columns in use.
+        mask: [n, 1, T, S], or None where every query sees all columns, or as `causal` says.
+    """
+
+    lanes: slice | list[int]
+    tokens: Tensor
+    kept: Tensor | None
+    end: int
+    is_grid: bool
+    aligned: bool
+    starts: Tensor
+    lengths: Tensor
+    mask: Tensor | None
+    causal: bool
+
+
+class Layout:
+    """Where N tokens stand: lanes and columns of the cache, and the first column of each one's lane.
+
+    Tokens of a lane stand together, in the order of their columns.
+    """
+
+    def __init__(self, lanes: list[int], columns: list[int], starts: list[int], table: Tensor) -> None:
+        self.lanes, self.columns, self.starts, self.table = lanes, columns, starts, table
+
+    def __len__(self) -> int:
+        return len(self.lanes)
+
+    def at(self, chosen: Sequence[int]) -> "Layout":
+        lanes, columns, starts = ([of[n] for n in chosen] for of in (self.lanes, self.columns, self.starts))
+        return Layout(lanes, columns, starts, self.table)
+
+    def __add__(self, other: "Layout") -> "Layout":
+        return Layout(self.lanes + other.lanes, self.columns + other.columns, self.starts + other.starts, self.table)
+
+    def tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.table.device)
+
+    @cached_property
+    def index(self) -> tuple[Tensor, Tensor]:
+        """Lanes and columns on the device, [N] each."""
+        return self.tensor(self.lanes), self.tensor(self.columns)
+
+    @cached_property
+    def starts_on_device(self) -> Tensor:
+        return self.tensor(self.starts)
+
+    @cached_property
+    def rotary(self) -> Rotary:
+        """Of the tokens' positions; a draft beyond the table is never written, it must only not be looked up."""
+        last = self.table.shape[1] - 1
+        positions = [min(column - start, last) for column, start in zip(self.columns, self.starts, strict=True)]
+        return rotary_at(self.table, self.tensor(positions)[:, None])
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """Columns that every token sees, [N, S]."""
+        columns = torch.arange(max(self.columns) + 1, device=self.table.device)
+        return (columns <= self.index[1][:, None]) & (columns >= self.starts_on_device[:, None])
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """Blocks of all tokens: single ones apart from longer runs, so that little is padded."""
+        runs: list[list[int]] = []
+        for n, (lane, column) in enumerate(zip(self.lanes, self.columns, strict=True)):
+            if n and lane == self.lanes[n - 1] and column == self.columns[n - 1] + 1:
+                runs[-1].append(n)
+            else:
+                runs.append([n])
+        parts = [[run for run in runs if len(run) == 1], [run for run in runs if len(run) > 1]]
+        return [self._block(part) for part in parts if part]
+
+    def _block(self, runs: list[list[int]]) -> Block:
+        longest, device = max(map(len, runs)), self.table.device
+        lanes = [self.lanes[run[0]] for run in runs]
+        tokens = torch.tensor([run + run[-1:] * (longest - len(run)) for run in runs])
+        own, start = (torch.tensor(values)[tokens] for values in (self.columns, self.starts))  # [n, T]
+        end = int(own.max()) + 1
+        columns = torch.arange(end)
+        ragged = any(len(run) < longest for run in runs)
+        causal = longest > 1 and end == longest and not ragged and not start.any()
+        mask = None
+        if not causal and not (longest == 1 and bool((own == end - 1).all()) and not start.any()):
+            mask = ((columns <= own[..., None]) & (columns >= start[..., None]))[:, None].to(device)
+        kept = None
+        if ragged:
+            lengths = torch.tensor([len(run) for run in runs])[:, None]
+            kept = (torch.arange(longest) < lengths).flatten().nonzero()[:, 0].to(device)
+        return Block(
+            lanes=slice(0, len(lanes)) if lanes == list(range(len(lanes))) else lanes,
+            tokens=tokens.to(device),
+            kept=kept,
+            end=end,
+            is_grid=not ragged and tokens.numel() == len(self),
+            aligned=bool((own[:, -1] == end - 1).all()),
+            starts=start[:, 0].to(device),
+            lengths=own[:, -1].to(device) + 1,
+            mask=mask,
+            causal=causal,
+        )
+
+
+class CacheAttention:
+    """The attention function of tokens, for one call of prelude, core or coda.
+
+    Args:
+        steps: in the core, the iteration that each token is at. If all are at the same one, the layer indices of the
+            call are that iteration's (`iteration`), otherwise those of iteration 0.
+    """
+
+    def __init__(self, cache: RecurrentCache, layout: Layout, steps: list[int] | None = None) -> None:
+        self.cache, self.layout = cache, layout
+        self.core, self.steps = steps is not None, steps or [0]
+        self.mixed = len(set(self.steps)) > 1
+        self.iteration = 0 if self.mixed else self.steps[0]
+
+    def __call__(self, projection: Projection, layer_index: int) -> Tensor:
+        if self.mixed:
+            return self._by_token(projection, layer_index - self.cache.outer)
+        blocks, kept = self.layout.blocks, self.cache.layer(layer_index)
+        if blocks[0].is_grid:
+            return self._by_grid(projection, blocks[0], kept, layer_index)
+        q, k, v = projection.heads()  # [N, H, 1, K]
+        self._write(kept, k[:, :, 0], v[:, :, 0])
+        y = torch.empty_like(q)
+        for block in blocks:
+            tokens, kept_tokens = block.tokens.flatten(), block.kept
+            queries = q[tokens].view(*block.tokens.shape, *q.shape[1::2]).transpose(1, 2)
+            found = (
+                self._attend(projection.ops, queries, block, kept, layer_index)
+                .transpose(1, 2)
+                .flatten(0, 1)[:, :, None]
+            )
+            if kept_tokens is not None:
+                tokens, found = tokens[kept_tokens], found[kept_tokens]
+            y[tokens] = found
+        return merge_heads(y)
+
+    def _by_grid(self, projection: Projection, block: Block, kept: Tensor, layer_index: int) -> Tensor:
+        """All tokens are a grid of lanes and columns: nothing is gathered."""
+        n, T = block.tokens.shape
+        if T > 1:
+            cos, sin = (x.view(n, T, -1) for x in projection.rotary)
+            projection = replace(projection, qkv=projection.qkv.view(n, T, -1), rotary=(cos, sin))
+        q, k, v = projection.heads()  # [n, H, T, K]
+        if block.aligned and isinstance(block.lanes, slice):
+            kept[0, block.lanes, :, block.end - T : block.end] = k
+            kept[1, block.lanes, :, block.end - T : block.end] = v
+        else:
+            self._write(kept, k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1))
+        y = self._attend(projection.ops, q, block, kept, layer_index)
+        return y.transpose(1, 2).reshape(n * T, 1, -1)
+
+    def _write(self, kept: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k, v [N, H, K] in the entries [2, B, H, S, K] of a layer."""
+        lanes, columns = self.layout.index
+        kept[0, lanes, :, columns] = k
+        kept[1, lanes, :, columns] = v
+
+    def _attend(self, ops: Ops, q: Tensor, block: Block, kept: Tensor, layer_index: int) -> Tensor:
+        """Queries [n, H, T, K] of a block over the entries [2, B, H, S, K] of a layer."""
+        keys, values = kept[:, :, :, : block.end]
+        if self.core and self.cache.by_depth:
+            chosen = list(range(len(q))) if isinstance(block.lanes, slice) else block.lanes
+            layer, lanes = (layer_index - self.cache.outer) % self.cache.core_layers, self.layout.tensor(chosen)
+            if ops.reads_in_place and q.shape[2] <= MOST_QUERIES and block.kept is None:
+                steps = torch.full_like(lanes, self.iteration)
+                return ops.decode_attention(
+                    q, self.cache.core[:, layer], self.cache.depths, lanes, block.starts, block.lengths, steps,
+                    self.cache.released,
+                )  # fmt: skip
+            keys, values = self._copies(layer, lanes, self.iteration, block.end)
+        elif isinstance(block.lanes, slice) or keys[0].numel() <= COPY_LIMIT:
+            keys, values = keys[block.lanes], values[block.lanes]
+        else:
+            masks = [None] * len(q) if block.mask is None else block.mask.split(1)
+            one_by_one = [
+                F.scaled_dot_product_attention(
+                    q[i, None], keys[lane, None], values[lane, None], attn_mask=masks[i], is_causal=block.causal
+                )
+                for i, lane in enumerate(block.lanes)
+            ]
+            return torch.cat(one_by_one)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=block.mask, is_causal=block.causal)
+
+    def _copies(self, layer: int, lanes: Tensor, steps: Tensor | int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [n, H, end, K] of lanes [n], as iterations [n] read them."""
+        cache = self.cache
+        steps = torch.as_tensor(steps, device=lanes.device).expand(len(lanes))
+        if not cache.by_depth:
+            found = cache.core[steps % cache.budget, layer, :, lanes, :, :end]  # [n, 2, H, S, K]
+            return found[:, 0], found[:, 1]
+        places = read_place(steps[:, None], cache.depths[lanes, :end], cache.budget, cache.released)  # [n, S]
+        columns = torch.arange(end, device=lanes.device)
+        found = cache.core[places, layer, :, lanes[:, None], :, columns]  # [n, S, 2, H, K]
+        keys, values = found.permute(2, 0, 3, 1, 4)
+        return keys, values
+
+    def _by_token(self, projection: Projection, layer: int) -> Tensor:
+        """Tokens at different iterations: each writes and reads a place of its own."""
+        cache, layout = self.cache, self.layout
+        (lanes, columns), (q, k, v) = layout.index, projection.heads()  # [N, H, 1, K]
+        at = self._steps % cache.budget
+        cache.core[at, layer, 0, lanes, :, columns] = k[:, :, 0]
+        cache.core[at, layer, 1, lanes, :, columns] = v[:, :, 0]
+        if projection.ops.reads_in_place:
+            y = projection.ops.decode_attention(
+                q, cache.core[:, layer], cache.depths, lanes, layout.starts_on_device, columns + 1, self._steps,
+                cache.released,
+            )  # fmt: skip
+            return merge_heads(y)
+        end = max(layout.columns) + 1
+        if cache.by_depth or len(self._sharing) * COPY_LIMIT > q.numel() * end:
+            keys, values = self._copies(layer, lanes, self._steps, end)
+            return merge_heads(F.scaled_dot_product_attention(q, keys, values, layout.seen[:, None, None]))
+        y = torch.empty_like(q)
+        for (place, lane), members in self._sharing.items():
+            last = max(layout.columns[n] for n in members) + 1
+            keys, values = cache.core[place, layer, :, None, lane, :, :last]
+            mask = None if len(members) == 1 and not layout.starts[members[0]] else layout.seen[members, :last]
+            queries = q[members].transpose(0, 2)
+            y[members] = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).transpose(0, 2)
+        return merge_heads(y)
+
+    @cached_property
+    def _steps(self) -> Tensor:
+        return self.layout.tensor(self.steps)
+
+    @cached_property
+    def _sharing(self) -> dict[tuple[int, int], list[int]]:
+        """Tokens that read the same entries, by place and lane."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for n, (lane, step) in enumerate(zip(self.layout.lanes, self.steps, strict=True)):
+            groups.setdefault((step % self.cache.budget, lane), []).append(n)
+        return groups
+
+
+class StaticAttention:
+    """The attention function of one token per lane, without a decision on the host: what changes lies on the device.
+
+    Args:
+        iterations: [R, B], row i holds the number i.
+        columns, starts: [B], where each token stands, and the first column of its lane.
+        running, active: [B, 1], the lanes that write entries in prelude and coda, and in the core.
+    """
+
+    def __init__(
+        self,
+        cache: RecurrentCache,
+        iterations: Tensor,
+        columns: Tensor,
+        starts: Tensor,
+        running: Tensor,
+        active: Tensor,
+    ) -> None:
+        self.cache, self.iterations, self.columns, self.starts = cache, iterations, columns, starts
+        self.running, self.active = running, active
+
+    def __call__(self, projection: Projection, layer_index: int) -> Tensor:
+        cache, ops, bias = self.cache, projection.ops, projection.qk_bias
+        in_core, place = layer_index >= cache.outer, max(layer_index - cache.outer, 0)
+        iteration, layer = self.iterations[place // cache.core_layers], place % cache.core_layers
+        entries = cache.core[:, layer] if in_core else cache.entries[layer_index, None]  # [budget or 1, 2, B, H, S, K]
+        biases = (None, None) if bias is None else (bias[0, 0], bias[1, 0])
+        writes = self.active if in_core else self.running
+        q = ops.rope_into_cache(
+            projection.qkv, *biases, *projection.rotary, entries, iteration, self.columns, writes, projection.n_heads
+        )
+        y = ops.decode_attention(
+            q, entries, cache.depths, None, self.starts, self.columns + 1, iteration, cache.released
+        )
+        return merge_heads(y)

@@ -1,0 +1,133 @@
+"""The loop over a batch of requests, in lockstep or refilled.
+
+A request has a lane of the cache. Its prompt goes through the core, then one token after another. In lockstep there is
+a lane for every request, and the next tokens begin when those of all lanes have stopped. In a refilled batch a lane
+goes on as soon as enough others have stopped as well, and a finished request is followed by the next one that waits; a
+pass may then hold tokens at different iterations. Tokens and depths do not depend on which of the two it is.
+
+Shapes: B requests, V vocabulary.
+"""
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from recurrent_depth.generation.cache import RecurrentCache
+from recurrent_depth.generation.config import Refill
+from recurrent_depth.generation.request import DecodableModel, Decoded, Requests
+from recurrent_depth.generation.tokens import Tokens
+
+
+class Lane:
+    """A request in the batch, and the columns it fills: from `start`, `length` of them."""
+
+    def __init__(self, request: int, start: int) -> None:
+        self.request, self.start, self.length = request, start, 0
+
+
+class Batch:
+    """Requests on their way through a cache.
+
+    Args:
+        refill: how the batch is kept full; None: lockstep.
+    """
+
+    def __init__(
+        self, model: DecodableModel, requests: Requests, cache: RecurrentCache, refill: Refill | None = None
+    ) -> None:
+        self.requests, self.refill = requests, refill
+        self.tokens = Tokens(model, cache)
+        self.lanes: list[Lane | None] = [None] * cache.entries.shape[2]
+        self.waiting = deque(range(len(requests.prompts)))
+        self.passes = 0
+
+    def run(self) -> Decoded:
+        """Decode all requests."""
+        stopped: list[int] = []
+        self.start_prompts()
+        while len(self.tokens.iterating):
+            stopped += self.tokens.advance()
+            if len(stopped) >= self._together() or not len(self.tokens.iterating):
+                self._go_on(stopped)
+                stopped = []
+        self.requests.result.computed_steps, self.requests.result.passes = self.tokens.computed, self.tokens.passes
+        return self.requests.result
+
+    def _together(self) -> int:
+        """Lanes that must have stopped before coda, head and the next prelude run for them."""
+        busy = sum(lane is not None for lane in self.lanes)
+        if self.refill is None:
+            return busy
+        return self.refill.together or max(1, busy // 2)
+
+    def start_prompts(self) -> None:
+        """Bring the prompts of requests that wait to the core, as far as lanes are free."""
+        self._start([], None)
+
+    def _start(self, going_on: list[int], states: Tensor | None) -> None:
+        """Bring the next token of lanes, and the prompts of requests that find a free one, to the core."""
+        requests, ids, at, columns, starts, stopping = self.requests, [], [], [], [], []  # type: ignore[var-annotated]
+        for row, lane in enumerate(self.lanes):
+            if lane is None and self.waiting:
+                request = self.waiting.popleft()
+                # In lockstep the prompts end at the same column, so that all lanes write side by side.
+                start = 0 if self.refill is not None else requests.longest - len(requests.prompts[request])
+                self.lanes[row] = Lane(request, start)
+                going_on = [*going_on, row]
+        prompts = 0
+        for row in going_on:
+            lane = self.lane(row)
+            new = requests.result.tokens[lane.request][-1:] or requests.prompts[lane.request]
+            prompts += len(new) if not lane.length else 0
+            first = lane.start + lane.length
+            ids += new
+            at += [row] * len(new)
+            columns += range(first, first + len(new))
+            starts += [lane.start] * len(new)
+            stopping += [requests.stops(lane.request)] * len(new)
+            lane.length += len(new)
+        if not ids:
+            return
+        if states is not None and prompts:
+            states = torch.cat([states, states.new_zeros(prompts, *states.shape[1:])])
+        self.tokens.start(ids, at, columns, starts, stopping, states)
+
+    def lane(self, row: int) -> Lane:
+        lane = self.lanes[row]
+        assert lane is not None
+        return lane
+
+    def finish(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Return the logits [n, V] and states [n, 1, D] of the last tokens of lanes in which all have stopped."""
+        done, logits = self.tokens.finish(rows)
+        taken: dict[int, list[int]] = {row: [] for row in rows}
+        for row, steps in zip(done.layout.lanes, done.steps, strict=True):
+            taken[row].append(steps)
+        for row in rows:
+            lane = self.lane(row)
+            self.requests.count(lane.request, len(taken[row]), sum(taken[row]), lane.length)
+        last = torch.tensor([len(taken[row]) for row in rows], device=logits.device).cumsum(0) - 1
+        return logits, done.state[last]
+
+    def _go_on(self, rows: list[int]) -> None:
+        """Write a token in each of these lanes, and start what follows."""
+        logits, states = self.finish(rows)
+        lanes = [self.lane(row) for row in rows]
+        drawn = self.requests.draw(logits, [lane.request for lane in lanes], [lane.length for lane in lanes])
+        going_on = []
+        for n, (row, lane, token) in enumerate(zip(rows, lanes, drawn, strict=True)):
+            if self.requests.write(lane.request, token):
+                going_on.append(n)
+            else:
+                self.lanes[row] = None
+        kept = states[going_on] if self.requests.options.warm_start else None
+        self._start([rows[n] for n in going_on], kept)
+
+
+def prefill(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Run the prompts of a lockstep batch; return logits [B, V] and states [B, 1, D] of their last tokens."""
+    batch.start_prompts()
+    while len(batch.tokens.iterating):
+        batch.tokens.advance()
+    return batch.finish(list(range(len(batch.lanes))))

@@ -1,0 +1,230 @@
+"""Decoding as a fixed sequence of GPU work: every iteration of the core is captured once as a CUDA graph and replayed.
+
+At batch 1 an iteration of the 3.5B model reads weights for 0.7 ms (by arithmetic, on an H200) in some forty launches,
+and Python needs nearly as long to launch them. Here all that changes from one iteration to the next lies in buffers on
+the device: which lanes still iterate, how many iterations they took, where the cache is written. The host launches, and
+reads whether any lane still iterates one iteration late, so that the device always has work.
+
+Shapes: B requests, D width, V vocabulary, M kept by an exit rule.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from recurrent_depth.generation.attention import StaticAttention
+from recurrent_depth.generation.batch import Batch, prefill
+from recurrent_depth.generation.cache import RecurrentCache
+from recurrent_depth.generation.request import DecodableModel, Decoded, Requests, Stopping
+from recurrent_depth.model.layers import rotary_at
+from recurrent_depth.model.loss import to_float32
+
+if TYPE_CHECKING:
+    from recurrent_depth.generation.engine import Decoder
+
+Region = Callable[[], None]
+"""Device work without a decision on the host: reads and writes buffers only."""
+
+ROOM = 256
+"""On a GPU room is made for a multiple of so many tokens, so that graphs fit the next call as well."""
+
+
+def decode_captured(decoder: "Decoder", requests: Requests) -> Decoded:
+    """Decode with the graphs that the decoder keeps; the tokens are plain decoding's."""
+    stopping, result = requests.one_depth("captured decoding"), requests.result
+    lanes, model = len(requests.prompts), decoder.model
+    token = decoder.captured
+    if token is None or not token.fits(requests, stopping):
+        decoder.captured = token = CapturedToken(model, requests, stopping)
+    result.cache_bytes = token.cache.num_bytes
+    batch = Batch(model, requests, token.reset())
+    logits, states = prefill(batch)
+    token.place([lane.start for lane in batch.lanes if lane], [requests.longest] * lanes)
+    token.state.copy_(states)
+    everyone = list(range(lanes))
+    while True:
+        lengths = [requests.longest - lane.start + len(result.tokens[lane.request]) for lane in batch.lanes if lane]
+        for request, drawn in zip(everyone, requests.draw(logits, everyone, lengths), strict=True):
+            if requests.running[request]:
+                requests.write(request, drawn)
+        if not any(requests.running):
+            result.computed_steps += batch.tokens.computed
+            return result
+        if token.uses_graphs and not token.is_captured:
+            token.capture()
+        result.computed_steps += lanes * token.run([written[-1] for written in result.tokens], requests.running)
+        for request, core_steps in enumerate(token.taken[:, 0].tolist()):
+            if requests.running[request]:
+                requests.count(request, 1, core_steps, lengths[request] + 1)
+        logits = token.logits
+
+
+class CapturedToken:
+    """One new token per request: buffers that never move, and the regions that work on them.
+
+    Args:
+        stopping: when a token stops iterating.
+    """
+
+    def __init__(self, model: DecodableModel, requests: Requests, stopping: Stopping) -> None:
+        config, options, weight = model.model_config, requests.options, model.lm_head.weight
+        B, device, dtype = len(requests.prompts), weight.device, weight.dtype
+        self.uses_graphs, self.is_captured = weight.is_cuda, False
+        room = -(-requests.room // ROOM) * ROOM if self.uses_graphs else requests.room
+        self.model, self.stopping, self.warm_start = model, stopping, options.warm_start
+        self.cache = RecurrentCache(
+            config, B, room, stopping.most, options.cache_budget, dtype, device, options.released_cache
+        )
+        self.ids = torch.zeros(B, 1, dtype=torch.long, device=device)
+        self.running = torch.zeros(B, 1, dtype=torch.bool, device=device)  # requests that are not done
+        self.active = torch.zeros_like(self.running)  # of these, the ones that still iterate
+        self.taken = torch.zeros_like(self.ids)  # iterations
+        self.columns, self.starts = (torch.zeros(B, dtype=torch.long, device=device) for _ in range(2))
+        self.state = torch.zeros(B, 1, config.n_embd, dtype=dtype, device=device)
+        self.injected = torch.zeros_like(self.state)
+        _, self.adapt = model.transformer.injection(self.state)
+        kept = 0 if stopping.rule is None else stopping.rule.remembers(config.vocab_size)
+        self.memory = torch.zeros(B, 1, kept, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        self.logits = torch.zeros(B, config.vocab_size, dtype=self.memory.dtype, device=device)
+        self.cos = torch.zeros(B, 1, config.head_dim, dtype=model.freqs_cis.dtype, device=device)
+        self.sin = torch.zeros_like(self.cos)
+        self.iterations = torch.arange(stopping.most, device=device)[:, None].expand(-1, B).contiguous()
+        self.going = torch.zeros(stopping.most, dtype=torch.bool, device=device)  # whether any lane is, after each one
+        self.attention = StaticAttention(
+            self.cache, self.iterations, self.columns, self.starts, self.running, self.active
+        )
+        self.regions: list[Region] = [
+            self.begin, *(partial(self.iterate, i) for i in range(stopping.most)), self.finish
+        ]  # fmt: skip
+
+    def fits(self, requests: Requests, stopping: Stopping) -> bool:
+        """Whether the buffers, and what was captured, serve another call."""
+        options, cache = requests.options, self.cache
+        budget = stopping.most if options.cache_budget is None else min(options.cache_budget, stopping.most)
+        same = (len(self.ids), cache.budget, cache.released, self.warm_start) == (
+            len(requests.prompts), budget, options.released_cache, options.warm_start
+        )  # fmt: skip
+        rule = stopping.rule is self.stopping.rule and stopping[:2] == self.stopping[:2]
+        return same and rule and requests.room <= cache.max_length
+
+    def reset(self) -> RecurrentCache:
+        """Empty the cache, which keeps its place in memory."""
+        self.cache.entries.zero_()
+        self.cache.depths.fill_(self.cache.num_steps)
+        self.cache.by_depth = False
+        return self.cache
+
+    def place(self, starts: list[int], columns: list[int]) -> None:
+        """Say where each lane begins, and where its next token goes."""
+        self.starts.copy_(torch.tensor(starts))
+        self.columns.copy_(torch.tensor(columns))
+
+    def run(self, tokens: list[int], running: list[bool]) -> int:
+        """Feed each request its next token; return the iterations that were run. Results are in the buffers."""
+        self.ids.copy_(torch.tensor(tokens)[:, None])
+        self.running.copy_(torch.tensor(running)[:, None])
+        begin, *iterations, finish = self.regions
+        begin()
+        done = 0
+        late = _Late(self.going) if self.stopping.rule is not None else None
+        for i, iterate in enumerate(iterations):
+            iterate()
+            done = i + 1
+            if late is not None and late.all_have_stopped(after=i):
+                break
+        finish()
+        self.columns += 1
+        return done
+
+    def begin(self) -> None:
+        """Embedding and prelude."""
+        part = self.model.transformer
+        cos, sin = rotary_at(self.model.freqs_cis, (self.columns - self.starts)[:, None])
+        self.cos.copy_(cos)
+        self.sin.copy_(sin)
+        self.active.copy_(self.running)
+        self.taken.zero_()
+        self.memory.fill_(torch.nan)
+        self.cache.depths.scatter_(1, self.columns[:, None], torch.full_like(self.ids, self.stopping.most))
+        e = part.run_prelude(part.embed(self.ids), (self.cos, self.sin), self.attention)
+        self.injected.copy_(part.injection(e)[0])
+        if not self.warm_start:
+            self.state.zero_()
+
+    def iterate(self, i: int) -> None:
+        """Iteration i of the core, from 0: a lane that has stopped keeps its state, and writes nothing."""
+        core, rotary = self.model.transformer.core_block, (self.cos, self.sin)
+        after = core.step(self.state, self.injected, self.adapt, rotary, self.attention, i)
+        after = torch.where(self.active[..., None], after, self.state)
+        self.taken += self.active
+        rule = self.stopping.rule
+        if rule is not None:
+            done, memory = rule.converged(self.state, after, partial(self._read, after), self.memory)
+            self.memory.copy_(memory)
+            if i + 1 >= self.stopping.least:
+                self.active &= ~done
+            self.going[i].copy_(self.active.any())
+        self.state.copy_(after)
+
+    def finish(self) -> None:
+        """Coda and head; the depths that later tokens read by."""
+        self.cache.depths.scatter_(1, self.columns[:, None], self.taken.clamp(min=1))
+        self.logits.copy_(self._read(self.state)[:, 0])
+
+    def _read(self, state: Tensor) -> Tensor:
+        """[B, 1, D] -> logits [B, 1, V]."""
+        hidden = self.model.transformer.run_coda(state, (self.cos, self.sin), self.attention)
+        return to_float32(self.model.lm_head(hidden))
+
+    def capture(self) -> None:
+        """Replace each region by the replay of its CUDA graph; from then on they must be called in their order.
+
+        Everything is rehearsed once before: libraries set themselves up and kernels compile outside of the graphs.
+        """
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        replays: list[Region] = []
+        state = self.state.clone()
+        with torch.cuda.stream(side):
+            self.rehearse()
+            torch.cuda.synchronize()
+            pool = torch.cuda.graph_pool_handle()
+            for region in self.regions:
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool=pool)
+                region()
+                graph.capture_end()
+                replays.append(graph.replay)
+        torch.cuda.current_stream().wait_stream(side)
+        self.state.copy_(state)
+        self.regions, self.is_captured = replays, True
+
+    def rehearse(self) -> None:
+        """Run every region with no request running: no key and no value is written, and the depth at the next column
+        is set again by its token. State and logits change.
+        """
+        self.running.zero_()
+        for region in self.regions:
+            region()
+
+
+class _Late:
+    """Whether any lane still iterates, known one iteration late: the host waits for one while the next one runs."""
+
+    def __init__(self, going: Tensor) -> None:
+        self.going = going
+        self.known = torch.ones(going.shape, dtype=torch.bool, pin_memory=going.is_cuda)
+        self.events: list[torch.cuda.Event] = []
+
+    def all_have_stopped(self, after: int) -> bool:
+        """Asked once iteration `after` was launched; answers for the one before it."""
+        self.known[after].copy_(self.going[after], non_blocking=True)
+        if self.going.is_cuda:
+            self.events.append(torch.cuda.Event())
+            self.events[after].record()
+            if after:
+                self.events[after - 1].synchronize()
+        return after > 0 and not bool(self.known[after - 1])

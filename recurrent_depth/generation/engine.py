@@ -1,0 +1,86 @@
+"""`Decoder`: continues prompts with a model, in any mode.
+
+result = Decoder(model).generate([[5, 6, 7], [8]], Decoding(max_new_tokens=32, num_steps=32))
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from recurrent_depth.generation.batch import Batch
+from recurrent_depth.generation.cache import RecurrentCache, cache_shape
+from recurrent_depth.generation.captured import CapturedToken, decode_captured
+from recurrent_depth.generation.config import Captured, Mode, Refill, Speculation, Wavefront
+from recurrent_depth.generation.request import DecodableModel, Decoded, Decoding, OnToken, Requests
+from recurrent_depth.generation.speculative import decode_speculatively
+from recurrent_depth.generation.tokens import Tokens
+from recurrent_depth.generation.wavefront import decode_wavefront
+
+
+class Decoder:
+    """Continues prompts. It keeps the memory of its cache, and captured graphs, from call to call.
+
+    Args:
+        model: on its device, in its dtype; not changed.
+        mode: how to decode; None: all requests form one batch that decodes token after token.
+    """
+
+    def __init__(self, model: DecodableModel, mode: Mode | None = None) -> None:
+        self.model, self.mode = model, mode
+        self.memory: Tensor | None = None
+        self.captured: CapturedToken | None = None
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: Decoding | None = None,
+        *,
+        requests: Sequence[int] | None = None,
+        on_token: OnToken | None = None,
+    ) -> Decoded:
+        """Continue every prompt. A request's tokens and depths do not depend on the others.
+
+        Args:
+            prompts: ids, of any lengths.
+            requests: names of the requests, for sampling; default 0, 1, ...
+            on_token: called for every token as it is written; see `OnToken`.
+        """
+        asked = Requests(self.model, prompts, options or Decoding(), requests, on_token)
+        mode = self.mode
+        if isinstance(mode, Captured):
+            return decode_captured(self, asked)
+        if isinstance(mode, Speculation):
+            cache = self._cache_for(asked, len(prompts), asked.room + mode.tokens)
+            return decode_speculatively(self.model, asked, cache, mode)
+        if isinstance(mode, Wavefront):
+            return decode_wavefront(self.model, asked, self._cache_for(asked, len(prompts), asked.room), mode)
+        lanes = min(mode.lanes, len(prompts)) if isinstance(mode, Refill) else len(prompts)
+        return Batch(self.model, asked, self._cache_for(asked, lanes, asked.room), mode).run()
+
+    @torch.inference_mode()
+    def logits(self, input_ids: Tensor, num_steps: int, cache_budget: int | None = None) -> Tensor:
+        """Return the logits [B, T, V] of given tokens [B, T], which enter one after another as in decoding."""
+        B, T = input_ids.shape
+        tokens = Tokens(self.model, self._cache(B, T, num_steps, cache_budget))
+        return torch.cat([tokens.feed(input_ids[:, t : t + 1], t, num_steps) for t in range(T)], dim=1)
+
+    def _cache_for(self, requests: Requests, lanes: int, length: int) -> RecurrentCache:
+        options = requests.options
+        cache = self._cache(lanes, length, requests.most_steps, options.cache_budget, options.released_cache)
+        requests.result.cache_bytes = cache.num_bytes
+        return cache
+
+    def _cache(
+        self, lanes: int, length: int, num_steps: int, budget: int | None, released: bool = False
+    ) -> RecurrentCache:
+        """Return an empty cache for a call, in memory that is used again."""
+        weight = self.model.lm_head.weight
+        shape = (self.model.model_config, lanes, length, num_steps, budget)
+        size = math.prod(cache_shape(*shape))
+        if self.memory is None or self.memory.numel() < size or self.memory.dtype != weight.dtype:
+            self.memory = None  # give the old memory back before more is asked for
+            self.memory = torch.empty(size, dtype=weight.dtype, device=weight.device)
+        return RecurrentCache(*shape, released=released, memory=self.memory)

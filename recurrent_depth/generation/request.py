@@ -1,0 +1,262 @@
+"""The requests of a call: their options, what has been written, and what it took.
+
+Shapes: B requests, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from recurrent_depth.checks import check_at_least, check_between, check_num_steps
+from recurrent_depth.generation.exits import ExitRule
+from recurrent_depth.generation.forcing import Forcing, ThinkingBudget
+from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.flops import attention_flops, outer_flops, step_flops
+from recurrent_depth.model.random import SAMPLE_STREAM, uniform
+from recurrent_depth.model.transformer import Transformer
+
+OnToken = Callable[[int, int], bool | None]
+"""Called with (request, token) for every token as it is written; returning True ends the request."""
+
+
+class DecodableModel(Protocol):
+    """What generation needs of a model. The training class and the transformers class both have it."""
+
+    transformer: Transformer
+    lm_head: nn.Linear
+    freqs_cis: Tensor
+
+    @property
+    def model_config(self) -> ModelConfig: ...
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to decode. num_steps, min_steps, exit and thinking may be sequences, one value per request.
+
+    Args:
+        max_new_tokens: tokens written after each prompt, at most.
+        num_steps: core iterations per token, at most; None: the model's mean_recurrence.
+        min_steps: core iterations per token, at least.
+        exit: stops iterating a token when it has converged; None: all tokens take num_steps.
+        exit_prompt: tokens of the prompt may stop early too; False runs the prompt at num_steps.
+        prefix_monotone: a token of a prompt stops only when every earlier one has. Without it a token that waits for
+            information from its left looks converged and stops with a wrong answer (docs/decoding-benchmarks.md).
+        warm_start: start a token's state from the last one of the token before it (continuous chain of thought).
+        temperature: 0 takes the most probable token.
+        top_k: sample among that many tokens.
+        top_p: sample among the most probable tokens that have this probability together.
+        seed: of sampling; a draw depends on (seed, name of the request, position) alone.
+        stop: ids that end a request; they are written.
+        cache_budget: iterations whose keys and values are kept; None keeps all.
+        released_cache: with a budget, read entries of stopped tokens by the released code's rule (see `read_place`).
+        thinking: limits of thinking tokens.
+    """
+
+    max_new_tokens: int = 64
+    num_steps: int | Sequence[int] | None = None
+    min_steps: int | Sequence[int] = 1
+    exit: ExitRule | Sequence[ExitRule | None] | None = None
+    exit_prompt: bool = True
+    prefix_monotone: bool = True
+    warm_start: bool = False
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[int, ...] = ()
+    cache_budget: int | None = None
+    released_cache: bool = False
+    thinking: ThinkingBudget | Sequence[ThinkingBudget | None] | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        for name in ("num_steps", "min_steps"):
+            value = getattr(self, name)
+            check_num_steps(name, *(value if isinstance(value, Sequence) else [value]))
+        check_at_least("temperature", self.temperature, 0)
+        check_at_least("top_k", self.top_k, 1)
+        check_between("top_p", self.top_p, 0, 1, low_open=True)
+        check_at_least("cache_budget", self.cache_budget, 1)
+
+
+@dataclass
+class Decoded:
+    """What was written and what it took.
+
+    Attributes:
+        tokens: new ids of each request, a stop id included.
+        steps: core iterations of each pass of a request: for the prompt the mean of its tokens, then one per token.
+        core_steps: core iterations over all tokens, prompts included.
+        computed_steps: core iterations the machine ran; more than core_steps where drafts are dropped.
+        flops: of those tokens (matrix products; attention at the mean context of a pass).
+        cache_bytes: held by the cache.
+        passes: passes of the core over the tokens in flight (refilled batches, wavefront).
+        drafted, accepted: drafts that were checked, and those that were right (speculation, wavefront).
+    """
+
+    tokens: list[list[int]]
+    steps: list[list[float]] = field(default_factory=list)
+    core_steps: int = 0
+    computed_steps: int = 0
+    flops: int = 0
+    cache_bytes: int = 0
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+class Stopping(NamedTuple):
+    """When a token stops iterating: after `most` iterations, or from `least` on once its rule says so."""
+
+    most: int
+    least: int = 1
+    rule: ExitRule | None = None
+    in_order: bool = True
+
+
+class Requests:
+    """The requests of one call, named 0, 1, ... by their place among the prompts.
+
+    Args:
+        names: of the requests, for sampling; default their places.
+        on_token: see `OnToken`.
+    """
+
+    def __init__(
+        self,
+        model: DecodableModel,
+        prompts: Sequence[Sequence[int]],
+        options: Decoding,
+        names: Sequence[int] | None = None,
+        on_token: OnToken | None = None,
+    ) -> None:
+        B, self.config = len(prompts), model.model_config
+        self.longest = _checked(self.config, prompts, options)
+        self.prompts, self.options, self.on_token = [list(prompt) for prompt in prompts], options, on_token
+        most: list[int] = per_request(options.num_steps or self.config.mean_recurrence, B, "num_steps")
+        least: list[int] = per_request(options.min_steps, B, "min_steps")
+        for r, m in zip(most, least, strict=True):
+            if m > r:
+                raise ValueError(f"min_steps {m} must be between 1 and num_steps {r}; change one of them")
+        rules: list[ExitRule | None] = per_request(options.exit, B, "exit")
+        self.stopping = [
+            Stopping(r, m, rule, options.prefix_monotone) for r, m, rule in zip(most, least, rules, strict=True)
+        ]
+        budgets: list[ThinkingBudget | None] = per_request(options.thinking, B, "thinking")
+        self.forcing = [
+            None if budget is None else Forcing(budget, prompt, options.stop)
+            for budget, prompt in zip(budgets, self.prompts, strict=True)
+        ]
+        named = per_request(list(range(B)) if names is None else names, B, "requests")
+        self.names = torch.tensor(named, device=model.lm_head.weight.device)
+        self.running = [True] * B
+        self.result = Decoded([[] for _ in prompts], [[] for _ in prompts])
+
+    @property
+    def most_steps(self) -> int:
+        return max(stopping.most for stopping in self.stopping)
+
+    @property
+    def room(self) -> int:
+        """Tokens that the longest request may have."""
+        return self.longest + self.options.max_new_tokens
+
+    def stops(self, request: int) -> Stopping:
+        """When the next token of a request stops; before it has written one, when those of its prompt do."""
+        stopping = self.stopping[request]
+        if self.options.exit_prompt or self.result.tokens[request]:
+            return stopping
+        return stopping._replace(rule=None)
+
+    def one_depth(self, mode: str) -> Stopping:
+        """When all tokens stop, for a mode that takes one value for all requests."""
+        for name, what in (("exit", "exit rule"), ("num_steps", "num_steps"), ("min_steps", "min_steps")):
+            if isinstance(getattr(self.options, name), Sequence):
+                raise ValueError(f"{mode} takes one {what} for all requests; give one, or decode without a mode")
+        return self.stopping[0]
+
+    def refuse(self, mode: str, *names: str, full_cache: bool = False) -> None:
+        """Raise if one of these options is given, or the mode needs a cache of all iterations and it is shared."""
+        for name in names:
+            if getattr(self.options, name):
+                raise ValueError(f"{mode} does not go together with {name}; leave one out")
+        budget = self.options.cache_budget
+        if full_cache and budget is not None and budget < self.most_steps:
+            raise ValueError(
+                f"{mode} reads the entries of every iteration: cache_budget {budget} must be at least num_steps "
+                f"{self.most_steps}, or left out"
+            )
+
+    def draw(self, logits: Tensor, requests: Sequence[int], positions: Sequence[int]) -> list[int]:
+        """Tokens from logits [n, V]: what stands at these positions of these requests."""
+        if self.options.temperature == 0:
+            return logits.argmax(-1).tolist()
+        at = torch.tensor(positions, device=self.names.device)
+        return draw(logits, self.options, self.names[list(requests)], at).tolist()
+
+    def write(self, request: int, drawn: int) -> bool:
+        """Append the token that was drawn, or a forced one; return whether the request goes on."""
+        forcing, written = self.forcing[request], self.result.tokens[request]
+        token = drawn if forcing is None else forcing.choose(drawn)
+        written.append(token)
+        ends = self.on_token is not None and bool(self.on_token(request, token))
+        goes_on = not ends and len(written) < self.options.max_new_tokens and token not in self.options.stop
+        self.running[request] = goes_on
+        return goes_on
+
+    def count(self, request: int, tokens: int, core_steps: int, context: int) -> None:
+        """Add a pass of a request with its new tokens; `context` tokens stand before the last one, itself included."""
+        self.result.steps[request].append(core_steps / tokens)
+        self.result.core_steps += core_steps
+        self.add_flops(tokens, core_steps, context - (tokens - 1) / 2)
+
+    def add_flops(self, tokens: int, core_steps: int, context: float) -> None:
+        """Add tokens through prelude, coda and head, and core iterations over all of them, at a mean context."""
+        config = self.config
+        layers = core_steps * config.n_layers_in_recurrent_block + tokens * config.unrolled_layers(0)
+        once = attention_flops(config, 1)
+        linear = core_steps * (step_flops(config, 1) - config.n_layers_in_recurrent_block * once)
+        linear += tokens * (outer_flops(config, 1) - config.unrolled_layers(0) * once)
+        self.result.flops += linear + round(4 * config.n_embd * layers * context)
+
+
+def per_request(value: Any, requests: int, name: str) -> list[Any]:
+    """One value for every request: as given, or the same for all."""
+    if not isinstance(value, Sequence):
+        return [value] * requests
+    if len(value) != requests:
+        raise ValueError(f"{name} has {len(value)} values for {requests} requests; give one, or one per request")
+    return list(value)
+
+
+def _checked(config: ModelConfig, prompts: Sequence[Sequence[int]], options: Decoding) -> int:
+    """The longest prompt's length, once all prompts and new tokens fit the model."""
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    if not prompts or min(len(prompt) for prompt in prompts) == 0:
+        raise ValueError("every prompt must have at least one token")
+    if longest + options.max_new_tokens > config.block_size:
+        raise ValueError(
+            f"the longest prompt ({longest} tokens) and max_new_tokens ({options.max_new_tokens}) exceed block_size "
+            f"{config.block_size}; shorten one"
+        )
+    return longest
+
+
+def draw(logits: Tensor, options: Decoding, names: Tensor, positions: Tensor) -> Tensor:
+    """logits [B, V] -> token [B]; sampling adds Gumbel noise that is a function of (seed, name, position)."""
+    if options.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / options.temperature
+    if options.top_k is not None and options.top_k < logits.shape[-1]:
+        smallest = logits.topk(options.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if options.top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        logits = logits.masked_fill((before >= options.top_p).gather(-1, order.argsort(-1)), -torch.inf)
+    u = uniform(names, positions[:, None], logits.shape[-1], seed=options.seed, stream=SAMPLE_STREAM)[:, 0]
+    return (logits - (-u.to(logits.dtype).log()).log()).argmax(-1)
