@@ -157,7 +157,8 @@ def published_text(run: dict[str, Any]) -> str:
         f"predicted {run['predicted_tokens_per_second'] / 1e6:.2f}M tokens per second "
         f"({run['predicted_flops_per_second_a_die'] / 1e12:.0f} TFLOP/s per die; "
         f"{run['predicted_compute_seconds']:.1f} s of compute and {run['predicted_communication_seconds']:.1f} s of "
-        f"communication per training step), published 52 to 64 TFLOP/s per die, which is {low / 1e6:.2f}M to {high / 1e6:.2f}M: "
+        f"communication per training step), published 52 to 64 TFLOP/s per die, which is {low / 1e6:.2f}M to "
+        f"{high / 1e6:.2f}M: "
         f"the prediction is {least:.0%} to {most:.0%} too fast"
     )
 

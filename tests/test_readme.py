@@ -20,6 +20,7 @@ README = PAGE.read_text()
 
 NOT_RUN = {
     "git": "needs a network",
+    "cd": "follows git clone",
     "pip": "needs a network",
     "recurrent-depth quickstart": "takes minutes; tests/test_quickstart.py runs it",
 }
