@@ -140,7 +140,15 @@ def test_printed_recipe_parses(block, tmp_path):
     check_verb(verb, "--config", str(tmp_path / "recipe.yaml"), *arguments)
 
 
+def test_decision_log_is_newest_first_and_indexed():
+    log = (ROOT / "docs" / "decisions.md").read_text()
+    headings = re.findall(r"^## (.*)$", log, re.MULTILINE)
+    assert headings == sorted(headings, key=lambda heading: heading[:10], reverse=True)
+    anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    assert re.findall(r"\]\(#([^)]*)\)", log) == anchors
+
+
 def test_links_lead_somewhere():
-    for page in PAGES:
+    for page in [*PAGES, ROOT / "docs" / "decisions.md"]:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
