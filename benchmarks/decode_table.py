@@ -43,7 +43,8 @@ def filled(page: str, found: dict[str, str]) -> str:
 
 def early_exit(rows: list[Row]) -> str:
     lines = [
-        "| rule | threshold | accuracy in order | mean steps | accuracy alone | mean steps | after 1, 8, 16 swaps |"
+        "| rule | threshold | accuracy in order | mean iterations | accuracy alone | mean iterations "
+        "| after 1, 8, 16 swaps |"
     ]
     lines.append("|---|---|---|---|---|---|---|")
     for row in rows:
@@ -51,7 +52,7 @@ def early_exit(rows: list[Row]) -> str:
             continue
         alone = [r for r in rows if r["order"] == "each token alone" and _rule(r) == _rule(row)]
         other = f"{100 * alone[0]['accuracy']:.1f} | {alone[0]['mean_steps']:.1f}" if alone else " | "
-        name = "all take" if row["rule"] == "none" else row["rule"]
+        name = "fixed" if row["rule"] == "none" else row["rule"]
         steps = ", ".join(f"{row['steps_by_swaps'][swaps - 1]:.1f}" for swaps in (1, 8, 16))
         accuracy = f"{100 * row['accuracy']:.1f} | {row['mean_steps']:.1f}"
         lines.append(f"| {name} | {row['threshold']:g} | {accuracy} | {other} | {steps} |")
@@ -78,7 +79,7 @@ def by_steps(runs: list[Row]) -> str:
 
 def where(runs: list[Row]) -> str:
     """Whole reports by steps for the prompt and for what is written."""
-    lines = ["| seed | prompt, written: steps | whole reports |", "|---|---|---|"]
+    lines = ["| seed | iterations of prompt, of written tokens | whole reports |", "|---|---|---|"]
     for run in runs:
         for row in run["where"]:
             lines.append(f"| {run['seed']} | {row['read_steps']}, {row['write_steps']} | {100 * row['exact']:.1f} |")
@@ -91,8 +92,8 @@ def ways(rows: list[Row]) -> str:
     cells = {(row["way"], row["batch"]): row for row in rows}
     scored = "exact" in rows[0]
     heads = [f"batch {b}: tok/s, ratio" for b in batches]
-    heads += ["core steps a token", f"cache MiB, batch {batches[-1]}", "accepted"] + ["exact, %"] * scored
-    lines = ["| way | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    heads += ["core iterations per token", f"cache MiB, batch {batches[-1]}", "accepted"] + ["exact, %"] * scored
+    lines = ["| mode | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for way in dict.fromkeys(row["way"] for row in rows):
         mine = [cells[way, b] for b in batches]
         speeds = [f"{row['tokens_per_s']:,.0f}, {row['speedup']:.2f}x" for row in mine]
@@ -114,7 +115,7 @@ def _cells(values: list[str]) -> str:
 
 def mixed(rows: list[Row]) -> str:
     """Padded against refilled batches; each ratio is to the padded batches of the same depth rule."""
-    lines = ["| places | way | tok/s | ratio to padded | core steps a token |", "|---|---|---|---|---|"]
+    lines = ["| lanes | mode | tok/s | ratio to padded | core iterations per token |", "|---|---|---|---|---|"]
     for row in rows:
         kind, rule = row["way"].split(", ", 1)
         padded = next(

@@ -131,7 +131,7 @@ def published_run() -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Markdown for docs/scaling.md: measured and planned side by side."""
-    lines = ["| | steps of the core | gathers, reduces | gathered, MB | reduced, MB | peak, MB | step, s |"]
+    lines = ["| | core iterations | gathers, reduces | gathered, MB | reduced, MB | peak, MB | step, s |"]
     lines.append("|---|---|---|---|---|---|---|")
     for entry in result["rows"]:
 
@@ -155,9 +155,10 @@ def published_text(run: dict[str, Any]) -> str:
     least, most = run["error"]
     return (
         f"predicted {run['predicted_tokens_per_second'] / 1e6:.2f}M tokens per second "
-        f"({run['predicted_flops_per_second_a_die'] / 1e12:.0f} TFLOP/s a die; "
+        f"({run['predicted_flops_per_second_a_die'] / 1e12:.0f} TFLOP/s per die; "
         f"{run['predicted_compute_seconds']:.1f} s of compute and {run['predicted_communication_seconds']:.1f} s of "
-        f"communication a step), published 52 to 64 TFLOP/s a die, which is {low / 1e6:.2f}M to {high / 1e6:.2f}M: "
+        f"communication per training step), published 52 to 64 TFLOP/s per die, which is {low / 1e6:.2f}M to "
+        f"{high / 1e6:.2f}M: "
         f"the prediction is {least:.0%} to {most:.0%} too fast"
     )
 
