@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.tables import TABLES, filled
 from printed import ROOT, blocks, commands, spans
 from recurrent_depth.cli import VERBS
 from recurrent_depth.parsing import options_of, parse_options
@@ -155,3 +156,13 @@ def test_links_lead_somewhere():
     for page in [*PAGES, ROOT / "docs" / "decisions.md"]:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_results(page):
+    assert filled(page.read_text()) == page.read_text(), "python -m benchmarks tables"
+
+
+def test_every_table_is_in_a_page():
+    marks = {mark for page in PAGES for mark in re.findall(r"<!-- table ([\w ]+) -->", page.read_text())}
+    assert marks == set(TABLES)

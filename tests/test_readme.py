@@ -113,27 +113,3 @@ def test_files_to_read_exist_and_have_about_these_lines():
     for path, lines in rows:
         counted = len((ROOT / path).read_text().splitlines())
         assert abs(int(lines) - counted) <= counted / 10, f"{path} has {counted} lines"
-
-
-def test_quickstart_table_is_the_benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from readme_table import RESULT, table
-
-    assert table(json.loads(RESULT.read_text())) in README
-
-
-def test_reasoning_tables_are_the_benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from reasoning_tables import PAGE, TABLES, table
-
-    for name in TABLES:
-        assert table(name) in PAGE.read_text(), f"run benchmarks/reasoning_tables.py: {name} has changed"
-
-
-def test_decoding_tables_are_the_benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from decode_table import PAGE, filled, tables
-
-    found = tables()
-    assert filled(PAGE.read_text(), found) == PAGE.read_text()
-    assert all(table in PAGE.read_text() for table in found.values())
