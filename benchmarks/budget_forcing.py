@@ -1,6 +1,6 @@
 """Thinking after the question, and forcing it to go on: before and after training on continuations.
 
-    python benchmarks/budget_forcing.py [--seeds 0,1,2] [--bases DIR DIR DIR]
+    python -m benchmarks budget_forcing [--seeds 0,1,2] [--bases DIR DIR DIR]
 
 One base model a seed (configs/pretrain/reasoning/puzzles.yaml), fine-tuned for equally many steps on the same puzzles
 with three kinds of traces: finished (a trace is whole and ends), rechecked (whole, then up to four times "Wait" and
@@ -16,10 +16,10 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-from inline_notes import as_json, over_seeds
-from puzzle_models import Row, draw, each_base, examiner, fine_tune, options_of, row_of
 
-from common import RESULTS, interval, kept, write_result
+from benchmarks.common import RESULTS, interval, kept, write_result
+from benchmarks.inline_notes import as_json, over_seeds
+from benchmarks.puzzle_models import Row, draw, each_base, examiner, fine_tune, options_of, row_of
 from recurrent_depth.data.tasks.puzzles import WAIT, Puzzle
 from recurrent_depth.evaluation.budget_metrics import Cell, axis_reports, frontier
 from recurrent_depth.evaluation.grid import FORCED, plot_frontier, plot_heat_map

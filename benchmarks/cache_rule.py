@@ -1,6 +1,6 @@
 """Shared caches with early exits: answers under the two rules for the entry that a later token reads.
 
-    python benchmarks/cache_rule.py [--model RUN] [--rows 128]
+    python -m benchmarks cache_rule [--model RUN] [--rows 128]
 
 Without --model the recipe of benchmarks/generative.py is trained first. Held-out reports, exits by state change; a
 budget of b iterations, read at place min(i, d - 1) mod b (`ours`) or min(i mod b, d - 1) (`released`), for iteration i
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from common import write_result
-from generative import LENGTH, TASK, exam, score, trained
+from benchmarks.common import write_result
+from benchmarks.generative import LENGTH, TASK, exam, score, trained
 from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.exits import StateChange
 from recurrent_depth.generation.request import Decoding

@@ -63,6 +63,11 @@ def kept(folder: str | None, name: str, compute: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
+def read_result(name: str) -> Any:
+    """Return the content of benchmarks/results/NAME.json."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
 def write_result(name: str, payload: dict[str, Any]) -> Path:
     """benchmarks/results/NAME.json, with the environment."""
     RESULTS.mkdir(exist_ok=True)

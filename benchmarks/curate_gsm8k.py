@@ -1,6 +1,6 @@
 """GSM8K through the whole pipeline of curation, offline: a model trained here, its attempts, the set and its ablations.
 
-    python benchmarks/curate_gsm8k.py --data ../shared/data/gsm8k --out runs/gsm8k
+    python -m benchmarks curate_gsm8k --data ../shared/data/gsm8k --out runs/gsm8k
 
 `--data` holds train.jsonl and test.jsonl. What is done is kept in `--out`: run again to go on. Writes
 results/curate_gsm8k.json, and the report as results/curate_gsm8k.md.
@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from common import RESULTS, write_result
+from benchmarks.common import RESULTS, write_result
 from recurrent_depth.cli import main as command
 from recurrent_depth.evaluation.report import summarise
 from recurrent_depth.reasoning.config import CurateConfig, SourceConfig

@@ -1,10 +1,10 @@
 """Every way to decode, side by side: on the small model that writes, and on a 35M shape.
 
-    python benchmarks/decode.py [--model RUN] [--parts generative,mixed,35M] [--repeats 3]
+    python -m benchmarks decode [--model RUN] [--parts generative,mixed,35M] [--repeats 3]
 
 Without --model the recipe of benchmarks/generative.py is trained first. One thread; seconds are CPU seconds of the
 process, prompts included, and every ratio is the median over rounds in which all ways take turns. Writes the named
-parts of results/decode_cpu.json; benchmarks/decode_table.py makes docs/decoding-benchmarks.md of it.
+parts of results/decode_cpu.json; `python -m benchmarks tables` puts them into docs/decoding-benchmarks.md.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import RESULTS, write_result
-from generative import LENGTH, TASK, Exam, exam, score, trained
+from benchmarks.common import RESULTS, write_result
+from benchmarks.generative import LENGTH, TASK, Exam, exam, score, trained
 from recurrent_depth.generation.config import Mode, Refill, Speculation, Wavefront
 from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.exits import ExitRule, OutputKL, Read, StableArgmax, StateChange

@@ -1,12 +1,12 @@
 """Decoding at the 3.5B shape with random weights: time a token against the time to read what a token must read.
 
-    python benchmarks/decode_gpu.py                  # on a GPU; writes results/decode_gpu.json
-    python benchmarks/decode_gpu.py --shape tiny --context 16 --tokens 3 --device cpu      # whether it runs
+    python -m benchmarks decode_gpu                  # on a GPU; writes results/decode_gpu.json
+    python -m benchmarks decode_gpu --shape tiny --context 16 --tokens 3 --device cpu      # whether it runs
 
 The floor is bytes over bandwidth: weights once a step (the batch shares them), keys and values of every cached token
 once a layer and step. Bandwidth is that of a large copy on the same GPU. `ways` are the engine's: plain (one launch
-after the other) and captured (CUDA graphs), each with torch's operations and with the kernels. Without a GPU only the
-bytes are written, with the floor at a data sheet's bandwidth, and every time is "not measured".
+after the other) and captured (CUDA graphs), each with torch's operations and with the kernels. Without a GPU the
+floor at a data sheet's bandwidth is printed, and nothing is kept.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from common import write_result
+from benchmarks.common import write_result
 from recurrent_depth.generation.cache import RecurrentCache, cache_bytes
 from recurrent_depth.generation.captured import CapturedToken
 from recurrent_depth.generation.request import Decoding, Requests
@@ -140,9 +140,8 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu")
     rows = measure(args, device)
-    if args.device == "auto":
-        source = "a copy on this GPU" if device.type == "cuda" else "the data sheet of an H200"
-        write_result("decode_gpu", {"shape": args.shape, "dtype": args.dtype, "bandwidth_of": source, "rows": rows})
+    if device.type == "cuda":
+        write_result("decode_gpu", {"shape": args.shape, "dtype": args.dtype, "rows": rows})
 
 
 if __name__ == "__main__":

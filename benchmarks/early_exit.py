@@ -1,6 +1,6 @@
 """What leaving the core early saves on the quickstart's model, and what it costs: rules, thresholds, both orders.
 
-    python benchmarks/early_exit.py [--model runs/quickstart/shell-game]
+    python -m benchmarks early_exit [--model runs/quickstart/shell-game]
 
 Parallel prefill of whole shell games at up to 32 steps. Without --model the quickstart's model is trained first.
 Writes results/early_exit.json and results/early_exit.png.
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from common import RESULTS, write_result
+from benchmarks.common import RESULTS, write_result
 from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation.generated import VALIDATION_SPLIT
 from recurrent_depth.generation.cache import RecurrentCache

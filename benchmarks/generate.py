@@ -1,6 +1,6 @@
 """Generation through transformers: a looped model against a Llama of the same width unrolled to the same depth.
 
-    python benchmarks/generate.py            # 35M shape, one thread, by turns; writes results/generate_cpu.json
+    python -m benchmarks generate            # 35M shape, one thread, by turns; writes results/generate_cpu.json
 
 Both use `generate()` with a dynamic cache and random weights. The Llama has as many layers as the looped model
 passes, so their work per token is nearly the same (the looped model adds its adapter), but its weights are distinct.
@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common import write_result
+from benchmarks.common import write_result
 from recurrent_depth.hf.loading import wrap
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel

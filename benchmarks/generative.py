@@ -1,6 +1,6 @@
 """A small model that writes, and whose answer needs depth where it writes: its recipe, its accuracy by steps.
 
-    python benchmarks/generative.py [--runs RUN RUN ...] [--fixed RUN]
+    python -m benchmarks generative [--runs RUN RUN ...] [--fixed RUN]
 
 Without run folders it trains configs/pretrain/generative.yaml with seeds 1 and 2, and a model of fixed depth with as
 many layers as FEWEST steps run on the same rows (about ten minutes each on one CPU thread). Held-out rows are written
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import yaml
 
-from common import write_result
+from benchmarks.common import write_result
 from recurrent_depth.data.tasks.report import REPORTS
 from recurrent_depth.data.tasks.source import TaskSource
 from recurrent_depth.evaluation.generated import VALIDATION_SPLIT

@@ -1,6 +1,6 @@
 """Two axes of test-time compute: steps of the core, and notes that the model writes while it reads.
 
-    python benchmarks/inline_notes.py [--seeds 0,1,2]
+    python -m benchmarks inline_notes [--seeds 0,1,2]
 
 Trains configs/pretrain/reasoning/inline-notes.yaml once a seed (about four minutes of one core each). At test time the
 model writes its own note every m letters; asked is the state after the last of 16 letters. Writes
@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from common import RESULTS, interval, kept, write_result
+from benchmarks.common import RESULTS, interval, kept, write_result
 from recurrent_depth.data.tasks.notes import note_id
 from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation.budget_metrics import Cell, axis_reports, best_within, cheapest_reaching, frontier

@@ -1,6 +1,6 @@
 """The element-wise operations of a block: bytes moved, time, and share of what memory can give; and a core step.
 
-    python benchmarks/kernels.py        writes kernels_{cpu,gpu}.json; times are measured on a GPU alone
+    python -m benchmarks kernels        writes kernels_{cpu,gpu}.json; times are measured on a GPU alone
 
 Bytes are counted at the 3.5B shape on any machine: for eager torch every operation's inputs and outputs, for
 torch.compile what Inductor counts of the kernels it writes, for ours each tensor of a launch once. Times are medians.
@@ -20,7 +20,7 @@ from torch._inductor import config as inductor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common import write_result
+from benchmarks.common import write_result
 from recurrent_depth.model import ops
 from recurrent_depth.model.attention import causal
 from recurrent_depth.model.config import SHAPES, ModelConfig

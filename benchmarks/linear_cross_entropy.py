@@ -1,6 +1,6 @@
 """Peak memory and time of a linear head with cross-entropy, forward and backward: all logits, our chunks, torch's.
 
-python benchmarks/linear_cross_entropy.py        one process a variant; writes linear_cross_entropy_{cpu,gpu}.json
+python -m benchmarks linear_cross_entropy        one process a variant; writes linear_cross_entropy_{cpu,gpu}.json
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from common import write_result
+from benchmarks.common import write_result
 from recurrent_depth.model.loss import linear_cross_entropy
 
 
@@ -115,7 +115,8 @@ def main() -> None:
     rows = []
     for variant in VARIANTS:
         options = ["--variant", variant, "--repeats", str(args.repeats), "--dtype", args.dtype]
-        done = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "benchmarks.linear_cross_entropy", *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             rows.append(json.loads(done.stdout.splitlines()[-1]))
         else:

@@ -1,6 +1,6 @@
 """Rows per second that the loader gives, beside the fastest consumer: a training step of the tiny model.
 
-python benchmarks/loader.py
+python -m benchmarks loader
 
 Both run in one thread and alternate, so that other work on the machine hits both; memory is read after the first
 batches and at the end.
@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from common import write_result
+from benchmarks.common import write_result
 from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.data.loader import open_source
 from recurrent_depth.data.preparation.packing import Row

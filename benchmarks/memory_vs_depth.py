@@ -1,13 +1,13 @@
 """Activation memory of a training step against the steps without gradient (n) and with gradient (k).
 
-    python benchmarks/memory_vs_depth.py
+    python -m benchmarks memory_vs_depth
 
 On a CPU the bytes that autograd saves are counted; on a GPU the peak of allocated memory is read as well.
 """
 
 import torch
 
-from common import write_result
+from benchmarks.common import write_result
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
 

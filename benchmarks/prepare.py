@@ -1,6 +1,6 @@
 """Preparation of packed rows: tokens/s of one core beside the tokenizer alone, and what a kill costs.
 
-python benchmarks/prepare.py
+python -m benchmarks prepare
 
 The text is Python's standard library. The tokenizer alone gets the texts from memory, one or 64 at a time, whichever is
 faster; its encodings are not looked at. Preparation reads JSONL and writes parquet. Times are CPU seconds of one core
@@ -30,7 +30,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from common import write_result
+from benchmarks.common import write_result
 from recurrent_depth.data.config import PrepareConfig
 from recurrent_depth.data.preparation.command import prepare
 from recurrent_depth.data.preparation.job import Job

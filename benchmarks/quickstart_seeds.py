@@ -1,6 +1,6 @@
 """The quickstart's models over seeds: the recurrent one, and both baselines at equal time, tokens and FLOPs.
 
-    python benchmarks/quickstart_seeds.py --workers 2 --keep /tmp/quickstart-seeds
+    python -m benchmarks quickstart_seeds --workers 2 --keep /tmp/quickstart-seeds
 
 Seconds per training step are measured first, the three models by turns on one thread; the budget of equal time follows
 from them. With --keep, what is finished is kept in that folder, and the same command continues after an interruption.
@@ -20,7 +20,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from common import kept, write_result
+from benchmarks.common import kept, write_result
 from recurrent_depth.data.tasks.source import curriculum
 from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation.generated import evaluate_per_position

@@ -1,6 +1,6 @@
 """What a training step sends, holds and takes on 1, 2 and 4 ranks, beside the plan; and the plan beside Huginn's run.
 
-    PYTHONPATH=tests python benchmarks/scaling.py
+    PYTHONPATH=tests python -m benchmarks scaling
 
 Ranks are processes on this machine that talk over gloo: times say how the code behaves, not how a GPU cluster does.
 """
@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import write_result
 from collectives import counted
-from common import RESULTS, write_result
 from live_memory import LiveMemory
 from recurrent_depth.data.config import DataConfig, TaskDataConfig
 from recurrent_depth.model.config import SHAPES, ModelConfig
@@ -129,39 +129,6 @@ def published_run() -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> str:
-    """Markdown for docs/scaling.md: measured and planned side by side."""
-    lines = ["| | steps of the core | gathers, reduces | gathered, MB | reduced, MB | peak, MB | step, s |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for entry in result["rows"]:
-
-        def pair(*names: str, entry: dict[str, Any] = entry) -> str:
-            measured, planned = (sum(entry[p + name] for name in names) / 1e6 for p in ("", "planned_"))
-            return f"{measured:.2f} ({planned:.2f})"
-
-        planned = entry["planned_compute_seconds"]
-        seconds = f"{entry['seconds']:.2f}" + (f" ({planned:.2f})" if planned else "")
-        sent = pair("reduce_scatter_bytes", "all_reduce_bytes")
-        lines.append(
-            f"| {entry['case']} | {entry['num_steps']} | {entry['gathers']}, {entry['reduces']} | "
-            f"{pair('gather_bytes')} | {sent} | {pair('peak_bytes')} | {seconds} |"
-        )
-    return "\n".join(lines)
-
-
-def published_text(run: dict[str, Any]) -> str:
-    """One sentence for docs/scaling.md."""
-    low, high = run["published_tokens_per_second"]
-    least, most = run["error"]
-    return (
-        f"predicted {run['predicted_tokens_per_second'] / 1e6:.2f}M tokens per second "
-        f"({run['predicted_flops_per_second_a_die'] / 1e12:.0f} TFLOP/s a die; "
-        f"{run['predicted_compute_seconds']:.1f} s of compute and {run['predicted_communication_seconds']:.1f} s of "
-        f"communication a step), published 52 to 64 TFLOP/s a die, which is {low / 1e6:.2f}M to {high / 1e6:.2f}M: "
-        f"the prediction is {least:.0%} to {most:.0%} too fast"
-    )
-
-
 def main() -> None:
     first = row("one process", 8, None)
     rate = first["flops"] / first["seconds"]
@@ -172,7 +139,6 @@ def main() -> None:
     print(published)
     machine = {"cores_used": CORES, "load_average": os.getloadavg()[1]}
     write_result("scaling", {**machine, "tokens": TOKENS, "rows": rows, "published_run": published})
-    print(table(json.loads((RESULTS / "scaling.json").read_text())))
 
 
 if __name__ == "__main__":

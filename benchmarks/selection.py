@@ -1,6 +1,6 @@
 """Which rows to fine-tune on? A curated set against random rows, the longest rows and all rows, at equal steps.
 
-    python benchmarks/selection.py [--seeds 0,1,2] [--bases DIR DIR DIR]
+    python -m benchmarks selection [--seeds 0,1,2] [--bases DIR DIR DIR]
 
 The pool has five kinds of puzzles, most of them of the one kind that the base model knows; questions of the test have
 the five equally often. Curated (s1's recipe): drop what the base model solves, then draw kinds uniformly and rows by
@@ -17,9 +17,9 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
-from puzzle_models import Row, draw, each_base, examiner, fine_tune, options_of, row_of
 
-from common import interval, kept, write_result
+from benchmarks.common import interval, kept, write_result
+from benchmarks.puzzle_models import Row, draw, each_base, examiner, fine_tune, options_of, row_of
 from recurrent_depth.data.tasks.puzzles import DOMAINS, Puzzle, draw_puzzle, puzzle_tokenizer
 from recurrent_depth.evaluation.budgets import Examiner
 from recurrent_depth.reasoning.config import CurateConfig, SourceConfig

@@ -1,6 +1,6 @@
 """Does a generated task need depth? Train the quickstart's model on it over seeds; compare r = 4 and r = 16.
 
-    python benchmarks/task_depth.py --tasks modular_arithmetic --seeds 0,1,2 --workers 2
+    python -m benchmarks task_depth --tasks modular_arithmetic --seeds 0,1,2 --workers 2
 
 Accepted as a task that needs depth: r = 16 beats r = 4 by 15 points on its hardest bucket, on the mean over seeds.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from common import write_result
+from benchmarks.common import write_result
 from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation.generated import evaluate_per_position
 from recurrent_depth.parsing import parse_options

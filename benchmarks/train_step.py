@@ -1,7 +1,7 @@
 """Training step: tokens/s, executed FLOP/s and peak memory at a few shapes and depths, eager and compiled per block.
 
-python benchmarks/train_step.py            # CPU
-python benchmarks/train_step.py            # on a GPU: the small and the 3.5B shape in bfloat16
+python -m benchmarks train_step            # CPU
+python -m benchmarks train_step            # on a GPU: the small and the 3.5B shape in bfloat16
 
 The 3.5B shape: one row of 4096 tokens, r = 32, k = 8, steps recomputed, Huginn's optimizer on fp32 master weights. MFU
 leaves recomputation out, HFU includes it; both are shares of the dense bfloat16 peak. The plan's peak of memory stands
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from common import write_result
+from benchmarks.common import write_result
 from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.model.config import SHAPES, ModelConfig
 from recurrent_depth.model.flops import PEAK_FLOPS, training_flops

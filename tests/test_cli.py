@@ -27,7 +27,6 @@ FOLDERS = [ROOT / "configs" / kind for kind in ("pretrain", "finetune")]
 CONFIGS = sorted(path for folder in FOLDERS for path in folder.rglob("*.yaml"))
 SHELL_GAME = next(path for path in CONFIGS if path.name == "shell-game.yaml")
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "pyarrow", "numpy", "tokenizers", "lm_eval", "sklearn")
-NOT_LIGHT_YET = {"tasks"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -167,10 +166,10 @@ def test_help_explains_every_option_and_gives_an_example(name, capsys):
     for option in options_of(cls):
         if not option.name.startswith(files or ("\0",)):
             assert f"--{option.name.replace('_', '-')} " in text
-            assert option.text or name in NOT_LIGHT_YET, f"{option.name} is not explained in a docstring"
+            assert option.text, f"{option.name} is not explained in a docstring"
 
 
-@pytest.mark.parametrize("name", [name for name in VERBS if name not in NOT_LIGHT_YET])
+@pytest.mark.parametrize("name", VERBS)
 def test_help_and_option_errors_import_nothing_heavy(name):
     code = (
         "import json, sys; from recurrent_depth.cli import main\n"

@@ -1,13 +1,8 @@
 """The bytes that benchmarks/decode_gpu.py divides by the bandwidth."""
 
-import sys
-from pathlib import Path
-
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
-from decode_gpu import bytes_of_a_token
+from benchmarks.decode_gpu import bytes_of_a_token
 from recurrent_depth.generation.cache import cache_bytes
 from recurrent_depth.model.config import SHAPES
 from recurrent_depth.model.transformer import RecurrentDepthModel

@@ -1,23 +1,20 @@
 """docs/scaling.md tells what the benchmark wrote, and names files and options that exist."""
 
-import json
 import re
 from pathlib import Path
+
+from benchmarks.common import read_result
+from benchmarks.tables import published_run
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "scaling.md").read_text()
 
 
-def test_the_table_and_the_published_run_are_the_benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from scaling import RESULTS, published_text, table
-
-    result = json.loads((RESULTS / "scaling.json").read_text())
-    assert table(result) in GUIDE
-    assert published_text(result["published_run"]) in GUIDE
+def test_scaling_guide_states_the_plan_of_the_published_run():
+    assert published_run(read_result("scaling")["published_run"]) in GUIDE
 
 
-def test_its_files_exist():
+def test_scaling_guide_names_files_that_exist():
     named = re.findall(r"(?:configs|docs|containers|tests)/[\w./-]+\.\w+", GUIDE)
     named += [f"configs/pretrain/{name}" for name in re.findall(r"`([\w.-]+\.yaml)`", GUIDE)]
     assert len(named) > 8

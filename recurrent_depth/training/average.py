@@ -19,9 +19,9 @@ from recurrent_depth.runs import (
     read_details,
     run_tokenizer,
 )
+from recurrent_depth.training.checkpoint import CheckpointWriter
 from recurrent_depth.training.config import AverageConfig, AverageMethod, CheckpointConfig
 from recurrent_depth.training.parallel import Ranks
-from recurrent_depth.training.saving import CheckpointWriter
 
 
 def average(config: AverageConfig) -> Path:

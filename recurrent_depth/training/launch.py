@@ -1,22 +1,40 @@
-"""From a configuration to a finished run: checks first, then training."""
+"""`recurrent-depth train` and train.py: checks first, then training."""
 
 import os
 from contextlib import ExitStack
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from recurrent_depth.files import output_folder, write_text
-from recurrent_depth.runs import checkpoints
+from recurrent_depth.hub import check_folder_or_hub_name
+from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.runs import CheckpointError, checkpoints, is_run, load_run_model
 from recurrent_depth.training.checkpoint import check_resume, read_resume_details, verify_all
-from recurrent_depth.training.config import RunConfig, as_yaml
+from recurrent_depth.training.config import RunConfig, TrainCommand, as_yaml
 from recurrent_depth.training.faults import check_ranks_agree, code_version, explained, flat, flight_recorder
 from recurrent_depth.training.parallel import Ranks, start_processes
 from recurrent_depth.training.rewind import REWINDS_FILE, read_rewinds
 from recurrent_depth.training.trainer import Trainer
 
 RECORDER = "flight-recorder"
+
+
+def run(command: TrainCommand) -> None:
+    """Train as the command says, or print the configuration (`dry_run`)."""
+    config = command.run_config()
+    if command.dry_run:
+        print(as_yaml(config))
+        return
+    if config.init_from is not None and not is_run(config.init_from):
+        check_folder_or_hub_name(config.init_from, "init_from")
+        if find_spec("transformers") is None:  # before the model is built
+            raise ModuleNotFoundError("init_from reads a Hugging Face folder", name="transformers")
+    train(config, resume=command.resume, accept_changed_data=command.accept_changed_data)
 
 
 def train(config: RunConfig, *, resume: bool = False, accept_changed_data: bool = False) -> Path:
@@ -37,14 +55,15 @@ def train(config: RunConfig, *, resume: bool = False, accept_changed_data: bool 
         with explained(ranks, config.runtime.timeout_minutes, recorder), ExitStack() as stack:
             check_ranks_agree(ranks, {"code": code_version(), "configuration": flat(asdict(config))})
             ranks.on_main(lambda: stack.enter_context(output_folder(run)))
-            _train(config, run, ranks, resume, accept_changed_data)
+            _prepare(config, run, ranks, resume, accept_changed_data).fit()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     return run
 
 
-def _train(config: RunConfig, run: Path, ranks: Ranks, resume: bool, accept_changed_data: bool) -> None:
+def _prepare(config: RunConfig, run: Path, ranks: Ranks, resume: bool, accept_changed_data: bool) -> Trainer:
+    """Return a trainer at the first training step, or at that of the newest checkpoint; write the run's own files."""
     found = ranks.on_main(lambda: _newest_checkpoint(run, resume))
     trainer = Trainer(config, ranks)
     check_ranks_agree(ranks, {"data": {"fingerprint": trainer.fingerprint}})
@@ -55,9 +74,9 @@ def _train(config: RunConfig, run: Path, ranks: Ranks, resume: bool, accept_chan
         ranks.on_main(lambda: verify_all(found, details))
         trainer.resume(found, details)
     elif config.init_from is not None:
-        _start_from(trainer, config.init_from)
+        load_weights(trainer.model, config.init_from)
     ranks.on_main(lambda: _write_run_files(run, config, trainer, new=found is None))
-    trainer.fit()
+    return trainer
 
 
 def _newest_checkpoint(run: Path, resume: bool) -> Path | None:
@@ -65,12 +84,6 @@ def _newest_checkpoint(run: Path, resume: bool) -> Path | None:
     if found and not resume:
         raise FileExistsError(f"{run} holds checkpoints already; continue with --resume true or choose another out")
     return found[-1] if found else None
-
-
-def _start_from(trainer: Trainer, path: str) -> None:
-    from recurrent_depth.training.initialise import load_weights
-
-    load_weights(trainer.model, path)
 
 
 def _write_run_files(run: Path, config: RunConfig, trainer: Trainer, new: bool) -> None:
@@ -82,3 +95,34 @@ def _write_run_files(run: Path, config: RunConfig, trainer: Trainer, new: bool) 
     tokenizer = trainer.train_source.tokenizer_json()
     if tokenizer is not None:
         write_text(run / "tokenizer.json", tokenizer)
+
+
+@torch.no_grad()
+def load_weights(model: RecurrentDepthModel, path: str) -> None:
+    """Copy the weights of a run, checkpoint, export, Huginn folder or hub name into `model` (sharded or not)."""
+    weights = _weights(path)
+    for name, p in model.named_parameters():
+        if name not in weights or weights[name].shape != p.shape:
+            found = tuple(weights[name].shape) if name in weights else "nothing"
+            raise CheckpointError(
+                f"{path} has {found} for {name}, the model wants {tuple(p.shape)}; use its configuration"
+            )
+        whole = weights[name].to(p.device, torch.float32)
+        if isinstance(p, DTensor):
+            p.copy_(distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None))
+        else:
+            p.copy_(whole)
+
+
+def _weights(path: str) -> dict[str, torch.Tensor]:
+    if Path(path).exists() and is_run(path):
+        return dict(load_run_model(path).named_parameters())
+    try:
+        from recurrent_depth.hf.loading import load_model
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"init_from: {path} is not a run; a Hugging Face folder or name needs the package {error.name}: "
+            "pip install 'recurrent-depth[hf]'"
+        ) from error
+    model, _ = load_model(path, dtype=torch.float32)
+    return dict(model.named_parameters())

@@ -1,6 +1,7 @@
-"""Run logging: metrics.jsonl always, TensorBoard if it is installed, and progress on the terminal."""
+"""Run logging: metrics.jsonl always, TensorBoard if it is installed, progress on the terminal. And when to stop."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -97,3 +98,18 @@ def _tensorboard(run: Path) -> Any:
 def _progress(console: Console) -> Progress:
     columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     return Progress(*columns, console=console)
+
+
+class Deadline:
+    """`max_hours` after now, or `margin_minutes` before the Slurm job ends (SLURM_JOB_END_TIME), whichever is first."""
+
+    def __init__(self, max_hours: float | None, margin_minutes: float) -> None:
+        ends = []
+        if max_hours is not None:
+            ends.append(time.time() + max_hours * 3600)
+        if os.environ.get("SLURM_JOB_END_TIME", "").isdigit():
+            ends.append(float(os.environ["SLURM_JOB_END_TIME"]) - margin_minutes * 60)
+        self.end = min(ends, default=None)
+
+    def passed(self) -> bool:
+        return self.end is not None and time.time() > self.end

@@ -19,6 +19,7 @@ from recurrent_depth.model.flops import training_flops
 from recurrent_depth.model.loss import valid_targets
 from recurrent_depth.model.recurrence import random_state, sample_depth
 from recurrent_depth.training.checkpoint import (
+    CheckpointWriter,
     load_state,
     read_resume_details,
     training_state,
@@ -26,15 +27,11 @@ from recurrent_depth.training.checkpoint import (
     verify_all,
 )
 from recurrent_depth.training.config import RunConfig
-from recurrent_depth.training.deadline import Deadline
-from recurrent_depth.training.health import HealthMonitor
-from recurrent_depth.training.logging import RunLog
-from recurrent_depth.training.optimizer import build_optimizer, clip_gradients, set_learning_rate
+from recurrent_depth.training.health import HealthMonitor, validate
+from recurrent_depth.training.logging import Deadline, RunLog
+from recurrent_depth.training.optimizer import build_optimizer, clip_gradients, learning_rate, ramped, set_learning_rate
 from recurrent_depth.training.parallel import Ranks, build_model, compute_dtype, set_last_micro_step
 from recurrent_depth.training.rewind import Rewind, SpikeGuard
-from recurrent_depth.training.saving import CheckpointWriter
-from recurrent_depth.training.schedule import learning_rate, ramped
-from recurrent_depth.training.validation import validate
 
 
 class Trainer:
@@ -101,8 +98,17 @@ class Trainer:
         for micro, batch in enumerate(batches):
             set_last_micro_step(self.model, micro == config.micro_steps - 1)
             depth = sample_depth(model, seed=config.seed, step=self.data_step, micro_step=micro)
+            output = self.model(
+                batch.input_ids,
+                targets=batch.targets,
+                num_steps=depth,
+                input_states=self._initial_states(batch, micro),
+                document_ids=batch.document_ids,
+                position_ids=batch.position_ids,
+                loss_chunk_size=config.runtime.loss_chunk_size,
+            )
             # The data-parallel average divides by the number of ranks; the sum over all valid targets must not.
-            micro_loss = self._loss(batch, depth, micro) / count.clamp(min=1)
+            micro_loss = output.loss / count.clamp(min=1)
             (micro_loss * self.ranks.world_size).backward()
             loss += micro_loss.detach().float()
             depths.append(depth)
@@ -148,19 +154,6 @@ class Trainer:
     def _row_in_step(self, micro: int) -> int:
         return (micro * self.ranks.world_size + self.ranks.rank) * self.rows
 
-    def _loss(self, batch: Batch, depth: tuple[int, int], micro: int) -> Tensor:
-        """Sum of the loss over this rank's rows of one micro-step."""
-        output = self.model(
-            batch.input_ids,
-            targets=batch.targets,
-            num_steps=depth,
-            input_states=self._initial_states(batch, micro),
-            document_ids=batch.document_ids,
-            position_ids=batch.position_ids,
-            loss_chunk_size=self.config.runtime.loss_chunk_size,
-        )
-        return output.loss
-
     def _initial_states(self, batch: Batch, micro: int) -> Tensor | None:
         """Return truncated normal noise, a function of (seed, data step, row in the step, position, channel)."""
         model = self.config.model
@@ -193,19 +186,36 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the last step, or until asked to stop; the state is saved in either case."""
-        with self._signals():
-            self.log = RunLog(self.run, self.step, self.config.steps) if self.ranks.is_main else None
-            try:
-                if self.step >= self.config.steps:
-                    done = f"step {self.step} of {self.config.steps}"
-                    self._say(f"{self.run} is finished: {done}; raise --steps to train on")
-                else:
-                    self._say(self._start_line())
-                    self._loop()
-            finally:
-                self.writer.finish()
-                if self.log is not None:
-                    self.log.close()
+        config = self.config
+        with self._signals(), self._logging():
+            if self.step >= config.steps:
+                done = f"step {self.step} of {config.steps}"
+                self._say(f"{self.run} is finished: {done}; raise --steps to train on")
+                return
+            self._say(self._start_line())
+            saved_step = self.step
+            window = Window()
+            while self.step < config.steps and not self.stopping:
+                began = time.perf_counter()
+                record = self.train_step()
+                window.add(time.perf_counter() - began, record)
+                if not record["skipped"] and self.spikes.is_spike(record["loss"]):
+                    self._rewind(record["loss"])
+                    saved_step = self.step
+                    continue
+                last = self.step == config.steps
+                if self.step % config.log_every == 0 or last or record["skipped"]:
+                    self._report(record | window.take())
+                if self.step % config.validation.every == 0 or last:
+                    self._validate()
+                if self.step % config.checkpoint.every == 0 or last:
+                    self.save()
+                    saved_step = self.step
+            if saved_step != self.step:
+                self.save()
+            self.writer.wait()
+            if self.stopping and self.step < config.steps:
+                self._say(f"saved and stopped at step {self.step} of {config.steps}; continue with --resume true")
 
     def _start_line(self) -> str:
         config, ranks, source = self.config, self.ranks, self.train_source
@@ -216,32 +226,6 @@ class Trainer:
             f"({str(compute_dtype(config.runtime, ranks.device)).removeprefix('torch.')}), "
             f"steps {self.step} to {config.steps}, out {self.run}"
         )
-
-    def _loop(self) -> None:
-        config = self.config
-        saved_step = self.step
-        window = Window()
-        while self.step < config.steps and not self.stopping:
-            began = time.perf_counter()
-            record = self.train_step()
-            window.add(time.perf_counter() - began, record)
-            if not record["skipped"] and self.spikes.is_spike(record["loss"]):
-                self._rewind(record["loss"])
-                saved_step = self.step
-                continue
-            last = self.step == config.steps
-            if self.step % config.log_every == 0 or last or record["skipped"]:
-                self._report(record | window.take())
-            if self.step % config.validation.every == 0 or last:
-                self._validate()
-            if self.step % config.checkpoint.every == 0 or last:
-                self.save()
-                saved_step = self.step
-        if saved_step != self.step:
-            self.save()
-        self.writer.wait()
-        if self.stopping and self.step < config.steps:
-            self._say(f"saved and stopped at step {self.step} of {config.steps}; continue with --resume true")
 
     def _rewind(self, loss: float) -> None:
         """Go back to a checkpoint from before the spike; the data since then are left out."""
@@ -306,6 +290,17 @@ class Trainer:
         self.step = details["step"]
         self.spikes.restore(details["last_losses"])
         self.health.counts = dict(details["health"])
+
+    @contextmanager
+    def _logging(self) -> Iterator[None]:
+        """Open the log of the main rank; at the end wait for the save under way and close it."""
+        self.log = RunLog(self.run, self.step, self.config.steps) if self.ranks.is_main else None
+        try:
+            yield
+        finally:
+            self.writer.finish()
+            if self.log is not None:
+                self.log.close()
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from recurrent_depth.data.config import DataConfig, TaskDataConfig
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.runs import CheckpointError, load_run_model
-from recurrent_depth.training.initialise import load_weights
-from recurrent_depth.training.launch import train
+from recurrent_depth.training.launch import load_weights, train
 from recurrent_depth.training.parallel import build_model
 from support import ONE_RANK, small_run
 

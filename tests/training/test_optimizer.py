@@ -6,8 +6,7 @@ import torch
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.training.config import OptimizerConfig
-from recurrent_depth.training.muon import MuonAdamW, orthogonalised
-from recurrent_depth.training.optimizer import HuginnAdam, build_optimizer, clip_gradients
+from recurrent_depth.training.optimizer import HuginnAdam, MuonAdamW, build_optimizer, clip_gradients, orthogonalised
 
 
 def reference_steps(weight, gradients, lr, decay, rates):

@@ -7,7 +7,7 @@ import pytest
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.training.config import DepthRampConfig, OptimizerConfig
 from recurrent_depth.training.launch import train
-from recurrent_depth.training.schedule import learning_rate, ramped
+from recurrent_depth.training.optimizer import learning_rate, ramped
 from recurrent_depth.training.trainer import Trainer
 from support import ONE_RANK, small_run
 

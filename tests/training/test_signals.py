@@ -17,10 +17,10 @@ import pytest
 import recurrent_depth.training.trainer as trainer_module
 from recurrent_depth.cli import main
 from recurrent_depth.runs import checkpoints
+from recurrent_depth.training.checkpoint import CheckpointWriter
 from recurrent_depth.training.config import CheckpointConfig, ValidationConfig
 from recurrent_depth.training.launch import train
 from recurrent_depth.training.parallel import Ranks
-from recurrent_depth.training.saving import CheckpointWriter
 from recurrent_depth.training.trainer import Trainer
 from support import assert_equal_runs, changed_loss, losses, run_ranks, small_run
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from recurrent_depth.training.config import ValidationConfig
+from recurrent_depth.training.health import validate
 from recurrent_depth.training.parallel import build_model
 from recurrent_depth.training.trainer import Trainer
-from recurrent_depth.training.validation import validate
 from support import ONE_RANK, small_run
 
 

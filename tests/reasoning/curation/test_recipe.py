@@ -11,7 +11,7 @@ from recurrent_depth.parsing import parse_options
 from recurrent_depth.reasoning.config import ReasoningDataConfig
 from recurrent_depth.reasoning.format import SPARES
 from recurrent_depth.training.config import DenseConfig, TrainCommand
-from recurrent_depth.training.schedule import learning_rate
+from recurrent_depth.training.optimizer import learning_rate
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 S1 = ["--config", str(CONFIGS / "finetune" / "s1.yaml")]

@@ -1,0 +1,31 @@
+"""`python -m benchmarks NAME [options]`; without a name, the list of benchmarks."""
+
+import ast
+import importlib
+import sys
+from pathlib import Path
+
+HELPERS = ("__init__", "__main__", "common", "puzzle_models")
+
+
+def names() -> dict[str, str]:
+    """Return the first line of every benchmark's docstring, by name."""
+    files = sorted(path for path in Path(__file__).parent.glob("*.py") if path.stem not in HELPERS)
+    texts = {path.stem: ast.get_docstring(ast.parse(path.read_text())) or "" for path in files}
+    return {name: text.splitlines()[0] for name, text in texts.items()}
+
+
+def main() -> None:
+    """Run the benchmark that the first argument names."""
+    known = names()
+    if len(sys.argv) < 2 or sys.argv[1] not in known:
+        print("usage: python -m benchmarks NAME [options]\n")
+        print("\n".join(f"{name:<22} {text}" for name, text in known.items()))
+        sys.exit(len(sys.argv) > 1)
+    name = sys.argv.pop(1)
+    sys.argv[0] = f"python -m benchmarks {name}"
+    importlib.import_module(f"benchmarks.{name}").main()
+
+
+if __name__ == "__main__":
+    main()
