@@ -290,6 +290,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mixed": lambda: mixed(_part("mixed")["rows"]),
     "35M": lambda: ways(_part("35M")["rows"]),
     "refilled 35M": lambda: mixed(_part("35M")["refilled"]),
+    "wavefront": lambda: wavefront(read_result("wavefront")),
     "cache rule": lambda: cache_rule(read_result("cache_rule")["results"]),
     "scaling": lambda: scaling(read_result("scaling")),
     "inline notes": lambda: inline_notes(read_result("inline_notes")),

@@ -8,7 +8,7 @@ Shapes: N tokens, H heads, K head size, S cached columns; n blocks of T tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -27,30 +27,80 @@ MOST_QUERIES = 8
 """Tokens of a lane up to which attention waits for memory, not for arithmetic; longer prompts copy what they read."""
 
 
-@dataclass
 class Block:
     """Consecutive tokens of one or several lanes, padded to the same number T.
 
+    What is needed only where tokens are ragged, or keys are copied, is made when it is asked for.
+
+    Args:
+        runs: places among the N tokens of the layout, lane by lane; a shorter one is padded by its last.
+
     Attributes:
-        lanes: n lanes; a slice where they are the first ones of the cache in order, whose keys need not be copied.
-        tokens: [n, T], places among the N tokens; shorter lanes repeat their last one.
-        kept: [m], places in [n T] that are no repetition; None: all.
+        lanes: n lanes.
+        in_order: these are the first lanes of the cache, so that their keys need not be copied.
+        end: the columns in use of the longest lane.
         is_grid: the N tokens are exactly these, in order.
         aligned: all lanes end at the same column.
-        starts, lengths: [n], the first column of each lane, and its columns in use.
-        mask: [n, 1, T, S], or None where every query sees all columns, or as `causal` says.
+        causal: every token sees itself and all before it, and the block holds all of them.
     """
 
-    lanes: slice | list[int]
-    tokens: Tensor
-    kept: Tensor | None
-    end: int
-    is_grid: bool
-    aligned: bool
-    starts: Tensor
-    lengths: Tensor
-    mask: Tensor | None
-    causal: bool
+    def __init__(self, layout: "Layout", runs: list[list[int]]) -> None:
+        self.layout, self.runs = layout, runs
+        self.lanes = [layout.lanes[run[0]] for run in runs]
+        self.in_order = self.lanes == list(range(len(runs)))
+        self.width = max(map(len, runs))
+        self.ragged = any(len(run) < self.width for run in runs)
+        self.is_grid = not self.ragged and self.width * len(runs) == len(layout)
+        lasts = [layout.columns[run[-1]] for run in runs]
+        self.end = max(lasts) + 1
+        self.aligned = min(lasts) + 1 == self.end
+        self.padded = any(layout.starts[run[0]] for run in runs)
+        self.causal = self.width > 1 and self.end == self.width and not self.ragged and not self.padded
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, T)"""
+        return len(self.runs), self.width
+
+    @property
+    def chosen(self) -> slice | Tensor:
+        """The lanes as an index of keys; a slice takes a view."""
+        return slice(0, len(self.lanes)) if self.in_order else self.index
+
+    @cached_property
+    def index(self) -> Tensor:
+        """The lanes, [n]."""
+        return self.layout.tensor(self.lanes)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Places among the N tokens, [n, T]; shorter lanes repeat their last one."""
+        padded = [run + run[-1:] * (self.width - len(run)) for run in self.runs]
+        return self.layout.tensor([n for run in padded for n in run]).view(self.shape)
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """Places in [n T] that are no repetition, [m]."""
+        return self.layout.tensor([i * self.width + t for i, run in enumerate(self.runs) for t in range(len(run))])
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """The first column of each lane, [n]."""
+        return self.layout.on_device[2][self.tokens[:, 0]]
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Columns in use of each lane, [n]."""
+        return self.layout.on_device[1][self.tokens[:, -1]] + 1
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """[n, 1, T, S], or None where every query sees all columns, or as `causal` says."""
+        if self.causal or (self.width == 1 and self.aligned and not self.padded):
+            return None
+        own, start = self.layout.on_device[1:, self.tokens, None]  # [n, T, 1]
+        columns = torch.arange(self.end, device=own.device)
+        return ((columns <= own) & (columns >= start))[:, None]
 
 
 class Layout:
@@ -76,20 +126,24 @@ class Layout:
         return torch.tensor(values, dtype=torch.long, device=self.table.device)
 
     @cached_property
+    def on_device(self) -> Tensor:
+        """Lanes, columns and starts, [3, N]: one copy to the device."""
+        return torch.tensor([self.lanes, self.columns, self.starts], dtype=torch.long, device=self.table.device)
+
+    @property
     def index(self) -> tuple[Tensor, Tensor]:
         """Lanes and columns on the device, [N] each."""
-        return self.tensor(self.lanes), self.tensor(self.columns)
+        return self.on_device[0], self.on_device[1]
 
-    @cached_property
+    @property
     def starts_on_device(self) -> Tensor:
-        return self.tensor(self.starts)
+        return self.on_device[2]
 
     @cached_property
     def rotary(self) -> Rotary:
         """Of the tokens' positions; a draft beyond the table is never written, it must only not be looked up."""
-        last = self.table.shape[1] - 1
-        positions = [min(column - start, last) for column, start in zip(self.columns, self.starts, strict=True)]
-        return rotary_at(self.table, self.tensor(positions)[:, None])
+        positions = (self.on_device[1] - self.on_device[2]).clamp(max=self.table.shape[1] - 1)
+        return rotary_at(self.table, positions[:, None])
 
     @cached_property
     def seen(self) -> Tensor:
@@ -107,36 +161,7 @@ class Layout:
             else:
                 runs.append([n])
         parts = [[run for run in runs if len(run) == 1], [run for run in runs if len(run) > 1]]
-        return [self._block(part) for part in parts if part]
-
-    def _block(self, runs: list[list[int]]) -> Block:
-        longest, device = max(map(len, runs)), self.table.device
-        lanes = [self.lanes[run[0]] for run in runs]
-        tokens = torch.tensor([run + run[-1:] * (longest - len(run)) for run in runs])
-        own, start = (torch.tensor(values)[tokens] for values in (self.columns, self.starts))  # [n, T]
-        end = int(own.max()) + 1
-        columns = torch.arange(end)
-        ragged = any(len(run) < longest for run in runs)
-        causal = longest > 1 and end == longest and not ragged and not start.any()
-        mask = None
-        if not causal and not (longest == 1 and bool((own == end - 1).all()) and not start.any()):
-            mask = ((columns <= own[..., None]) & (columns >= start[..., None]))[:, None].to(device)
-        kept = None
-        if ragged:
-            lengths = torch.tensor([len(run) for run in runs])[:, None]
-            kept = (torch.arange(longest) < lengths).flatten().nonzero()[:, 0].to(device)
-        return Block(
-            lanes=slice(0, len(lanes)) if lanes == list(range(len(lanes))) else lanes,
-            tokens=tokens.to(device),
-            kept=kept,
-            end=end,
-            is_grid=not ragged and tokens.numel() == len(self),
-            aligned=bool((own[:, -1] == end - 1).all()),
-            starts=start[:, 0].to(device),
-            lengths=own[:, -1].to(device) + 1,
-            mask=mask,
-            causal=causal,
-        )
+        return [Block(self, part) for part in parts if part]
 
 
 class CacheAttention:
@@ -163,28 +188,28 @@ class CacheAttention:
         self._write(kept, k[:, :, 0], v[:, :, 0])
         y = torch.empty_like(q)
         for block in blocks:
-            tokens, kept_tokens = block.tokens.flatten(), block.kept
-            queries = q[tokens].view(*block.tokens.shape, *q.shape[1::2]).transpose(1, 2)
+            tokens = block.tokens.flatten()
+            queries = q[tokens].view(*block.shape, *q.shape[1::2]).transpose(1, 2)
             found = (
                 self._attend(projection.ops, queries, block, kept, layer_index)
                 .transpose(1, 2)
                 .flatten(0, 1)[:, :, None]
             )
-            if kept_tokens is not None:
-                tokens, found = tokens[kept_tokens], found[kept_tokens]
+            if block.ragged:
+                tokens, found = tokens[block.kept], found[block.kept]
             y[tokens] = found
         return merge_heads(y)
 
     def _by_grid(self, projection: Projection, block: Block, kept: Tensor, layer_index: int) -> Tensor:
         """All tokens are a grid of lanes and columns: nothing is gathered."""
-        n, T = block.tokens.shape
+        n, T = block.shape
         if T > 1:
             cos, sin = (x.view(n, T, -1) for x in projection.rotary)
             projection = replace(projection, qkv=projection.qkv.view(n, T, -1), rotary=(cos, sin))
         q, k, v = projection.heads()  # [n, H, T, K]
-        if block.aligned and isinstance(block.lanes, slice):
-            kept[0, block.lanes, :, block.end - T : block.end] = k
-            kept[1, block.lanes, :, block.end - T : block.end] = v
+        if block.aligned and block.in_order:
+            kept[0, :n, :, block.end - T : block.end] = k
+            kept[1, :n, :, block.end - T : block.end] = v
         else:
             self._write(kept, k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1))
         y = self._attend(projection.ops, q, block, kept, layer_index)
@@ -200,17 +225,16 @@ class CacheAttention:
         """Queries [n, H, T, K] of a block over the entries [2, B, H, S, K] of a layer."""
         keys, values = kept[:, :, :, : block.end]
         if self.core and self.cache.by_depth:
-            chosen = list(range(len(q))) if isinstance(block.lanes, slice) else block.lanes
-            layer, lanes = (layer_index - self.cache.outer) % self.cache.core_layers, self.layout.tensor(chosen)
-            if ops.reads_in_place and q.shape[2] <= MOST_QUERIES and block.kept is None:
-                steps = torch.full_like(lanes, self.iteration)
+            layer = (layer_index - self.cache.outer) % self.cache.core_layers
+            if ops.reads_in_place and block.width <= MOST_QUERIES and not block.ragged:
+                steps = torch.full_like(block.index, self.iteration)
                 return ops.decode_attention(
-                    q, self.cache.core[:, layer], self.cache.depths, lanes, block.starts, block.lengths, steps,
+                    q, self.cache.core[:, layer], self.cache.depths, block.index, block.starts, block.lengths, steps,
                     self.cache.released,
                 )  # fmt: skip
-            keys, values = self._copies(layer, lanes, self.iteration, block.end)
-        elif isinstance(block.lanes, slice) or keys[0].numel() <= COPY_LIMIT:
-            keys, values = keys[block.lanes], values[block.lanes]
+            keys, values = self._copies(layer, block.index, self.iteration, block.end)
+        elif block.in_order or keys[0].numel() <= COPY_LIMIT:
+            keys, values = keys[block.chosen], values[block.chosen]
         else:
             masks = [None] * len(q) if block.mask is None else block.mask.split(1)
             one_by_one = [
