@@ -77,7 +77,7 @@ VERBS = {
     "train-dense": Verb(
         "fine-tune a dense model by the same recipe",
         "recurrent_depth.training.config:DenseConfig",
-        "recurrent_depth.hf.dense:train_dense",
+        "recurrent_depth.hf.dense_control:train_dense",
         "recurrent-depth train-dense --run finetune/s1.yaml --model FOLDER --data.path data/s1 --out runs/dense",
         needs=("accelerate",),
     ),
