@@ -94,9 +94,9 @@ def _check_sections(config: EvalConfig) -> Any:
 
         generated.check_tasks(config.generated.tasks)
     if groups := config.task_groups():
-        from recurrent_depth.evaluation import harness
+        from recurrent_depth.evaluation import lm_eval
 
-        harness.check_tasks(groups, config.lm_eval)
+        lm_eval.check_tasks(groups, config.lm_eval)
     if config.budgets.questions is None:
         return None
     from recurrent_depth.evaluation.budgets import load_questions
@@ -154,7 +154,7 @@ def _run_sections(
                 yield [grid.as_result(cell, name, config.budgets.questions.label)]
         grid.write_grid(cells, out, name)
     if groups := config.task_groups():
-        from recurrent_depth.evaluation.harness import Harness
+        from recurrent_depth.evaluation.lm_eval import Harness
 
         harness = Harness(model, tokenizer, name, config.lm_eval, groups, settings)
         yield from harness.evaluate(config.num_steps, out / "tasks")

@@ -14,7 +14,7 @@ from recurrent_depth.checks import check_at_least, check_between, check_num_step
 from recurrent_depth.generation.exits import ExitRule
 from recurrent_depth.generation.forcing import Forcing, ThinkingBudget
 from recurrent_depth.model.config import ModelConfig
-from recurrent_depth.model.flops import attention_flops, outer_flops, step_flops
+from recurrent_depth.model.flops import attention_flops, iteration_flops, outer_flops
 from recurrent_depth.model.random import SAMPLE_STREAM, uniform
 from recurrent_depth.model.transformer import Transformer
 
@@ -219,7 +219,7 @@ class Requests:
         config = self.config
         layers = core_steps * config.n_layers_in_recurrent_block + tokens * config.unrolled_layers(0)
         once = attention_flops(config, 1)
-        linear = core_steps * (step_flops(config, 1) - config.n_layers_in_recurrent_block * once)
+        linear = core_steps * (iteration_flops(config, 1) - config.n_layers_in_recurrent_block * once)
         linear += tokens * (outer_flops(config, 1) - config.unrolled_layers(0) * once)
         self.result.flops += linear + round(4 * config.n_embd * layers * context)
 

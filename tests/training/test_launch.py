@@ -122,7 +122,7 @@ def test_a_finished_run_is_extended_bitwise(tmp_path, schedule):
 
 def test_a_run_that_was_stopped_before_its_cooldown_is_extended_bitwise(tmp_path):
     config = small_run(tmp_path / "extended", steps=9, data=NO_CURRICULUM)  # cooldown: the last 3 steps
-    with changed_loss(lambda trainer, loss: (setattr(trainer, "stop_wished", trainer.step == 4), loss)[1]):
+    with changed_loss(lambda trainer, loss: (setattr(trainer, "stop_requested", trainer.step == 4), loss)[1]):
         train(config)
     assert len(losses(tmp_path / "extended")) == 5
     train(dataclasses.replace(config, steps=12), resume=True)
@@ -173,7 +173,7 @@ def test_skipped_steps_in_a_row_are_counted_across_resumes(tmp_path):
 
     def train_some(stop: int) -> None:
         def change(trainer, loss):
-            trainer.stop_wished = trainer.step + 1 == stop
+            trainer.stop_requested = trainer.step + 1 == stop
             return loss * float("nan") if trainer.step >= 4 else loss
 
         with changed_loss(change):
@@ -189,7 +189,7 @@ def test_a_run_whose_every_step_was_skipped_can_be_resumed(tmp_path):
 
     def train_with_nan(out, stop: int) -> None:
         def change(trainer, loss):
-            trainer.stop_wished = trainer.step + 1 == stop
+            trainer.stop_requested = trainer.step + 1 == stop
             return loss * float("nan") if trainer.step < 2 else loss
 
         with changed_loss(change):

@@ -45,7 +45,7 @@ def train_some(config: RunConfig, steps_before_stop: int) -> None:
     original = Trainer.train_step
 
     def train_step(self):
-        self.stop_wished |= self.step + 1 == steps_before_stop
+        self.stop_requested |= self.step + 1 == steps_before_stop
         return original(self)
 
     Trainer.train_step = train_step

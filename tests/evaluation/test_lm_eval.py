@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from recurrent_depth.cli import main
 from recurrent_depth.evaluation.command import evaluate
 from recurrent_depth.evaluation.config import BudgetGrid, EvalConfig, LmEvalConfig, TaskGroup
-from recurrent_depth.evaluation.harness import RecurrentLM, check_tasks, read_report
+from recurrent_depth.evaluation.lm_eval import RecurrentLM, check_tasks, read_report
 from recurrent_depth.generation.config import EngineOptions, Thinking
 from recurrent_depth.hf.engine import decoding
 from recurrent_depth.hf.loading import load_model
@@ -92,7 +92,7 @@ def test_lm_eval_tasks_are_asked_under_every_budget(chat_folder, tmp_path, monke
     """A comma in the wait text is no syntax: the decoding engine gets the text as it is written."""
     seen = []
     monkeypatch.setattr(
-        "recurrent_depth.evaluation.harness.decoding",
+        "recurrent_depth.evaluation.lm_eval.decoding",
         lambda options, *args, **changes: seen.append(options.thinking) or decoding(options, *args, **changes),
     )
     section = LmEvalConfig(

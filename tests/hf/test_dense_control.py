@@ -11,7 +11,7 @@ from reasoning_rows import puzzles, write_rows
 from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.data.loader import open_source
 from recurrent_depth.files import output_folder
-from recurrent_depth.hf.dense import as_features, load_dense, optimizer_of, train_dense
+from recurrent_depth.hf.dense_control import as_features, load_dense, optimizer_of, train_dense
 from recurrent_depth.hf.loading import fast_tokenizer
 from recurrent_depth.reasoning.config import ReasoningDataConfig
 from recurrent_depth.reasoning.dataset import prepare_reasoning
