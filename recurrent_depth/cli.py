@@ -115,7 +115,7 @@ VERBS = {
         "continue prompts",
         "recurrent_depth.serving.generate:GenerateConfig",
         "recurrent_depth.serving.generate:generate",
-        "recurrent-depth generate --model runs/first --prompts 'cup0 swap01'",
+        "recurrent-depth generate --model runs/first --prompt 'cup0 swap01'",
     ),
     "chat": Verb(
         "talk to a model on the terminal",

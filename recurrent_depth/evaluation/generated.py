@@ -13,13 +13,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from recurrent_depth.data.tasks.state import BUCKETS, TASKS, StateTask, bucket_name
+from recurrent_depth.data.tasks.state import BUCKETS, TASKS, VALIDATION_SPLIT, StateTask, bucket_name
 from recurrent_depth.evaluation.config import GeneratedConfig
 from recurrent_depth.evaluation.table import Result
 from recurrent_depth.files import write_text
 from recurrent_depth.generation.engine import Decoder
 
-VALIDATION_SPLIT = 1
 LM_SUFFIX = "_lm"
 """A generated task's name in lm-eval: shell_game_lm."""
 
@@ -46,7 +45,7 @@ def check_model(name: str, tokenizer: Any, block_size: int, config: GeneratedCon
         if ids != list(range(len(words))):
             raise ValueError(
                 f"generated.tasks: {name} was not trained on {task}, its tokenizer has other tokens than {words[0]}, "
-                f"{words[1]}, ...; give a model trained on the task (data.name: {task})"
+                f"{words[1]}, ...; give a model trained on the task (data.task.name: {task})"
             )
 
 
