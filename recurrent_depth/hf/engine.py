@@ -17,7 +17,7 @@ from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.exits import exit_rule
 from recurrent_depth.generation.forcing import ThinkingBudget
 from recurrent_depth.generation.request import Decoded, Decoding, OnToken
-from recurrent_depth.generation.text import StopStrings, cut
+from recurrent_depth.generation.text import StopStrings, truncate_at
 from recurrent_depth.hf.forcing import thinking_budget
 from recurrent_depth.model.recurrence import split_steps
 
@@ -145,7 +145,7 @@ def text_of(tokenizer: Any, tokens: list[int], options: Decoding, stops: Sequenc
     after = _end_of_thinking(options)
     begin = 0 if after is None else tokens.index(after) + 1 if after in tokens else len(tokens)
     thoughts, answer = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (tokens[:begin], tokens[begin:]))
-    return thoughts + cut(answer, stops)
+    return thoughts + truncate_at(answer, stops)
 
 
 def _end_of_thinking(options: Decoding) -> int | None:

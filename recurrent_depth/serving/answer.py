@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from recurrent_depth.generation.text import TextStream, cut
+from recurrent_depth.generation.text import TextStream, truncate_at
 
 
 class Answer:
@@ -32,7 +32,7 @@ class Answer:
         text = self.held + piece
         self.stopped = any(stop in text for stop in self.stops)
         if self.stopped:
-            return cut(text, self.stops)
+            return truncate_at(text, self.stops)
         held = max((_overlap(text, stop) for stop in self.stops), default=0) if keep else 0
         self.held = text[len(text) - held :]
         return text[: len(text) - held]
