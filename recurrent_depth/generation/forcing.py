@@ -50,7 +50,7 @@ class Forcing:
         self.opening = len(self.queue)
         if self.tokens > budget.at_most:
             raise ValueError(
-                f"the prompt holds {self.tokens} thinking tokens already, at_most is {budget.at_most}; raise it"
+                f"the prompt holds {self.tokens} thinking tokens already, at_most is {budget.at_most}; raise at_most"
             )
 
     def forced(self) -> int | None:
