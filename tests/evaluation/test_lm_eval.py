@@ -155,7 +155,7 @@ def odd_tasks(tmp_path_factory):
     ],
 )
 def test_lm_eval_tasks_that_cannot_be_loaded_are_named(odd_tasks, name, message, tmp_path, capsys):
-    command = ["eval", "--model", "nowhere", "--out", str(tmp_path / "out"), "--tasks", name]
+    command = ["eval", "--model", str(tmp_path), "--out", str(tmp_path / "out"), "--tasks", name]
     assert main([*command, "--lm-eval.include-path", odd_tasks]) == 1
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()

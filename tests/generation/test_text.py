@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recurrent_depth.generation.text import StopStrings, TextStream, cut
+from recurrent_depth.generation.text import StopStrings, TextStream, truncate_at
 
 
 def by_bytes(ids):
@@ -56,4 +56,4 @@ def test_bad_strings_are_refused():
         StopStrings(by_bytes, "end")
     with pytest.raises(ValueError, match="not empty"):
         StopStrings(by_bytes, [""])
-    assert cut("a stop b end", ["end", "stop"]) == "a "
+    assert truncate_at("a stop b end", ["end", "stop"]) == "a "

@@ -148,7 +148,7 @@ def test_shapes_that_do_not_fit_say_so():
     q, entries, depths, *rest = case()
     with pytest.raises(ValueError, match="must be \\[R, 2, B, G, S, 96\\]"):
         decode_attention(q, entries[..., :64], depths, *rest)
-    with pytest.raises(ValueError, match="side by side"):
+    with pytest.raises(ValueError, match="make the cache contiguous"):
         decode_attention(q, entries.transpose(-1, -2).contiguous().transpose(-1, -2), depths, *rest)
     with pytest.raises(ValueError, match="depths"):
         decode_attention(q, entries, depths[:1], *rest)

@@ -70,7 +70,7 @@ def test_chat_survives_a_server_that_goes_away(monkeypatch, capsys, answering_fo
     with running(answering_folder) as (url, server):
         out, err = talk(monkeypatch, capsys, QUESTION, server.stop, "and now?", "again?", url=f"{url}/v1")
     assert out.splitlines()[0] == ANSWER
-    assert err.splitlines() == [f"error: no server answers at {url}/v1/; ask again once it is back"] * 2
+    assert err.splitlines() == [f"error: no server answers at {url}/v1/; ask again when it is back"] * 2
 
 
 def test_chat_reports_unreachable_server(capsys):

@@ -131,7 +131,7 @@ def refused(capsys, *options):
         (("--stop", ""), "stop is an empty text"),
         (("--device", "bogus"), "device is 'bogus'; use auto, cpu, cuda or cuda:N"),
         (("--dtype", "int8"), "dtype is 'int8'; it must be one of auto, float32, bfloat16"),
-        (("--prompt", "b", "--stream", "true"), "stream follows one prompt, and 2 were given"),
+        (("--prompt", "b", "--stream", "true"), "stream needs one prompt, but 2 were given"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, tuple) else "",
 )
