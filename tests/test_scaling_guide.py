@@ -1,4 +1,4 @@
-"""docs/scaling.md tells what the benchmark wrote, and names files and options that exist."""
+"""docs/scaling.md shows the numbers of the benchmark, and names existing files and options."""
 
 import json
 import re
@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "scaling.md").read_text()
 
 
-def test_the_table_and_the_published_run_are_the_benchmarks(monkeypatch):
+def test_scaling_guide_numbers_equal_the_benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from scaling import RESULTS, published_text, table
 
@@ -17,7 +17,7 @@ def test_the_table_and_the_published_run_are_the_benchmarks(monkeypatch):
     assert published_text(result["published_run"]) in GUIDE
 
 
-def test_its_files_exist():
+def test_scaling_guide_names_existing_files():
     named = re.findall(r"(?:configs|docs|containers|tests)/[\w./-]+\.\w+", GUIDE)
     named += [f"configs/pretrain/{name}" for name in re.findall(r"`([\w.-]+\.yaml)`", GUIDE)]
     assert len(named) > 8

@@ -1,4 +1,4 @@
-"""A server in a separate process under load and abuse: it answers throughout, and its memory stays bounded."""
+"""A server in a separate process under load and abuse: it always answers, and its memory stays bounded."""
 
 import concurrent.futures
 import json
@@ -17,13 +17,13 @@ MEBIBYTES_ALLOWED = 150
 
 
 def peak(process):
-    """The largest resident memory of a process so far, in MiB."""
+    """Return the peak resident memory of a process, in MiB."""
     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024
 
 
 def stream_and_perhaps_leave(url, seed):
-    """Stream an answer; half of the clients leave at a random token. Returns the answers read to their end."""
+    """Stream an answer; half of the clients disconnect at a random token. Return the number of complete answers."""
     draw, complete = random.Random(seed), 0
     for _ in range(ROUNDS):
         tokens = draw.randint(20, 80)
