@@ -138,7 +138,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 def outcome(folder: str | Path, action: Callable[..., Any], *args: Any) -> None:
-    """Call `action`; write its error to FOLDER/outcome-RANK.txt and exit with status 1."""
+    """Call `action`; if it raises, write the error to FOLDER/outcome-RANK.txt and raise it again."""
     try:
         action(*args)
     except Exception as error:

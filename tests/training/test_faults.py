@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from recurrent_depth.training.faults import check_ranks_agree, code_version, flat, flight_recorder
+from recurrent_depth.training.faults import check_ranks_agree, code_version, flattened, flight_recorder
 from recurrent_depth.training.health import TrainingAborted
 from recurrent_depth.training.launch import train
 from recurrent_depth.training.parallel import start_processes
@@ -21,7 +21,7 @@ def disagree(out) -> None:
     other = code | ({"model/layers.py": "edited"} if ranks.rank == 1 else {})
     things = {
         "code": {"code": other}, "data": {"data": {"fingerprint": str(ranks.rank)}},
-        "configuration": {"configuration": flat(dataclasses.asdict(config))},
+        "configuration": {"configuration": flattened(dataclasses.asdict(config))},
     }  # fmt: skip
     for name, what in things.items():
         try:
