@@ -153,7 +153,7 @@ def test_decision_log_is_newest_first_and_indexed():
     assert re.findall(r"\]\(#([^)]*)\)", log) == anchors
 
 
-def test_links_lead_somewhere():
+def test_links_have_targets():
     for page in [*PAGES, ROOT / "docs" / "decisions.md"]:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"

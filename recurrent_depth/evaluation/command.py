@@ -164,8 +164,8 @@ def _count_units(config: EvalConfig) -> int:
     generated = len(config.generated.tasks) * len(config.generated.modes)
     budgets = 0
     if config.budgets.questions is not None:
-        told = len(controls.token_conditional) + len(controls.step_conditional) + 3 * controls.class_conditional
-        budgets = len(config.budgets.combinations()) + told + len(controls.rejection) + 2 * len(controls.votes)
+        hinted = len(controls.token_conditional) + len(controls.step_conditional) + 3 * controls.class_conditional
+        budgets = len(config.budgets.combinations()) + hinted + len(controls.rejection) + 2 * len(controls.votes)
     lm_eval = len(config.task_groups()) * len(section.state_seeds) * max(len(section.budgets.combinations()), 1)
     return (generated + budgets + lm_eval) * len(config.num_steps)
 

@@ -17,11 +17,11 @@ from recurrent_depth.evaluation.config import ControlsConfig
 def run_controls(examiner: Examiner, config: ControlsConfig, num_steps: int, at_most: int) -> Iterator[Cell]:
     """Yield the cells of all controls at one number of iterations. Votes use budget forcing with `at_most` tokens."""
     for n in config.token_conditional:
-        told = examiner.ask(num_steps, n, forced=False, hint=config.token_hint.replace("{n}", str(n)))
-        yield told.cell("token-conditional", f"tokens={n}", num_steps, n)
+        hinted = examiner.ask(num_steps, n, forced=False, hint=config.token_hint.replace("{n}", str(n)))
+        yield hinted.cell("token-conditional", f"tokens={n}", num_steps, n)
     for n in config.step_conditional:
-        told = examiner.ask(num_steps, n, forced=False, hint=config.step_hint.replace("{n}", str(n)))
-        yield told.cell("step-conditional", f"steps={n}", num_steps, n * config.tokens_per_step)
+        hinted = examiner.ask(num_steps, n, forced=False, hint=config.step_hint.replace("{n}", str(n)))
+        yield hinted.cell("step-conditional", f"steps={n}", num_steps, n * config.tokens_per_step)
     if config.class_conditional:
         yield from class_conditional(examiner, config, num_steps)
     for n in config.rejection:

@@ -49,7 +49,7 @@ class Batch:
         while len(self.tokens.iterating):
             stopped += self.tokens.advance()
             if len(stopped) >= self._together() or not len(self.tokens.iterating):
-                self._go_on(stopped)
+                self._continue_lanes(stopped)
                 stopped = []
         self.requests.result.computed_steps, self.requests.result.passes = self.tokens.computed, self.tokens.passes
         return self.requests.result
@@ -65,7 +65,7 @@ class Batch:
         """Run the prelude for the prompts of waiting requests, one for each free lane."""
         self._start([], None)
 
-    def _start(self, going_on: list[int], states: Tensor | None) -> None:
+    def _start(self, continuing: list[int], states: Tensor | None) -> None:
         """Run the prelude for the next tokens of continuing lanes, and for waiting prompts in free lanes."""
         requests, ids, at, columns, starts, stopping = self.requests, [], [], [], [], []  # type: ignore[var-annotated]
         for row, lane in enumerate(self.lanes):
@@ -74,9 +74,9 @@ class Batch:
                 # In lockstep the prompts end at the same column, so that all lanes write to the same columns.
                 start = 0 if self.refill is not None else requests.longest - len(requests.prompts[request])
                 self.lanes[row] = Lane(request, start)
-                going_on = [*going_on, row]
+                continuing = [*continuing, row]
         prompts = 0
-        for row in going_on:
+        for row in continuing:
             lane = self.lane(row)
             new = requests.result.tokens[lane.request][-1:] or requests.prompts[lane.request]
             prompts += len(new) if not lane.length else 0
@@ -110,19 +110,19 @@ class Batch:
         last = torch.tensor([len(taken[row]) for row in rows], device=logits.device).cumsum(0) - 1
         return logits, done.state[last]
 
-    def _go_on(self, rows: list[int]) -> None:
+    def _continue_lanes(self, rows: list[int]) -> None:
         """Write a token in each of these lanes, and start the next tokens or requests."""
         logits, states = self.finish(rows)
         lanes = [self.lane(row) for row in rows]
         drawn = self.requests.draw(logits, [lane.request for lane in lanes], [lane.length for lane in lanes])
-        going_on = []
+        continuing = []
         for n, (row, lane, token) in enumerate(zip(rows, lanes, drawn, strict=True)):
             if self.requests.write(lane.request, token):
-                going_on.append(n)
+                continuing.append(n)
             else:
                 self.lanes[row] = None
-        kept = states[going_on] if self.requests.options.warm_start else None
-        self._start([rows[n] for n in going_on], kept)
+        kept = states[continuing] if self.requests.options.warm_start else None
+        self._start([rows[n] for n in continuing], kept)
 
 
 def prefill(batch: Batch) -> tuple[Tensor, Tensor]:

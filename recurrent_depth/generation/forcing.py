@@ -95,10 +95,10 @@ class Forcing:
 def _open_thoughts(prompt: list[int], budget: ThinkingBudget) -> int | None:
     """Return the tokens after the last begin delimiter of the prompt; None if it is closed or there is none."""
 
-    def behind(ids: tuple[int, ...]) -> int:
+    def after_last(ids: tuple[int, ...]) -> int:
         """Return the index after the last of these delimiters; 0 without one."""
         ends = [i + len(ids) for i in range(len(prompt) - len(ids) + 1) if tuple(prompt[i : i + len(ids)]) == ids]
         return ends[-1] if ends else 0
 
-    begin = behind(budget.begin)
-    return len(prompt) - begin if begin > behind(budget.end) else None
+    begin = after_last(budget.begin)
+    return len(prompt) - begin if begin > after_last(budget.end) else None

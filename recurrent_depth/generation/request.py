@@ -205,9 +205,9 @@ class Requests:
         token = drawn if forcing is None else forcing.choose(drawn)
         written.append(token)
         ends = self.on_token is not None and bool(self.on_token(request, token))
-        goes_on = not ends and len(written) < self.options.max_new_tokens and token not in self.options.stop
-        self.running[request] = goes_on
-        return goes_on
+        continues = not ends and len(written) < self.options.max_new_tokens and token not in self.options.stop
+        self.running[request] = continues
+        return continues
 
     def count(self, request: int, tokens: int, core_steps: int, context: int) -> None:
         """Add a pass of a request over new tokens to the cost; `context` is the column of the last one, from 1."""

@@ -101,10 +101,10 @@ class _Passes:
                 self._advance(
                     request, [drawn[n] for n in mine], [done[n] for n in mine], [group.steps[n] for n in mine]
                 )
-        self.tokens.keep([n for n in range(len(group)) if self._goes_on(self.windows[lanes[n]], columns[n])])
+        self.tokens.keep([n for n in range(len(group)) if self._continues(self.windows[lanes[n]], columns[n])])
 
     @staticmethod
-    def _goes_on(window: _Window, column: int) -> bool:
+    def _continues(window: _Window, column: int) -> bool:
         return window.front <= column < window.front + min(window.fresh, len(window.positions))
 
     def _enter(self) -> None:

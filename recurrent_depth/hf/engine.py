@@ -1,4 +1,4 @@
-"""The decoding engine behind transformers' `generate()`, lm-eval and the command line.
+"""The decoding engine for transformers' `generate()`, lm-eval and the command line.
 
     model.generate(**inputs, custom_generate=Engine(EngineOptions(exit="kl")), use_cache=False, max_new_tokens=64)
 

@@ -75,7 +75,7 @@ class BudgetForcing(LogitsProcessor):
         """Return scores [B, V] that allow exactly one token per row."""
         if self.seen is None:
             self._start(input_ids, scores)
-        elif not self._goes_on(input_ids):
+        elif not self._continues(input_ids):
             raise ValueError(_NO_BEAMS)
         names = torch.arange(len(input_ids), device=scores.device)
         tokens = draw(scores, self.sampling, names, (input_ids.shape[1] - self.padding).to(scores.device))
@@ -100,7 +100,7 @@ class BudgetForcing(LogitsProcessor):
             None if b is None else Forcing(b, prompt, self.stop) for b, prompt in zip(budgets, prompts, strict=True)
         ]
 
-    def _goes_on(self, input_ids: Tensor) -> bool:
+    def _continues(self, input_ids: Tensor) -> bool:
         """Return whether every row continues with the token chosen in the last call, or with padding if it ended."""
         assert self.seen is not None
         assert self.chosen is not None
