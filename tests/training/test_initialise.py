@@ -46,7 +46,7 @@ def test_init_from_a_huginn_folder_starts_with_its_weights(tmp_path):
 def test_init_from_another_shape_is_refused(tmp_path):
     train(small_run(tmp_path / "first", steps=2))
     config = small_run(tmp_path / "second", init_from=str(tmp_path / "first"))
-    with pytest.raises(CheckpointError, match=r"transformer.*wants"):
+    with pytest.raises(CheckpointError, match=r"transformer.*needs"):
         train(dataclasses.replace(config, model=dataclasses.replace(config.model, n_embd=48)))
 
 
