@@ -1,9 +1,9 @@
-"""The quickstart's models over seeds: the recurrent one, and both baselines at equal time, tokens and FLOPs.
+"""The quickstart's models over seeds: the recurrent one, and both baselines at equal tokens and FLOPs.
 
     python -m benchmarks quickstart_seeds --workers 2 --keep /tmp/quickstart-seeds
 
-Seconds per training step are measured first, the three models by turns on one thread; the budget of equal time follows
-from them. With --keep, what is finished is kept in that folder, and the same command continues after an interruption.
+Seconds per training step are measured first, the three models by turns on one thread. With --keep, what is finished is
+kept in that folder, and the same command continues after an interruption.
 """
 
 import argparse
@@ -74,18 +74,14 @@ def with_steps(config: RunConfig, steps: int, seed: int) -> RunConfig:
     return dataclasses.replace(config, steps=steps, seed=seed, optimizer=optimizer)
 
 
-def plan(seeds: list[int], baseline_seeds: list[int], pace: dict[str, float]) -> list[dict[str, Any]]:
+def plan(seeds: list[int], baseline_seeds: list[int]) -> list[dict[str, Any]]:
     """Return every training: model, budget, steps, seed."""
     reference = config_of("shell-game")
     flops, _ = flops_and_tokens(reference)
     jobs = [{"model": "shell-game", "budget": "reference", "steps": reference.steps, "seed": s} for s in seeds]
     for model in MODELS[1:]:
         own, _ = flops_and_tokens(with_steps(config_of(model), reference.steps, 0))
-        steps = {
-            "time": int(reference.steps * pace["shell-game"] / pace[model]),
-            "tokens": reference.steps,
-            "flops": int(reference.steps * flops / own),
-        }
+        steps = {"tokens": reference.steps, "flops": int(reference.steps * flops / own)}
         jobs += [{"model": model, "budget": b, "steps": n, "seed": s} for b, n in steps.items() for s in baseline_seeds]
     return jobs
 
@@ -139,7 +135,7 @@ def main() -> None:
     seeds, baseline_seeds = ([int(s) for s in text.split(",")] for text in (options.seeds, options.baseline_seeds))
     pace = kept(options.keep, "seconds-per-step", seconds_per_step)
     print({model: f"{1000 * value:.1f} ms per step" for model, value in pace.items()}, flush=True)
-    jobs = sorted(plan(seeds, baseline_seeds, pace), key=lambda job: -job["steps"] * pace[job["model"]])
+    jobs = sorted(plan(seeds, baseline_seeds), key=lambda job: -job["steps"] * pace[job["model"]])
     with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:
         runs = pool.starmap(run_job, [(job, options.keep) for job in jobs], chunksize=1)
     runs.sort(key=lambda run: (run["model"], run["budget"], run["seed"]))

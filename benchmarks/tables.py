@@ -48,16 +48,16 @@ def quickstart(payload: dict[str, Any]) -> str:
     for difficulty, label in (("all", "all positions"), ("1-2", "1-2 swaps"), ("5-8", "5-8"), ("13-16", "13-16")):
         row = [_mean_and_range(cells["shell-game", "reference", f"r{r}", difficulty]) for r in SHOWN]
         lines.append(f"| {label} | " + " | ".join(row) + " |")
-    seeds = cells["depth-1", "time", "r1", "all"]["seeds"]
+    seeds = cells["depth-1", "tokens", "r1", "all"]["seeds"]
     lines += [
         "",
-        f"Baselines over {seeds} seeds, all positions, each with the recurrent model's time, tokens or FLOPs:",
+        f"Baselines over {seeds} seeds, all positions, each with the recurrent model's tokens or FLOPs:",
         "",
-        "| baseline | parameters | equal time | equal tokens | equal FLOPs |",
-        "|---|---|---|---|---|",
+        "| baseline | parameters | equal tokens | equal FLOPs |",
+        "|---|---|---|---|",
     ]
     for model, label in BASELINES.items():
-        row = [_mean_and_range(cells[model, budget, "r1", "all"]) for budget in ("time", "tokens", "flops")]
+        row = [_mean_and_range(cells[model, budget, "r1", "all"]) for budget in ("tokens", "flops")]
         lines.append(f"| {label} | {runs[model]['parameters']:,} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 

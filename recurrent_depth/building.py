@@ -1,4 +1,4 @@
-"""From plain values, as YAML has them, to frozen dataclasses. Every error names the option and what is allowed."""
+"""Build frozen dataclasses from plain values, as YAML has them. Every error names the option and what is allowed."""
 
 import difflib
 import functools
@@ -24,7 +24,7 @@ class OptionError(UserError, ValueError):
 
 
 class Typed(str):
-    """Text from the command line. For a list or a mapping it is YAML; in a file these are YAML already."""
+    """Text from the command line. Where a list or a mapping is expected, it is parsed as YAML."""
 
 
 def build(cls: type[T], values: Any, where: str = "") -> T:
@@ -59,7 +59,7 @@ def build(cls: type[T], values: Any, where: str = "") -> T:
 
 
 def _placed(names: list[str], where: str, message: str) -> str:
-    """The message of a class about one of its fields, with the section before it."""
+    """Return the message of a class about one of its fields, with the section in front."""
     above, _, last = where.rpartition(".")
     if not where or message.startswith(where):
         return message
@@ -70,7 +70,7 @@ def _placed(names: list[str], where: str, message: str) -> str:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """The value as the type says, or an error."""
+    """Return the value converted to the type, or raise an OptionError."""
     kind, origin = without_none(hint), get_origin(without_none(hint))
     if kind is not hint and (value is None or (isinstance(value, Typed) and value == "null")):
         return None
@@ -121,7 +121,7 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
 
 
 def _number(value: Any) -> int | float:
-    """A number, or the one that a text means (`1e-5` is text in YAML, `.inf` is YAML's infinity); NaN if none is."""
+    """Return the number that a value or text means; NaN if it means none. YAML reads `1e-5` as text."""
     if isinstance(value, str):
         for kind in (int, float):
             with suppress(ValueError):
@@ -130,7 +130,7 @@ def _number(value: Any) -> int | float:
 
 
 def _plain(value: Any, where: str, above: tuple[int, ...] = ()) -> Any:
-    """Any value of a file; one that contains itself (by YAML's anchors) is an error."""
+    """Return a value of a file with plain containers; one that contains itself (by YAML anchors) is an error."""
     if id(value) in above:
         raise OptionError(f"{where} contains itself; write the values out")
     if isinstance(value, Mapping):
@@ -151,17 +151,17 @@ def _shown(value: Any) -> str:
 
 
 def without_none(hint: Any) -> Any:
-    """Return the type X of `X | None`, which may be one of several scalars but not of several dataclasses."""
+    """Return the type X of `X | None`. X may be a union of scalars, but not of dataclasses."""
     if get_origin(hint) not in (Union, UnionType):
         return hint
     kinds = [part for part in get_args(hint) if part is not NoneType]
     if len(kinds) > 1 and any(map(is_dataclass, kinds)):
-        raise TypeError(f"{hint} is one of several dataclasses; write a section with an optional field for each")
+        raise TypeError(f"{hint} is a union of dataclasses; write a section with an optional field for each")
     return functools.reduce(operator.or_, kinds)
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:
-    """Return the known name that was probably meant: of the same section, or of any section with that last part."""
+    """Return the most similar known name in the same section, or with a similar last part in any section."""
     section, _, last = name.rpartition(".")
     lasts = {option: option.rpartition(".")[2] for option in known}
     beside = [option for option in known if option.rpartition(".")[0] == section]
@@ -178,7 +178,7 @@ def flag(name: str) -> str:
 
 
 def from_yaml(text: str, name: str) -> Any:
-    """Return what a text means as YAML; `name` is the option that it was given for."""
+    """Return the value of a YAML text; `name` is the option, for the error message."""
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -186,7 +186,7 @@ def from_yaml(text: str, name: str) -> Any:
 
 
 def yaml_fault(error: Exception) -> str:
-    """Return the line and the reason of an error of the YAML reader, in one line."""
+    """Return the place and the reason of an error of the YAML parser, in one line."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     reason = (problem or str(error) or type(error).__name__).splitlines()[0]
     return reason if mark is None else f"line {mark.line + 1}: {reason}"

@@ -52,14 +52,14 @@ def check_each_at_least(name: str, values: Sequence[int | float], minimum: int |
 
 
 def check_num_steps(name: str, *values: int | None) -> None:
-    """Raise unless every value is between 1 and MAX_NUM_STEPS iterations. None passes: the model's own number."""
+    """Raise unless every value is between 1 and MAX_NUM_STEPS iterations. None passes: the default of the model."""
     for value in values:
         if value is not None and not 1 <= value <= MAX_NUM_STEPS:
             raise ValueError(f"{name} is {value}; it must be at least 1 and at most {MAX_NUM_STEPS} iterations")
 
 
 def check_not_empty(name: str, text: str, example: str) -> None:
-    """Raise if a text that is needed is empty or white space."""
+    """Raise if a required text is empty or white space."""
     if not text.strip():
         raise ValueError(f"{name} is {text!r}; it must not be empty, for example {example}")
 

@@ -21,20 +21,20 @@ from recurrent_depth.help import completion_script, help_text, usage
 from recurrent_depth.parsing import SHIPPED, OptionError, parse_options, shipped_configs
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as of shells: 128 + SIGINT."""
+"""Exit status after Ctrl-C, by the convention of shells: 128 + SIGINT."""
 
 
 @dataclass(frozen=True)
 class Verb:
-    """What the command line knows of a verb before it imports anything.
+    """A verb of the command line. Its options and function are imported only when they are needed.
 
     Attributes:
         summary: a few words for the overview.
         options: module:Class of the options; the module imports nothing heavy, so that --help is fast.
-        function: module:function that takes them.
+        function: module:function that takes the options.
         example: a command for the help.
-        extra: optional dependencies that it may need, as in pip install 'recurrent-depth[EXTRA]'.
-        needs: modules without which it cannot finish; they are looked for before anything is done.
+        extra: optional dependencies it may need, as in pip install 'recurrent-depth[EXTRA]'.
+        needs: modules it cannot run without; a missing one is reported before any work is done.
     """
 
     summary: str
@@ -77,7 +77,7 @@ VERBS = {
     "train-dense": Verb(
         "fine-tune a dense model by the same recipe",
         "recurrent_depth.training.config:DenseConfig",
-        "recurrent_depth.hf.dense:train_dense",
+        "recurrent_depth.hf.dense_control:train_dense",
         "recurrent-depth train-dense --run finetune/s1.yaml --model FOLDER --data.path data/s1 --out runs/dense",
         needs=("accelerate",),
     ),
@@ -115,7 +115,7 @@ VERBS = {
         "continue prompts",
         "recurrent_depth.serving.generate:GenerateConfig",
         "recurrent_depth.serving.generate:generate",
-        "recurrent-depth generate --model runs/first --prompts 'cup0 swap01'",
+        "recurrent-depth generate --model runs/first --prompt 'cup0 swap01'",
     ),
     "chat": Verb(
         "talk to a model on the terminal",
@@ -239,7 +239,7 @@ def _check_extra(verb: Verb, prog: str) -> None:
 
 
 def _explained(error: Exception, verb: Verb, prog: str) -> str:
-    """What to print of an error: its message if it is made for users, or where the traceback was written."""
+    """Return the message of an error for users, or the place of the traceback of an unexpected error."""
     package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else "recurrent_depth"
     if package != "recurrent_depth":
         return f"{prog} needs the package {package}: pip install 'recurrent-depth[{verb.extra}]'"
@@ -248,12 +248,12 @@ def _explained(error: Exception, verb: Verb, prog: str) -> str:
     with tempfile.NamedTemporaryFile("w", prefix="recurrent-depth-", suffix=".txt", delete=False) as file:
         file.write("".join(traceback.format_exception(error)))
     message = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-    return f"{type(error).__name__}: {message}\nThis was not expected; where it arose is in {file.name}"
+    return f"{type(error).__name__}: {message}\nThis error was not expected; its traceback is in {file.name}"
 
 
 @contextmanager
 def _no_empty_output(options: Any) -> Iterator[None]:
-    """Remove the output folder of a command that fails if it was not there before and holds no file."""
+    """Remove the output folder if the command fails, created it, and has written no file."""
     out = Path(getattr(options, "out", ""))
     created = [path for path in (out, *out.parents) if not path.exists()]
     try:
@@ -266,7 +266,7 @@ def _no_empty_output(options: Any) -> Iterator[None]:
 
 
 def console() -> None:
-    """Entry point of the console script. After Ctrl-C it does not wait for threads that still work."""
+    """Run the console script. After Ctrl-C it does not wait for running threads."""
     status = main()
     if status == INTERRUPTED:
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Which device and dtype a command uses when none is named."""
+"""Choose the device and dtype of a command."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The base of errors that a user can act on. Imports nothing."""
+"""The base class of errors that a user can fix. Imports nothing."""
 
 
 class UserError(Exception):

@@ -1,4 +1,4 @@
-"""Optional packages: a missing one is an error that says how to install it."""
+"""Check for optional packages; the error says how to install them."""
 
 from importlib.util import find_spec
 

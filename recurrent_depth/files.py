@@ -71,8 +71,8 @@ def atomic_folder(out: str | Path) -> Iterator[Path]:
     with folder_lock(temporary, out):
         try:
             with explain_full_disk(out):
-                check_new_folder(out)  # another process may have finished it since
-                _empty(temporary)  # what a killed process left
+                check_new_folder(out)  # another process may have finished it in the meantime
+                _empty(temporary)  # remove what a killed process left
                 yield temporary
                 if out.exists():
                     out.rmdir()
@@ -87,9 +87,9 @@ def atomic_folder(out: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def output_folder(out: str | Path) -> Iterator[Path]:
-    """Create `out` if it is missing, hold its lock, and yield it: for a folder that is written over a long time.
+    """Create `out` if it is missing, hold its lock, and yield it. Use it for a folder that grows over a long time.
 
-    A folder that this call has created is removed again if the block fails before it has written anything.
+    If this call created the folder and the block fails before it has written anything, the folder is removed again.
 
     Raises:
         FolderInUseError: if another process holds the lock.
@@ -123,7 +123,7 @@ def file_hash(path: str | Path) -> str:
 
 
 def json_hash(value: Any) -> str:
-    """Return the SHA-256 of a value as JSON, whatever the order of its keys."""
+    """Return the SHA-256 of a value as JSON; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -135,7 +135,7 @@ def folder_lock(folder: str | Path, name: str | Path | None = None) -> Iterator[
     (Lustre mounted without `flock`) gives a warning instead of a lock.
 
     Args:
-        name: what the error calls the folder, if not by its path.
+        name: name of the folder in the error; default its path.
 
     Raises:
         FolderInUseError: if another process holds the lock; the message names that process.
@@ -151,7 +151,7 @@ def folder_lock(folder: str | Path, name: str | Path | None = None) -> Iterator[
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            warning = f"{folder} cannot be locked ({error.strerror}); start no second command with this --out"
+            warning = f"{folder} cannot be locked ({error.strerror}); do not start a second command with this --out"
             warnings.warn(warning, stacklevel=3)
         if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
             raise FolderInUseError(_in_use(name or folder, "a process that has just ended"))
@@ -168,7 +168,7 @@ def _in_use(folder: str | Path, holder: str) -> str:
 
 @contextmanager
 def explain_full_disk(target: str | Path) -> Iterator[None]:
-    """Add the target and what to do to the error of a full disk."""
+    """Add the target and the fix to the error of a full disk."""
     try:
         yield
     except OSError as error:
@@ -187,7 +187,7 @@ def _check_folder_name(out: str | Path) -> None:
 
 
 def _empty(folder: Path) -> None:
-    """Remove everything in a folder but its lock."""
+    """Remove everything in a folder except its lock."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""Help and shell completion, from the docstrings, types and defaults of option dataclasses."""
+"""Help and shell completion, generated from the docstrings, types and defaults of option dataclasses."""
 
 import argparse
 import shutil
@@ -30,7 +30,7 @@ def completion_script(shell: str, verbs: Mapping[str, type]) -> str:
     import shtab
 
     if shell not in shtab.SUPPORTED_SHELLS:
-        raise ValueError(f"{shell!r} is not a shell that is known here; give {', '.join(shtab.SUPPORTED_SHELLS)}")
+        raise ValueError(f"{shell!r} is not a shell that is supported; give {', '.join(shtab.SUPPORTED_SHELLS)}")
     parser = argparse.ArgumentParser("recurrent-depth", add_help=False)
     parsers = parser.add_subparsers()
     for name, cls in verbs.items():
@@ -39,21 +39,21 @@ def completion_script(shell: str, verbs: Mapping[str, type]) -> str:
 
 
 def usage(prog: str, cls: type) -> str:
-    """Return one line: the required options, and that there are others."""
+    """Return the usage line with the required options."""
     options = [option for option in options_of(cls) if option.is_required and "." not in option.name]
     needed = [f"{flag(option.name)} {_metavar(option)}" for option in options]
     return " ".join([prog, *needed, "[--config FILE]", "[--OPTION VALUE ...]"])
 
 
 def argument_parser(prog: str, cls: type, example: str) -> argparse.ArgumentParser:
-    """Return the options as a parser of the standard library, which lays out the help; it does not parse here."""
+    """Return an argparse parser with all options. It only formats the help; recurrent_depth.parsing parses."""
     width = min(shutil.get_terminal_size().columns, 120)
     parser = argparse.ArgumentParser(
         prog,
         usage=usage(prog, cls),
         description=_summary(cls) + f"\n\nexample:\n  {example}",
-        epilog="Dashes and underscores in names are the same; null is no value. Options given here override those\n"
-        "of the file, where names have underscores and a section is indented below its name.",
+        epilog="Dashes and underscores in names are the same; null means no value. Options on the command line\n"
+        "override those of the file, where names have underscores and a section is indented below its name.",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=width),
         add_help=False,
         allow_abbrev=False,
@@ -73,12 +73,12 @@ def argument_parser(prog: str, cls: type, example: str) -> argparse.ArgumentPars
                 _add(group, option)
     group = parser.add_argument_group("other")
     group.add_argument("--help", action="store_true", help="show this text")
-    group.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    group.add_argument("--traceback", action="store_true", help="print the traceback of an error")
     return parser
 
 
 def _shown(cls: type) -> list[Option]:
-    """All options but those inside of sections that are files of another command."""
+    """Return all options except those inside sections that are files of another command."""
     options = list(options_of(cls))
     files = tuple(option.name + "." for option in options if "file" in option.field.metadata)
     return [option for option in options if not option.name.startswith(files or ("\0",))]
@@ -91,7 +91,7 @@ def _add(group: Any, option: Option) -> None:
 
 
 def _summary(cls: type) -> str:
-    """The docstring up to its list of fields."""
+    """Return the docstring up to its list of fields."""
     lines = (cls.__doc__ or "").partition("Args:")[0].strip().splitlines()
     return "\n".join(line.strip() for line in lines)
 
@@ -103,7 +103,7 @@ def _metavar(option: Option) -> str:
 
 
 def _kind(hint: Any) -> str:
-    """How a value of a type is written."""
+    """Return the placeholder for a value of a type."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
         return "|".join(map(str, parts))
@@ -127,7 +127,7 @@ def _default(option: Option) -> str:
 
 
 def _written(value: Any) -> str:
-    """A value as the command line takes it."""
+    """Return a value as it is written on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Whether a name is a folder here or a repository on the Hugging Face hub, decided without any network.
+"""Decide without a network whether a name is a local folder or a repository on the Hugging Face hub.
 
 A wrong path must not be looked up on the hub: without a connection that takes a minute of retries.
 """
@@ -18,9 +18,9 @@ def check_folder_or_hub_name(name: str, option: str = "model", kind: Literal["mo
     `runs/frist` is not looked up where a folder `runs` exists, and nothing is if HF_HUB_OFFLINE is set.
 
     Args:
-        name: what a user gave.
-        option: the option that it was given for.
-        kind: of the repository.
+        name: the value that the user gave.
+        option: the option it was given for.
+        kind: kind of repository.
 
     Raises:
         FileNotFoundError: naming the option, the folder that does not exist, and a similar one if there is one.
@@ -37,7 +37,7 @@ def check_folder_or_hub_name(name: str, option: str = "model", kind: Literal["mo
         raise FileNotFoundError(f"{missing}{_similar(path)}; correct the path")
     if _is_set("HF_HUB_OFFLINE") or _is_set("TRANSFORMERS_OFFLINE"):
         raise FileNotFoundError(
-            f"{missing}, and HF_HUB_OFFLINE forbids a look at the Hugging Face hub; correct the path, or unset it"
+            f"{missing}, and HF_HUB_OFFLINE forbids access to the Hugging Face hub; correct the path, or unset it"
         )
 
 
@@ -49,7 +49,7 @@ def in_hub_cache(name: str, kind: Literal["model", "dataset"] = "model") -> bool
 
 
 def _similar(path: Path) -> str:
-    """`; did you mean X?` for a folder beside the missing one."""
+    """Return `; did you mean X?` if a folder beside the missing one has a similar name."""
     beside = [folder.name for folder in path.parent.iterdir() if folder.is_dir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, beside, 1)
     return f"; did you mean {path.parent / near[0]}?" if near else ""

@@ -1,4 +1,4 @@
-"""Options of verbs whose code imports torch or transformers, so that their help needs neither."""
+"""Options of verbs whose code imports torch or transformers, so that their help imports neither."""
 
 import re
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ _SIZE = re.compile(r"[1-9]\d*\s*([KMGT]B)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a folder in the released Huginn format.
+    """Export a model as a Hugging Face folder in the released Huginn format.
 
     Args:
         model: run folder, checkpoint, export, Hugging Face folder or hub name.
         out: folder to write; it must not exist, or be empty.
-        dtype: of the weights; the rotary table stays in float32.
-        max_shard_size: weights beyond it are split over files, for example 5GB.
-        results: results.json of `recurrent-depth eval`, for the model card; null leaves evaluation out.
+        dtype: dtype of the weights; the rotary table stays in float32.
+        max_shard_size: largest size of a file of weights, for example 5GB; larger weights are split.
+        results: results.json of `recurrent-depth eval`, for the model card; null: a card without evaluation.
     """
 
     model: str

@@ -3,9 +3,9 @@
     parse_options(TrainCommand, ["--config", "run.yaml", "--optimizer.lr", "0.001"])
 
 A field is a number, text, true or false, one of several words (Literal), a list, a mapping, or another dataclass (a
-section). A section is a mapping, or the name of a YAML file that holds one, relative to the file that names it. Where
-one of several kinds is meant, a section has an optional field for each kind. Two marks of a field are read here, as in
-`field(default_factory=list, metadata={"literal": True})`:
+section). A section is a mapping, or the name of a YAML file that holds one, relative to the file that names it. A
+choice between several kinds is a section with an optional field for each kind. Two metadata keys of a field are read
+here, as in `field(default_factory=list, metadata={"literal": True})`:
 
     literal   a list of texts that may contain commas: on the command line the option is given once for each text
     file      a section that is a file of another command: its fields are not listed in the help
@@ -27,18 +27,18 @@ from recurrent_depth.building import OptionError, Typed, build, flag, from_yaml,
 T = TypeVar("T")
 
 SHIPPED = Path(__file__).parent / "configs"
-"""Configurations that come with the package; `--config pretrain/small-text.yaml` finds one by its path in here."""
+"""Configurations shipped with the package; `--config pretrain/small-text.yaml` finds one by its path in this folder."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One field, with its place in the sections.
+    """One field of an options class, with the sections that hold it.
 
     Attributes:
         name: with the sections that hold it, as in `data.packed.path`.
         hint: type without None.
         field: of the dataclass.
-        text: what the docstring says about it.
+        text: its description in the docstring.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Option:
 
 
 def options_of(cls: type, prefix: str = "") -> Iterator[Option]:
-    """Yield every option of a dataclass; those of a section follow it."""
+    """Yield every option of a dataclass; a section is followed by its fields."""
     hints, described = get_type_hints(cls), field_texts(cls)
     for entry in fields(cls):
         hint = without_none(hints[entry.name])
@@ -70,7 +70,7 @@ def options_of(cls: type, prefix: str = "") -> Iterator[Option]:
 
 
 def field_texts(cls: type) -> dict[str, str]:
-    """Return what the `Args:` part of the docstrings of a class and its bases says about each field."""
+    """Return the description of each field from the `Args:` of the docstrings of a class and its bases."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         _, _, part = (base.__doc__ or "").partition("Args:\n")
@@ -93,8 +93,8 @@ def field_texts(cls: type) -> dict[str, str]:
 def parse_options(cls: type[T], arguments: Sequence[str]) -> T:
     """Return the options of `--config FILE` and `--section.field VALUE`; given fields override those of files.
 
-    Names may be written with dashes or underscores, and values behind a space or `=`. A list is separated by commas, or
-    its option is given several times.
+    Names may be written with dashes or underscores, and values after a space or `=`. The entries of a list are
+    separated by commas, or the option is given several times.
 
     Raises:
         OptionError: naming the option, what was given, and what is allowed.
@@ -106,7 +106,7 @@ def parse_options(cls: type[T], arguments: Sequence[str]) -> T:
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--"):
-            raise OptionError(f"{argument!r} is not an option; options begin with --, a file is given by --config FILE")
+            raise OptionError(f"{argument!r} is not an option; options begin with --, give a file with --config FILE")
         name, equals, text = argument[2:].partition("=")
         if name == "config":
             file = find_config(text if equals else _next_value(rest, argument))
@@ -122,12 +122,12 @@ def parse_options(cls: type[T], arguments: Sequence[str]) -> T:
 
 def _next_value(rest: list[str], argument: str) -> str:
     if not rest or rest[0].startswith("--"):
-        raise OptionError(f"{argument} needs a value; text that begins with -- is written {argument}=TEXT")
+        raise OptionError(f"{argument} needs a value; write text that begins with -- as {argument}=TEXT")
     return rest.pop(0)
 
 
 def _find_option(options: Mapping[str, Option], name: str) -> tuple[list[str], Option]:
-    """The path of a name that was typed, and its option; behind a mapping any key is allowed."""
+    """Return the path of a typed name, and its option. Below a mapping, any key is allowed."""
     typed = name.split(".")
     for length in range(len(typed), 0, -1):
         path = [part.replace("-", "_") for part in typed[:length]] + typed[length:]
@@ -139,7 +139,7 @@ def _find_option(options: Mapping[str, Option], name: str) -> tuple[list[str], O
 
 
 def _set(changes: dict[str, Any], path: list[str], option: Option, text: str) -> None:
-    """Note the value of one argument."""
+    """Record the value of one argument in `changes`."""
     for part in path[:-1]:
         inner = changes.get(part)
         changes[part] = dict(inner) if isinstance(inner, Mapping) else {}
@@ -155,7 +155,7 @@ def _set(changes: dict[str, Any], path: list[str], option: Option, text: str) ->
 
 
 def _entries(option: Option, name: str, text: str) -> list[Any]:
-    """The entries that one argument adds to a list."""
+    """Return the entries that one argument adds to a list."""
     kind = (*get_args(option.hint), str)[0]
     if "literal" in option.field.metadata:
         return [Typed(text)]
@@ -167,7 +167,7 @@ def _entries(option: Option, name: str, text: str) -> list[Any]:
 
 
 def _section(cls: type, name: str, text: str) -> dict[str, Any]:
-    """The fields of a section that is given as `{field: value}` or as a file."""
+    """Return the fields of a section that is given as `{field: value}` or as a file."""
     if text.startswith("{"):
         return _expanded(cls, from_yaml(text, name), Path())
     file = find_config(text, name)
@@ -175,7 +175,7 @@ def _section(cls: type, name: str, text: str) -> dict[str, Any]:
 
 
 def _expanded(cls: type, values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The values, with sections that are files read from there."""
+    """Return the values with the sections that are files replaced by the content of those files."""
     result = dict(values)
     for name, hint in get_type_hints(cls).items():
         hint, value = without_none(hint), values.get(name)
@@ -190,7 +190,7 @@ def _expanded(cls: type, values: dict[str, Any], folder: Path) -> dict[str, Any]
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with single fields changed, also those inside of sections."""
+    """Return `base` with single fields changed, also those inside sections."""
     result = dict(base)
     for name, value in changes.items():
         before = result.get(name)
@@ -200,19 +200,19 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def find_config(name: str, option: str = "config") -> Path:
-    """Return the file of this name, or the one that comes with the package (with or without the prefix configs/)."""
+    """Return the file of this name, or the shipped one (with or without the prefix configs/)."""
     inside = name.removeprefix("configs/")
     for file in (Path(name), SHIPPED / inside):
         if file.is_file():
             return file
     what = "is a folder, not a file" if Path(name).is_dir() else "does not exist"
     near = difflib.get_close_matches(inside, [str(file) for file in shipped_configs()], 1)
-    advice = f"did you mean {near[0]}?" if near else "`recurrent-depth configs` lists the files that come along"
+    advice = f"did you mean {near[0]}?" if near else "`recurrent-depth configs` lists the shipped files"
     raise OptionError(f"{option}: {name!r} {what}; {advice}")
 
 
 def shipped_configs() -> list[Path]:
-    """Return the paths of the configurations that come with the package, relative to their folder."""
+    """Return the paths of the shipped configurations, relative to their folder."""
     return sorted(file.relative_to(SHIPPED) for file in SHIPPED.rglob("*.yaml"))
 
 
@@ -224,5 +224,5 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise OptionError(f"{file} is not YAML ({yaml_fault(error)}); correct it") from error
     if not isinstance(content, dict | NoneType):
         kind = "a list" if isinstance(content, list) else "a single value"
-        raise OptionError(f"{file} holds {kind}; it must hold options, one a line: `name: value`")
+        raise OptionError(f"{file} holds {kind}; it must hold options, one per line: `name: value`")
     return content or {}

@@ -1,7 +1,7 @@
 """`recurrent-depth quickstart`: train a small recurrent model and two baselines, evaluate them, write one report.
 
-Runs the commands a user would type, each in a process with one CPU thread, as many at the same time as there are
-cores. What the commands do is in their own modules; this file imports no torch.
+Runs the commands that a user would type, each in a process with one CPU thread, one process per core at a time. Imports
+no torch.
 """
 
 import csv
@@ -35,9 +35,9 @@ class QuickstartConfig:
 
     Args:
         out: new folder for the runs, the evaluations and report.html.
-        configs: folder with shell-game.yaml, fixed-10.yaml, depth-1.yaml and text.yaml; the default is part of the
+        configs: folder with shell-game.yaml, fixed-10.yaml, depth-1.yaml and text.yaml; the default is shipped with the
             package.
-        jobs: commands that run at the same time, each on one CPU thread; null takes one per CPU core.
+        jobs: commands that run at the same time, each on one CPU thread; null: one per CPU core.
     """
 
     out: str = "runs/quickstart"
@@ -49,11 +49,11 @@ class QuickstartConfig:
 
 
 def quickstart(config: QuickstartConfig) -> Path:
-    """Run the quickstart and print what it found; return the report.
+    """Run the quickstart, print a summary, and return the path of the report.
 
     Raises:
         FileExistsError: if `out` exists and is not empty.
-        ChildProcessError: if a command fails; the others are ended.
+        ChildProcessError: if a command fails; the others are terminated.
     """
     out = Path(config.out)
     check_new_folder(out)
@@ -72,7 +72,7 @@ def quickstart(config: QuickstartConfig) -> Path:
 
 
 def pipelines(out: Path, configs: str) -> dict[str, list[list[str]]]:
-    """Return the commands for each model, in order; the longest first, so that the cores finish together."""
+    """Return the commands for each model in order. The longest come first, so that the cores finish together."""
     work = {}
     for name in (RECURRENT, *BASELINES):
         run = str(out / name)
@@ -100,7 +100,7 @@ def report_command(out: Path, report: Path) -> list[str]:
 
 
 class Commands:
-    """Runs commands of this package as processes; those that still run when the block ends are terminated."""
+    """Run commands of this package as processes. Processes that still run when the block ends are terminated."""
 
     def __init__(self) -> None:
         self.running: list[subprocess.Popen[str]] = []
@@ -122,7 +122,7 @@ class Commands:
             self.run(name, arguments)
 
     def run(self, name: str, arguments: list[str]) -> None:
-        """Run one command; print its progress and messages behind `name`."""
+        """Run one command; print its progress and messages with the prefix `name`."""
         command = [sys.executable, "-m", "recurrent_depth.cli", *arguments]
         with self.lock:
             if self.stopped:
@@ -139,12 +139,12 @@ class Commands:
         status = process.wait()
         if status and not self.stopped:
             raise ChildProcessError(
-                f"{name}: `recurrent-depth {arguments[0]}` ended with status {status}; its messages are above"
+                f"{name}: `recurrent-depth {arguments[0]}` ended with status {status}; see its messages above"
             )
 
 
 def summary(out: Path) -> str:
-    """Return the accuracy of the three models and what their training took, as a table for the terminal."""
+    """Return a table for the terminal with the accuracy and the training cost of the three models."""
     depths = [int(depth) for depth in NUM_STEPS.split(",")]
     lines = [
         f"Shell game: accuracy in percent over {ROWS} held-out games, all positions, one parallel pass",
@@ -159,14 +159,14 @@ def summary(out: Path) -> str:
 
 
 def read_accuracy(results: Path) -> dict[int, float]:
-    """Return the accuracy over all positions of the parallel pass, by iterations."""
+    """Return the accuracy over all positions in mode parallel, by number of iterations."""
     with results.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if (row["difficulty"], row["mode"]) == ("all", "parallel")]
     return {int(row["num_steps"]): float(row["value"]) for row in rows}
 
 
 def read_cost(run: Path) -> tuple[float, float]:
-    """Return the FLOPs of a run and the seconds of its training steps."""
+    """Return the FLOPs and the seconds of the training steps of a run."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     train = [record for record in records if record["type"] == "train"]
     return sum(record["flops"] for record in train), sum(record["seconds"] for record in train)

@@ -1,9 +1,9 @@
-"""The layout of a run folder, and reading a model from it.
+"""The layout of a run folder, and reading a model from it. Writing is in recurrent_depth/training/checkpoint.py.
 
 RUN/run.yaml                     the resolved configuration
 RUN/metrics.jsonl                one line per log event
-RUN/tokenizer.json               if the data has one
-RUN/rewinds.json                 if the loss spiked
+RUN/tokenizer.json               if the data have one
+RUN/rewinds.json                 if the run was rewound after a loss spike
 RUN/.lock                        locked by the process that writes to the folder
 RUN/checkpoints/step-00000100/   one checkpoint:
     model/*.safetensors          weights, by parameter name
@@ -39,7 +39,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that is missing, damaged or of another model."""
+    """A checkpoint that is missing, damaged, or of another model."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -48,7 +48,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the training step in a checkpoint's name."""
+    """Return the training step in the name of a checkpoint."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -65,21 +65,21 @@ def is_run(path: str | Path) -> bool:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint folder that `path` names: itself, or the newest of a run."""
+    """Return `path` if it is a checkpoint, or the newest checkpoint of the run `path`."""
     path = Path(path)
     if (path / CHECKPOINT_FILE).is_file():
         return path
     found = checkpoints(path)
     if not found:
-        raise CheckpointError(f"{path} holds no complete checkpoint; train first, or name a folder step-NNNNNNNN")
+        raise CheckpointError(f"{path} holds no complete checkpoint; train first, or give a folder step-NNNNNNNN")
     return found[-1]
 
 
 def read_details(checkpoint: Path) -> dict[str, Any]:
-    """Return the content of checkpoint.json: step, model shape, checksums, and what a resume compares.
+    """Return the content of checkpoint.json: step, model configuration, checksums, and the fields a resume compares.
 
     Raises:
-        CheckpointError: if the file is damaged or lacks what every checkpoint has.
+        CheckpointError: if the file is damaged or lacks a field.
     """
     path = checkpoint / CHECKPOINT_FILE
     try:
@@ -102,7 +102,7 @@ def verify(checkpoint: Path, files: dict[str, str], part: str | None = None) -> 
     """Compare the files of a checkpoint, or of one part of it, with their checksums.
 
     Raises:
-        CheckpointError: names the file that is missing, damaged, or not one of the checkpoint.
+        CheckpointError: if a file is missing or damaged, or does not belong to the checkpoint.
     """
     folder = checkpoint / part if part else checkpoint
     found = {path.relative_to(checkpoint).as_posix() for path in folder.rglob("*.safetensors")}
@@ -120,7 +120,7 @@ def read_part(checkpoint: Path, part: str, state: dict[str, Tensor], *, alone: b
     """Read one part of a checkpoint into the tensors of `state`, in place.
 
     Args:
-        alone: read whole tensors in this process only; else every rank calls this and reads its shards.
+        alone: read whole tensors in this process; otherwise every rank must call this and reads its shards.
 
     Raises:
         CheckpointError: if the files are not safetensors, or do not hold these tensors.
@@ -140,7 +140,7 @@ def read_part(checkpoint: Path, part: str, state: dict[str, Tensor], *, alone: b
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint so that one that is half removed does not count as complete."""
+    """Remove a checkpoint, its checkpoint.json first: a partly removed one does not count as complete."""
     (path / CHECKPOINT_FILE).unlink(missing_ok=True)
     shutil.rmtree(path)
 
@@ -150,11 +150,14 @@ def model_config(details: dict[str, Any]) -> ModelConfig:
     known = {field.name for field in fields(ModelConfig)}
     unknown = set(details["model"]) - known
     if unknown:
-        raise CheckpointError(f"the checkpoint's model has fields this version does not know: {sorted(unknown)}")
+        raise CheckpointError(
+            f"the model of the checkpoint has fields that this version does not know: {sorted(unknown)}; use the "
+            "version that wrote it"
+        )
     try:
         return ModelConfig(**details["model"])
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint's model is not valid ({error}); {USE_OLDER}") from error
+        raise CheckpointError(f"the model configuration of the checkpoint is invalid ({error}); {USE_OLDER}") from error
 
 
 @contextmanager
@@ -166,9 +169,9 @@ def one_process() -> Iterator[None]:
 
 
 def load_run_model(path: str | Path) -> RecurrentDepthModel:
-    """Return the model of a run folder (newest checkpoint) or of one checkpoint, whole, in fp32 on the CPU.
+    """Return the model of a run folder (newest checkpoint) or of one checkpoint, unsharded, in fp32 on the CPU.
 
-    Neither reads nor verifies the optimizer's files.
+    The files of the optimizer are neither read nor verified.
     """
     checkpoint = find_checkpoint(path)
     details = read_details(checkpoint)

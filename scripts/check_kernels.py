@@ -3,8 +3,8 @@
     python scripts/check_kernels.py            # prints the table; writes benchmarks/results/kernels_aot.md
     python scripts/check_kernels.py --planted  # checks a matrix tile that is too large, and must exit with 1
 
-Exits with 1, and names the kernels, where one would not launch (shared memory, threads), spills registers, or
-multiplies matrices without the instructions for it. Needs no GPU; must run without TRITON_INTERPRET.
+Exits with 1 and names the kernels if one would not launch (shared memory, threads), spills registers, or multiplies
+matrices without matrix instructions. Needs no GPU; must run without TRITON_INTERPRET.
 """
 
 import argparse
@@ -41,7 +41,7 @@ matrix instructions, and bytes spilled, if any. Backward passes are compiled in 
 
 @dataclass(frozen=True)
 class Task:
-    """One launch of the catalogue on one architecture: what travels between processes."""
+    """One launch of the catalogue on one architecture, as it is sent to worker processes."""
 
     arch: str
     dtype: str
@@ -51,7 +51,7 @@ class Task:
 
 @lru_cache
 def launches(arch: str, dtype: str, planted: bool = False) -> dict[str, Launch]:
-    """The launches by label, those that compile to the same program once."""
+    """Return the launches by label, without those that compile to the same program."""
     if planted:
         found = [planted_tile.matrix_product()]
     else:
@@ -60,17 +60,17 @@ def launches(arch: str, dtype: str, planted: bool = False) -> dict[str, Launch]:
 
 
 def _label(launch: Launch) -> str:
-    """The kernel and its constants, and which arguments are 1 (compiled as constants)."""
+    """Return the kernel, its constants, and the arguments that are 1 (which are compiled as constants)."""
     ones = [name for name, type_ in launch.signature().items() if type_ == "constexpr" and name in launch.arguments]
     return launch.label + (f" with {', '.join(ones)} = 1" if ones else "")
 
 
 def run(task: Task) -> Compiled | str:
-    """What the compiler made of it, or how it failed."""
+    """Compile one launch; return the result, or the error as text."""
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     try:
         return compile_launch(_launch(task), task.arch)
-    except Exception as fault:  # a kernel that does not compile is a finding, not the end of the check
+    except Exception as fault:  # a kernel that does not compile is a result of the check
         return f"does not compile: {type(fault).__name__}: {fault}"
 
 
@@ -88,7 +88,7 @@ def tasks(architectures: Sequence[str], planted: bool = False) -> list[Task]:
 
 
 def table(results: dict[Task, Compiled | str]) -> str:
-    """Markdown: a row a kernel, a column a GPU."""
+    """Return a Markdown table with a row per kernel and a column per GPU."""
     architectures = sorted({task.arch for task in results}, key=ARCHITECTURES.index)
     rows: dict[str, dict[str, str]] = defaultdict(dict)
     for task, result in results.items():
@@ -102,9 +102,9 @@ def table(results: dict[Task, Compiled | str]) -> str:
 
 
 def _row(task: Task) -> str:
-    """Kernel, dtype and variant; block sizes differ between GPUs and stand in the cells."""
+    """Return kernel, dtype and variant. Block sizes differ between GPUs and are in the cells."""
     launch = _launch(task)
-    hidden = ("BLOCK", "K", "ACCUMULATE", "WIDE")
+    hidden = ("BLOCK", "K", "ACCUMULATE")
     shown = {k.lower(): v for k, v in launch.constants.items() if v is not False and not k.startswith(hidden)}
     variant = [k if v is True else f"{k} {v}" for k, v in shown.items()]
     variant += [task.label.partition(" with ")[2]] if " with " in task.label else []
@@ -121,9 +121,9 @@ def _cell(launch: Launch, result: Compiled | str) -> str:
 
 
 def check(chosen: list[Task], workers: int = 2) -> dict[Task, Compiled | str]:
-    """Compile all, in processes of their own and without triton's cache."""
+    """Compile all tasks in separate processes, without triton's cache."""
     with tempfile.TemporaryDirectory() as cache, ProcessPoolExecutor(workers) as pool:
-        os.environ["TRITON_CACHE_DIR"] = cache  # read by the processes, which start with the first task
+        os.environ["TRITON_CACHE_DIR"] = cache  # read by the worker processes, which start with the first task
         return dict(zip(chosen, pool.map(run, chosen), strict=True))
 
 
@@ -142,7 +142,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     if INTERPRETED:
-        raise SystemExit("TRITON_INTERPRET is set, and nothing compiles under the interpreter; unset it")
+        raise SystemExit("TRITON_INTERPRET is set, but nothing is compiled in the interpreter; unset it")
     results = check(tasks(args.arch, args.planted))
     text = HEADER.format(version=triton.__version__) + "\n" + table(results)
     print(text)

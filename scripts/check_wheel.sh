@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build the wheel, look at what is in it, install it beside an existing torch, and use it.
+# Build the wheel, check its content, install it beside an existing torch, and run it.
 set -euo pipefail
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 work=$(mktemp -d)
@@ -19,7 +19,7 @@ for needed in (
     assert needed in names, f"the wheel lacks {needed}"
 CHECK
 
-# The heavy dependencies come from the environment that built the wheel; the package itself from the wheel alone.
+# Heavy dependencies come from the environment that built the wheel; the package itself only from the wheel.
 "$python" -m pip install --quiet --no-deps --target "$work/site" "$wheel"
 cd "$work"
 PYTHONPATH="$work/site" "$python" - <<'CHECK'
@@ -36,7 +36,7 @@ import recurrent_depth_kernels
 assert "/site/" in recurrent_depth_kernels.__file__, recurrent_depth_kernels.__file__
 CHECK
 PYTHONPATH="$work/site" "$python" -m recurrent_depth.cli --help > /dev/null
-# The commands of the README work in an empty folder: a shipped configuration is found by its path.
+# The commands of the README work in an empty folder: shipped configurations are found by their path.
 mkdir "$work/empty" && cd "$work/empty"
 PYTHONPATH="$work/site" "$python" -m recurrent_depth.cli train --config configs/pretrain/quickstart/shell-game.yaml \
   --dry-run | grep "name: shell_game" > /dev/null

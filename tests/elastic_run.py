@@ -1,6 +1,6 @@
-"""A worker of torchrun that kills itself: `elastic_run.py OUT '[["backward", 5, 1], ...]'`, one kill an attempt.
+"""A worker of torchrun that kills itself: `elastic_run.py OUT '[["backward", 5, 1], ...]'`, one kill per attempt.
 
-Attempt n (torchrun counts restarts) dies in the middle of the given call of the phase, on the given rank.
+Attempt n (torchrun counts restarts) dies in the given call of the phase, on the given rank.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Ranks that kill themselves in the middle of a phase of training."""
+"""Kill a rank in a given phase of training."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from recurrent_depth.data.tasks.source import TaskSource
 
 
 def write_half_a_file(*args, **kwargs):
-    """What a process leaves that dies while it writes shards."""
+    """Write what a process leaves behind that dies while writing shards."""
     (Path(kwargs["storage_writer"].path) / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
 
 
@@ -29,7 +29,7 @@ PHASES = {
 
 
 def plant_kill(phase: str, call: int, victim: int) -> None:
-    """Rank `victim` of this process group kills itself at the `call`-th call of the phase."""
+    """Make rank `victim` of this process group kill itself at the `call`-th call of the phase."""
     owner, name = PHASES[phase]
     original, calls = getattr(owner, name), [0]
 

@@ -1,4 +1,4 @@
-"""Bytes of CPU tensors that are alive, and their peak, while code runs: what a GPU's allocator would report."""
+"""Measure the bytes of live CPU tensors and their peak, as the allocator of a GPU would report them."""
 
 import weakref
 from typing import Any
@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """Sums the storages of every tensor that an operation returns, while somebody holds it. `peak` is in bytes."""
+    """Sum the storages of all live tensors that operations have returned. `peak` is in bytes."""
 
     def __init__(self, *existing: torch.Tensor) -> None:
         super().__init__()
@@ -27,5 +27,5 @@ class LiveMemory(TorchDispatchMode):
         return result
 
     def current(self) -> int:
-        """Bytes alive now; a storage that was resized counts as what it is."""
+        """Return the live bytes; a resized storage counts with its current size."""
         return sum({storage._cdata: storage.nbytes() for storage in list(self.storages)}.values())

@@ -1,4 +1,4 @@
-"""Commands and code that README.md and the guides print, as data for tests."""
+"""Extract the commands and code in README.md and the guides, for tests."""
 
 import re
 import shlex
@@ -13,12 +13,12 @@ INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 
 @dataclass(frozen=True)
 class Printed:
-    """A piece of a page: a block, a command line, or a span of code within a sentence.
+    """A piece of a page: a block, a command line, or a span of code in a sentence.
 
     Attributes:
         page: name of the file.
-        line: where it begins.
-        text: what is printed.
+        line: first line.
+        text: content.
     """
 
     page: str
@@ -30,7 +30,7 @@ class Printed:
 
     @property
     def words(self) -> list[str]:
-        """The words of a command line, without its comment."""
+        """Return the words of a command line, without its comment."""
         return shlex.split(self.text, comments=True)
 
 
@@ -42,7 +42,7 @@ def blocks(page: Path) -> Iterator[tuple[str, Printed]]:
 
 
 def commands(page: Path) -> list[Printed]:
-    """Return the command lines of the bash blocks; a line that ends in a backslash continues."""
+    """Return the command lines of the bash blocks, with lines joined that end in a backslash."""
     found = []
     for language, block in blocks(page):
         if language == "bash":
@@ -57,6 +57,6 @@ def commands(page: Path) -> list[Printed]:
 
 
 def spans(page: Path) -> list[Printed]:
-    """Return the code within sentences and tables."""
+    """Return the code spans in sentences and tables."""
     text = FENCE.sub(lambda match: "\n" * match[0].count("\n"), page.read_text())
     return [Printed(page.name, text.count("\n", 0, match.start()) + 1, match[1]) for match in INLINE.finditer(text)]

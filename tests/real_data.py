@@ -1,4 +1,4 @@
-"""Where tests marked `real` find what `make real` brings."""
+"""Find the folders that `make real` downloads, for tests marked `real`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Puzzles as rows of question, trace and answer, in a file."""
+"""Write puzzles as files of rows with question, trace and answer."""
 
 import json
 

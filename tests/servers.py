@@ -1,4 +1,4 @@
-"""A server in this process, as `recurrent-depth chat` starts one."""
+"""Start servers and send requests to them."""
 
 import http.client
 import json
@@ -16,7 +16,7 @@ from recurrent_depth.serving.serve import Server, listen, load
 
 @contextmanager
 def running(folder, **options):
-    """The address of a server of a folder, and the server."""
+    """Yield the address of a server of a folder in this process, and the server."""
     config = ServeConfig(str(folder), **({"device": "cpu"} | options))
     with listen("127.0.0.1", 0) as listener:
         server = Server(config, load(config), "critical")
@@ -29,7 +29,7 @@ def running(folder, **options):
 
 
 def metric(url, name, key=""):
-    """A value of the server's /metrics; 0 where it has none of that name."""
+    """Return a value of the server's /metrics; 0 if there is none with that name."""
     request = urllib.request.Request(f"{url}/metrics", headers={"Authorization": f"Bearer {key}"})
     with urllib.request.urlopen(request, timeout=10) as response:
         lines = response.read().decode().splitlines()
@@ -37,7 +37,7 @@ def metric(url, name, key=""):
 
 
 def answers(url):
-    """Whether a server answers at this address."""
+    """Return whether a server answers at this address."""
     try:
         return ask(url, "/health", method="GET")[0] == 200
     except OSError:
@@ -45,15 +45,15 @@ def answers(url):
 
 
 def wait_until(condition, seconds=60):
-    """Wait for a condition; what never comes true is a failure."""
+    """Wait until a condition is true; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.01)
 
 
 def ask(url, path="/v1/completions", body=None, method="POST", key=None, headers=None, **fields):
-    """Status and JSON of a request. `body` is sent as it is; otherwise `fields` over a valid request."""
+    """Return status and JSON of a request. `body` is sent unchanged; without it, `fields` extend a valid request."""
     if body is None and method == "POST":
         body = json.dumps({"model": "small", "prompt": "the quick", "max_tokens": 4, "temperature": 0} | fields)
     address = urllib.parse.urlsplit(url)
@@ -69,7 +69,7 @@ def ask(url, path="/v1/completions", body=None, method="POST", key=None, headers
 
 
 def open_stream(url, key=None, **fields):
-    """The connection of a completion that has been asked for; closing it is a disconnect."""
+    """Return the connection of a streaming completion; closing it is a disconnect."""
     address = urllib.parse.urlsplit(url)
     connection = http.client.HTTPConnection(address.hostname, address.port, timeout=60)
     body = {"model": "small", "prompt": "the quick", "temperature": 0, "stream": True} | fields
@@ -79,7 +79,7 @@ def open_stream(url, key=None, **fields):
 
 
 def start_process(folder, *options):
-    """A server in a process of its own, and its address."""
+    """Return a server in a separate process, and its address."""
     command = [sys.executable, "-m", "recurrent_depth.cli", "serve", "--model", str(folder), "--port", "0"]
     process = subprocess.Popen(
         [*command, "--served-name", "small", "--device", "cpu", *options], text=True,

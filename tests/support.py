@@ -1,4 +1,4 @@
-"""Several ranks on this machine, configurations small enough to train in a second, and models to decode with."""
+"""Helpers: several ranks on this machine, configurations that train in a second, and models to decode with."""
 
 import errno
 import io
@@ -40,7 +40,7 @@ ONE_RANK = Ranks(0, 1, torch.device("cpu"))
 
 
 def small_run(out: Path, **changes: Any) -> RunConfig:
-    """Twelve steps of a tiny model on the shell game."""
+    """Return a run of twelve training steps of a tiny model on the shell game."""
     defaults: dict[str, Any] = {
         "data": DataConfig(task=TaskDataConfig(name="shell_game", min_length=2, max_length=8)),
         "model": ModelConfig(
@@ -60,7 +60,7 @@ def small_run(out: Path, **changes: Any) -> RunConfig:
 
 
 def lively_model(vocab_size: int = 50, block_size: int = 96, scale: float = 2.5) -> RecurrentDepthModel:
-    """A random model in fp64 with weights large enough that tokens differ and converge at different steps."""
+    """Return a random model in fp64 with large weights, so that tokens differ and converge at different iterations."""
     config = ModelConfig(
         n_embd=32, n_heads=2, intermediate_size=48, vocab_size=vocab_size, block_size=block_size,
         n_layers_in_recurrent_block=2,
@@ -80,12 +80,12 @@ def decode(
     mode: Mode | None = None,
     **given: Any,
 ) -> Decoded:
-    """Continue prompts with a decoder of its own."""
+    """Continue prompts with a new decoder."""
     return Decoder(model, mode).generate(prompts, options, **given)
 
 
 def losses(run: Path) -> list[float]:
-    """The training loss of every step of a run."""
+    """Return the loss of every training step of a run."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [record["loss"] for record in records if record["type"] == "train"]
 
@@ -117,7 +117,7 @@ def changed_loss(change: Callable[[Trainer, torch.Tensor], torch.Tensor]) -> Ite
 
 
 def assert_equal_runs(actual: Path, expected: Path) -> None:
-    """Losses, weights and moments of two runs are equal bit for bit."""
+    """Assert that losses, weights and moments of two runs are equal bit for bit."""
     assert losses(actual) == losses(expected)
     tensors, others = final_tensors(actual), final_tensors(expected)
     assert tensors.keys() == others.keys()
@@ -125,7 +125,7 @@ def assert_equal_runs(actual: Path, expected: Path) -> None:
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """The operating system has no room for files of this name: opening one to write fails."""
+    """Make opening files of this name for writing fail as on a full disk."""
     original = io.open
 
     def full(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
@@ -138,7 +138,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 def outcome(folder: str | Path, action: Callable[..., Any], *args: Any) -> None:
-    """Call `action`; what it raises is written to FOLDER/outcome-RANK.txt, and the process fails."""
+    """Call `action`; if it raises, write the error to FOLDER/outcome-RANK.txt and raise it again."""
     try:
         action(*args)
     except Exception as error:
@@ -147,7 +147,7 @@ def outcome(folder: str | Path, action: Callable[..., Any], *args: Any) -> None:
 
 
 def final_tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Weights and moments of the newest checkpoint, by shard file and name."""
+    """Return weights and moments of the newest checkpoint, by shard file and name."""
     tensors = {}
     newest = checkpoints(run)[-1]
     for path in sorted(newest.rglob("*.safetensors")):
@@ -156,9 +156,10 @@ def final_tensors(run: Path) -> dict[str, torch.Tensor]:
 
 
 def run_ranks(target: Callable[..., None], world_size: int, *args: Any, timeout: float = 240) -> list[int]:
-    """Run `target(*args)` in `world_size` processes, as torchrun would; one that dies takes the others with it.
+    """Run `target(*args)` in `world_size` processes, as torchrun would, and return the exit codes.
 
-    Returns the exit codes. Processes fork from a server that has imported the trainer once, so a start is cheap.
+    When one process dies, the others are ended. Processes fork from a server that has already imported the trainer, so
+    starting them is fast.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["recurrent_depth.training.launch", "support"])
@@ -211,7 +212,7 @@ import torch
 
 
 def run_without_our_package(script: str, scratch: Path) -> str:
-    """What a script prints in a process that cannot import this package and has no terminal to ask questions on."""
+    """Return the output of a script in a process that cannot import this package and has no terminal for questions."""
     env = {"HF_HOME": str(scratch), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
     command = [sys.executable, "-I", "-c", _ABSENT + script]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
@@ -220,7 +221,7 @@ def run_without_our_package(script: str, scratch: Path) -> str:
 
 
 def error_line(capsys: Any) -> str:
-    """The line in which a command has reported its error."""
+    """Return the line in which a command has reported its error."""
     lines = capsys.readouterr().err.splitlines()
     assert not any(line.startswith("Traceback") for line in lines)
     return next(line for line in lines if line.startswith("error: "))

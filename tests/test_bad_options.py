@@ -1,4 +1,4 @@
-"""Options that must be refused: the message names the option and what is allowed, and nothing is left behind."""
+"""Options that must be refused: the message names the option and the allowed values, and nothing is left behind."""
 
 import math
 
@@ -37,7 +37,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def refused(arguments, capsys, folder, status=2):
-    """The error of a command that must fail; asserts that it has no traceback and left nothing behind."""
+    """Return the error of a command that must fail, after checking that it has no traceback and left nothing behind."""
     before = {path.name for path in folder.iterdir()}
     assert main(arguments) == status
     captured = capsys.readouterr()
@@ -49,7 +49,7 @@ def refused(arguments, capsys, folder, status=2):
 
 
 NUMBERS = [
-    # command, option, refused values, what the message says of allowed ones (one of these texts)
+    # command, option, refused values, one of these texts must be in the message
     (TRAIN, "steps", ["0", "-1", "1.5", "many", "null", "true", "inf"], "at least 1|whole number"),
     (TRAIN, "batch-size", ["0", "-8", "8.5"], "at least 1|whole number"),
     (TRAIN, "micro-steps", ["0", "3"], "at least 1|multiple of micro_steps"),

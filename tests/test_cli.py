@@ -37,7 +37,7 @@ def test_run_configuration_parses(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_file_is_of_a_known_kind(path):
-    """Model shapes, data, recipes of curation; those of runs are above, those of evaluations beside the evaluation."""
+    """Model shapes, data, curation recipes. Runs are tested above, evaluations in tests/evaluation."""
     name = path.relative_to(ROOT / "configs")
     if name.parts[0] == "model":
         assert build(ModelConfig, read_yaml(path)) == SHAPES[path.stem]
@@ -86,14 +86,14 @@ def test_printed_configuration_reads_back(tmp_path, capsys):
     ],
 )
 @pytest.mark.parametrize("form", ["--config={}", "--config {}"])
-def test_one_field_of_the_data_leaves_the_others(arguments, form, tmp_path):
+def test_one_field_of_a_section_leaves_the_others(arguments, form, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("out: o\ndata: {packed: {path: a, document_masking: true, restart_positions: true}}\n")
     data = parse_options(TrainCommand, [*form.format(file).split(), *arguments]).data.packed
     assert (data.path, data.document_masking, data.restart_positions) == ("b", True, True)
 
 
-def test_dashes_and_lists_with_commas():
+def test_options_accept_dashes_and_lists_with_commas():
     options = parse_options(PrepareConfig, ["--out", "o", "--source", "a,b", "--sequence-length", "64"])
     assert options.source == ["a", "b"]
     assert options.sequence_length == 64
@@ -113,7 +113,7 @@ def test_shipped_configuration_is_found_in_an_empty_folder(name, tmp_path, monke
     (tmp_path / "pretrain" / "quickstart" / "shell-game.yaml").write_text(
         "steps: 7\ndata: {packed: {path: d}}\nout: o\n"
     )
-    if not name.startswith("configs"):  # a file of the user goes first
+    if not name.startswith("configs"):  # a file of the user has precedence
         assert parse_options(TrainCommand, ["--config", name]).steps == 7
 
 
@@ -198,7 +198,7 @@ def test_error_comes_before_a_short_usage(capsys):
 
 
 def verb(action, extra="data", needs=()):
-    """A verb with the options of `average` that calls `action`."""
+    """Return a verb with the options of `average` that calls `action`."""
     sys.modules["action_of_a_test"] = SimpleNamespace(act=action)
     options = "recurrent_depth.training.config:AverageConfig"
     return Verb("", options, "action_of_a_test:act", "recurrent-depth act", extra, needs)
@@ -328,7 +328,7 @@ def test_extras_of_the_verbs_exist():
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_command_in_one_line(tmp_path):
-    """While it waits for a server that never answers."""
+    """The command waits for a server that never answers."""
     code = "import socket, time; s = socket.create_server(('localhost', 0)); print(s.getsockname()[1], flush=True)"
     server = subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(60)"], stdout=subprocess.PIPE, text=True)
     try:

@@ -1,4 +1,4 @@
-"""The bytes that benchmarks/decode_gpu.py divides by the bandwidth."""
+"""The bytes per token from which benchmarks/decode_gpu.py computes the bandwidth."""
 
 import torch
 
@@ -8,13 +8,13 @@ from recurrent_depth.model.config import SHAPES
 from recurrent_depth.model.transformer import RecurrentDepthModel
 
 
-def test_a_token_reads_every_matrix_and_its_part_of_the_cache():
+def test_token_bytes_are_all_matrices_and_its_part_of_the_cache():
     config = SHAPES["small"]
     with torch.device("meta"):
         model = RecurrentDepthModel(config)
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
     core = sum(p.numel() for p in model.transformer.core_block.parameters() if p.ndim == 2) + config.n_embd**2
     once, twice = (bytes_of_a_token(config, 3, 100, steps) for steps in (1, 2))
-    assert once["weights"] == 2 * matrices  # tied embeddings: the table is the head
+    assert once["weights"] == 2 * matrices  # tied embeddings: the embedding is the head
     assert twice["weights"] - once["weights"] == 2 * core  # the state's half of the adapter
     assert twice["keys_and_values"] == cache_bytes(config, 3, 100, 2, dtype=torch.bfloat16)

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import re
+import shlex
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
@@ -152,7 +153,7 @@ def test_decision_log_is_newest_first_and_indexed():
     assert re.findall(r"\]\(#([^)]*)\)", log) == anchors
 
 
-def test_links_lead_somewhere():
+def test_links_have_targets():
     for page in [*PAGES, ROOT / "docs" / "decisions.md"]:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
@@ -161,6 +162,11 @@ def test_links_lead_somewhere():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tables_are_those_of_the_results(page):
     assert filled(page.read_text()) == page.read_text(), "python -m benchmarks tables"
+
+
+@pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
+def test_examples_of_help_parse(verb):
+    check(shlex.split(verb.example))
 
 
 def test_every_table_is_in_a_page():

@@ -1,4 +1,4 @@
-"""A wrong path is named at once; nothing here uses a network."""
+"""Wrong paths are reported without using a network."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from recurrent_depth.hub import check_folder_or_hub_name, in_hub_cache
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
-    """A working directory with one run, an empty cache of the hub, and the hub allowed."""
+    """A working directory with one run and an empty cache of the hub; access to the hub is allowed."""
     (tmp_path / "runs" / "first").mkdir(parents=True)
     (tmp_path / "weights.bin").touch()
     monkeypatch.chdir(tmp_path)

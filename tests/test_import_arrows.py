@@ -1,4 +1,4 @@
-"""Imports inside the package go one way: each part may import the parts that are named here, none in a circle."""
+"""Imports inside the package go one way: each part may import only the parts listed here, without circles."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -25,7 +25,7 @@ def name_of(file):
 
 
 def imports(file, everywhere=True):
-    """Names of our modules that a file imports; without `everywhere` only those imported when it is loaded."""
+    """Yield the modules of this package that a file imports; without `everywhere`, only its top-level imports."""
     tree = ast.parse(file.read_text())
     nodes = ast.walk(tree) if everywhere else iter(tree.body)
     for node in nodes:

@@ -1,5 +1,6 @@
-"""The check that compiles kernels for GPUs that are not there finds what it is for. Needs no interpreter: a process of
-its own from tests/kernels.
+"""The compilation check of kernels finds planted faults.
+
+Not in tests/kernels, because it must run without the interpreter.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ def _no_cache(tmp_path, monkeypatch):
     ("arch", "instruction"),
     [("sm_80", "mma.sync"), ("sm_90", "wgmma"), ("sm_100", "tcgen05.mma"), ("gfx942", "v_mfma")],
 )
-def test_a_fitting_tile_passes_with_its_matrix_instruction(arch, instruction):
+def test_kernels_check_passes_a_fitting_tile(arch, instruction):
     launch = planted_tile.matrix_product(rows=128, columns=128, inner=32, num_warps=8, stages=2)
     compiled = compile_launch(launch, arch)
     assert compiled.faults() == []
@@ -35,11 +36,11 @@ def test_a_fitting_tile_passes_with_its_matrix_instruction(arch, instruction):
 
 
 @pytest.mark.parametrize(("arch", "fault"), [("sm_80", "spill"), ("gfx942", "shared memory")])
-def test_an_oversized_tile_is_a_fault(arch, fault):
+def test_kernels_check_finds_an_oversized_tile(arch, fault):
     assert any(fault in found for found in compile_launch(planted_tile.matrix_product(), arch).faults())
 
 
-def test_the_check_exits_with_one_on_an_oversized_tile(monkeypatch, capsys, tmp_path):
+def test_kernels_check_exits_with_one_on_an_oversized_tile(monkeypatch, capsys, tmp_path):
     out = tmp_path / "table.md"
     monkeypatch.setattr(sys, "argv", ["check_kernels.py", "--planted", "--arch", "gfx942", "--out", str(out)])
     assert check_kernels.main() == 1
@@ -47,7 +48,7 @@ def test_the_check_exits_with_one_on_an_oversized_tile(monkeypatch, capsys, tmp_
     assert not out.exists()
 
 
-def test_what_compiles_cleanly_and_cannot_launch_is_a_fault():
+def test_kernels_check_finds_kernels_that_compile_but_cannot_launch():
     """32 warps of 64 threads; a product that became scalar arithmetic."""
     good = Compiled("gfx942", 64, 0, 0, 512, ((16, "bf16"),), ("v_mfma",), 128)
     assert good.faults() == []
@@ -60,7 +61,7 @@ def test_what_compiles_cleanly_and_cannot_launch_is_a_fault():
     assert "wgmma" in dataclasses.replace(few_rows, dots=((64, "bf16"),)).faults()[0]
 
 
-def test_a_kernel_that_does_not_compile_is_a_fault(monkeypatch):
+def test_kernels_check_finds_a_kernel_that_does_not_compile(monkeypatch):
     broken = dataclasses.replace(
         planted_tile.matrix_product(), constants={"BLOCK_M": 100, "BLOCK_N": 64, "BLOCK_K": 32}
     )

@@ -1,4 +1,4 @@
-"""Options from files and arguments: what a user writes, and the dataclass that comes out."""
+"""Options from files and arguments: the dataclasses they become, and the errors."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal

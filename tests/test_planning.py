@@ -1,4 +1,4 @@
-"""The plan of fine-tuning against a real forward pass, and the table in the documentation."""
+"""Planned memory of fine-tuning against a real forward pass, and the table in the documentation."""
 
 import gc
 from pathlib import Path
@@ -17,9 +17,9 @@ CONFIG = ModelConfig(n_embd=128, n_heads=4, intermediate_size=352, vocab_size=10
 
 
 def bytes_alive_for_backward(steps, checkpointing, batch=2, tokens=64):
-    """Bytes of storages that stay alive after a real forward pass because its graph holds them, without the head.
+    """Return the bytes of storages that the graph keeps alive after a real forward pass, without the head.
 
-    Counted from the storages that operations allocate, not from autograd's hooks, which the plan uses.
+    They are counted from the storages that operations allocate, not from the autograd hooks that the plan uses.
     """
     model = RecurrentDepthModel(CONFIG)
     model.transformer.core_block.activation_checkpointing = checkpointing
@@ -47,7 +47,7 @@ def test_planned_activations_grow_linearly_with_iterations(checkpointing):
     assert seven == one + 6 * (two - one)
 
 
-def test_planned_weights_and_lora_are_the_parameters_there_are():
+def test_planned_weights_and_lora_equal_the_real_parameters():
     from peft import LoraConfig, get_peft_model
 
     from recurrent_depth.hf.loading import wrap
@@ -60,6 +60,6 @@ def test_planned_weights_and_lora_are_the_parameters_there_are():
     assert parts["optimizer"] == 8 * 3_564_976_800
 
 
-def test_documented_table_is_the_computed_one():
+def test_documented_finetuning_table_equals_the_computed_one():
     guide = (Path(__file__).parents[1] / "docs" / "huggingface.md").read_text()
     assert finetuning_table(PlanConfig().finetuning) in guide

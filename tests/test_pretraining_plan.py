@@ -1,4 +1,4 @@
-"""The plan of a run against the memory and communication of real ranks, and the output of the command."""
+"""Planned memory and communication of a run against real ranks, and the output of the command."""
 
 import dataclasses
 import json

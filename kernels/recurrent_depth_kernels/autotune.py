@@ -1,7 +1,7 @@
-"""Measured launch configurations, kept on disk.
+"""Read and write the cache of measured launch settings.
 
-The cache is one JSON file a machine writes for itself: best settings by (op, width, dtype, device name, triton
-version). It is read on a GPU only; without an entry the table in `tuning` decides. Remove the file to forget it.
+The cache is a JSON file with the best settings by (op, width, dtype, device name, triton version), written by `tune`.
+It is read on a GPU only; without an entry the table in `tuning` is used. Remove the file to go back to the table.
 """
 
 import json
@@ -20,7 +20,7 @@ Settings = dict[str, int]
 
 
 def cache_file() -> Path:
-    """RECURRENT_DEPTH_CACHE, or the user's cache folder."""
+    """Return the path of the cache, in the folder RECURRENT_DEPTH_CACHE or the user's cache folder."""
     root = os.environ.get("RECURRENT_DEPTH_CACHE")
     base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "recurrent-depth"
     return base / "kernels.json"
@@ -31,7 +31,7 @@ def key(op: str, width: int, dtype: torch.dtype, device_name: str) -> str:
 
 
 def measured(op: str, width: int, dtype: torch.dtype, device: torch.device) -> Settings:
-    """The settings measured for this op on this GPU; empty where there are none."""
+    """Return the settings measured for this op on this GPU; empty if there are none."""
     name = targets.device_name(device)
     return {} if name is None else _load(cache_file()).get(key(op, width, dtype, name), {})
 
@@ -42,18 +42,18 @@ def _load(path: Path) -> dict[str, Settings]:
 
 
 def read(path: Path) -> dict[str, Settings]:
-    """The entries of a cache file; none where there is no file."""
+    """Return the entries of a cache file; empty if the file does not exist."""
     if not path.is_file():
         return {}
     try:
         entries = json.loads(path.read_text())
     except json.JSONDecodeError as fault:
-        raise ValueError(f"{path} is not JSON ({fault}); remove it, and tune again if you wish") from fault
+        raise ValueError(f"{path} is not JSON ({fault}); remove it, and tune again if needed") from fault
     return entries["settings"]
 
 
 def write(path: Path, entries: dict[str, Settings]) -> None:
-    """Add entries to a cache file, whole or not at all."""
+    """Add entries to a cache file, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     merged = {"settings": read(path) | entries}
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
@@ -63,7 +63,11 @@ def write(path: Path, entries: dict[str, Settings]) -> None:
 
 
 def best(candidates: list[Settings], seconds: Callable[[Settings], float]) -> tuple[Settings, float]:
-    """The fastest candidate and its time; `seconds` measures one, and raises where it does not compile or launch."""
+    """Return the fastest candidate and its time.
+
+    Args:
+        seconds: measures a candidate; raises if it does not compile or launch.
+    """
     times = []
     faults = []
     for candidate in candidates:

@@ -1,4 +1,4 @@
-"""Every launch the kernels make at the shape of the 3.5B model: what a check has to compile, and a tuner to time."""
+"""All launches of the kernels at the shape of the 3.5B model, for the compilation check and the tuner."""
 
 import torch
 from torch import Tensor
@@ -9,11 +9,11 @@ from recurrent_depth_kernels.launch import Launch, planned
 from recurrent_depth_kernels.rope_into_cache import rope_into_cache
 
 WIDTH, HEADS, INNER = 5280, 55, 17_920
-"""Of the published 3.5B model (arXiv 2502.05171)."""
+"""Shape of the published 3.5B model (arXiv 2502.05171)."""
 
 
 def launches(arch: str, rows: int = 4096, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
-    """The launches on a GPU of `arch` (see `targets.ARCHITECTURES`), forward and backward; works without a GPU."""
+    """Return the launches, forward and backward, on a GPU of `arch` (see `targets.ARCHITECTURES`). Needs no GPU."""
     with planned(arch) as found:
         _norms(rows, dtype)
         _rope(rows, dtype)
@@ -23,7 +23,7 @@ def launches(arch: str, rows: int = 4096, dtype: torch.dtype = torch.bfloat16) -
 
 
 def decode_launches(arch: str, dtype: torch.dtype = torch.bfloat16, context: int = 4096) -> list[Launch]:
-    """Of attention at decode: one row and 64, one new token and 4, full and shared caches, and grouped heads."""
+    """Return launches of decode attention: 1 and 64 rows, 1 and 4 new tokens, full and shared caches, grouped heads."""
     cases = [(1, 1, HEADS, 32), (1, 1, HEADS, 4), (1, 1, HEADS, 1), (64, 1, HEADS, 4), (1, 4, HEADS, 32), (1, 1, 11, 4)]
     with planned(arch) as found:
         for rows, new_tokens, kv_heads, budget in cases:

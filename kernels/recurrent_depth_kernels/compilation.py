@@ -1,6 +1,6 @@
-"""Compile a launch for a GPU that is not there, and say what would go wrong on it.
+"""Compile a launch for a GPU that is not present, and report what would fail on it.
 
-Works in a process without TRITON_INTERPRET. The numbers are the assembler's: `cuobjdump -res-usage` of the cubin for
+Needs a process without TRITON_INTERPRET. The numbers are from the assemblers: `cuobjdump -res-usage` of the cubin for
 NVIDIA, the metadata of the amdgcn text for AMD.
 """
 
@@ -20,12 +20,12 @@ SHARED_LIMIT = {
     "sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024,
     "gfx90a": 64 * 1024, "gfx942": 64 * 1024, "gfx950": 160 * 1024,
 }  # fmt: skip
-"""Bytes of shared memory (LDS) one program may use, by the vendors' guides."""
+"""Bytes of shared memory (LDS) that a program may use, by the guides of the vendors."""
 
 MAX_THREADS = 1024
 
 TOLERATED_SPILL = 16
-"""Bytes: assemblers park a register or two outside the loop, even far below the limit, and each version others."""
+"""Bytes per thread: assemblers spill a register or two outside the loop even far below the limit."""
 
 _DOT = re.compile(r"tt\.dot .*: tensor<(\d+)x\d+x(\w+)> \* ")
 _MATRIX = re.compile(r"\b(wgmma|mma\.sync|tcgen05\.mma|v_mfma)")
@@ -34,16 +34,16 @@ _LOADS = re.compile(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)|(?:global|buffer)_load_
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a launch.
+    """Resources and instructions of a compiled launch.
 
     Attributes:
-        registers: a thread's vector registers (AMD: with accumulation registers).
-        shared: bytes of shared memory a program uses.
-        spilled: bytes of local memory a thread uses: registers that did not fit.
-        threads: of a program.
+        registers: vector registers per thread (AMD: with accumulation registers).
+        shared: bytes of shared memory per program.
+        spilled: bytes of local memory per thread, used by spilled registers.
+        threads: threads per program.
         dots: (rows, dtype) of every matrix product in the source.
         matrix_instructions: families of matrix instructions in the result.
-        load_bits: width of the widest load from memory.
+        load_bits: width of the widest load from memory, in bits.
     """
 
     arch: str
@@ -56,21 +56,21 @@ class Compiled:
     load_bits: int
 
     def faults(self) -> list[str]:
-        """Why this would not launch, or would run far below what the GPU can do."""
+        """Return the reasons why this would not launch, or would run far below the speed of the GPU."""
         found = []
         if self.threads > MAX_THREADS:
             found.append(f"{self.threads} threads are more than {MAX_THREADS}: lower num_warps")
         if self.shared > SHARED_LIMIT[self.arch]:
             found.append(f"{self.shared} bytes of shared memory exceed {SHARED_LIMIT[self.arch]}: use a smaller tile")
         if self.spilled > TOLERATED_SPILL:
-            found.append(f"{self.spilled} bytes of registers spill a thread: use a smaller tile or more warps")
+            found.append(f"{self.spilled} bytes of registers spill per thread: use a smaller tile or more warps")
         wanted = self._wanted_instruction()
         if wanted is not None and wanted not in self.matrix_instructions:
             found.append(f"a matrix product of {self.dots[0]} does not use {wanted}")
         return found
 
     def _wanted_instruction(self) -> str | None:
-        """The matrix instruction a product must become; fp32 products in full precision have one on AMD alone."""
+        """Return the matrix instruction that a product must use. Full-precision fp32 products have one only on AMD."""
         if not self.dots:
             return None
         if is_hip(self.arch):
@@ -82,7 +82,7 @@ class Compiled:
 
 
 def compile_launch(launch: Launch, arch: str) -> Compiled:
-    """Compile for `arch` (see `targets.ARCHITECTURES`) with everything the launch would be compiled with there."""
+    """Compile a launch for `arch` (see `targets.ARCHITECTURES`) as it would be compiled on that GPU."""
     backend = "hip" if is_hip(arch) else "cuda"
     source = ASTSource(
         launch.kernel, launch.signature(), constexprs=launch.constexprs(), attrs=launch.attributes(backend)
@@ -105,7 +105,7 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
 
 
 def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack and local memory)."""
+    """Return (registers, bytes of stack and local memory)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -116,7 +116,7 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _amd_usage(assembly: str) -> tuple[int, int]:
-    """(vector registers, bytes of scratch memory); spilled registers without scratch are counted as four bytes each."""
+    """Return (vector registers, bytes of scratch memory). A spilled register without scratch counts as four bytes."""
     used = {name: int(value) for name, value in re.findall(r"\.(\w+_count|\w+_fixed_size):\s+(\d+)", assembly)}
     return used["vgpr_count"], max(used["private_segment_fixed_size"], 4 * used["vgpr_spill_count"])
 

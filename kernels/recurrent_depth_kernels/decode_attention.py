@@ -1,7 +1,7 @@
 """Attention of new tokens over a cache with a budget of iterations, read in place, split over keys (flash-decoding).
 
-Which entry of a cached token an iteration reads is the rule of `read_place`. Iterations and depths lie on the device,
-so no entry is gathered and no host waits.
+`read_place` gives the entry of a cached token that an iteration reads. Iterations and depths are on the device, so no
+entry is gathered and there is no host synchronisation.
 
 Shapes: N rows of queries, T new tokens of a row, B lanes of the cache, S columns, H query heads, G key heads, K head
 size, R places of the budget.
@@ -25,7 +25,7 @@ LOWEST = tl.constexpr(-1.0e38)  # below every score, and finite: exp(LOWEST - LO
 
 @triton.jit
 def read_place(step, depth, BUDGET: tl.constexpr, RELEASED: tl.constexpr):
-    """The place where iteration `step` reads a token of `depth` iterations; the rule of `recurrent_depth.model.ops`."""
+    """Return the place at which iteration `step` reads a token of `depth` iterations (recurrent_depth.model.ops)."""
     return tl.minimum(step % BUDGET, depth - 1) if RELEASED else tl.minimum(step, depth - 1) % BUDGET
 
 
@@ -34,7 +34,7 @@ def _columns(
     start, end, step, depths, stride_place, stride_s,
     BUDGET: tl.constexpr, RELEASED: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """The columns from `start` on, which of them lie before `end`, and where the entry to be read lies."""
+    """Return the columns from `start` on, a mask of those before `end`, and the offsets of the entries to read."""
     column = start + tl.arange(0, BLOCK_S)
     held = column < end
     at = column.to(tl.int64) * stride_s
@@ -51,9 +51,9 @@ def attend_one(
     K: tl.constexpr, BUDGET: tl.constexpr, RELEASED: tl.constexpr, HAS_LANES: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """One query a key head: vectors, no matrix product. A program reads one split of the columns of one (row, head).
+    """Attend with one query per key head, without matrix products. A program reads one split of one (row, head).
 
-    Each of the BLOCK_S threads of a block runs a softmax of its own; they are joined after the loop.
+    Each of the BLOCK_S threads of a block has its own softmax; they are combined after the loop.
     """
     pair, split = tl.program_id(0), tl.program_id(1)
     b, h = (pair // n_heads).to(tl.int64), pair % n_heads
@@ -98,7 +98,7 @@ def attend_many(
     K: tl.constexpr, GROUP: tl.constexpr, BUDGET: tl.constexpr, RELEASED: tl.constexpr, HAS_LANES: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """Several queries a key head, T tokens times GROUP heads, in one matrix product (padded to ROWS)."""
+    """Attend with several queries per key head (T tokens times GROUP heads) in one matrix product, padded to ROWS."""
     pair, split = tl.program_id(0), tl.program_id(1)
     b, h = (pair // n_heads).to(tl.int64), pair % n_heads
     lane, first = tl.load(lanes + b).to(tl.int64) if HAS_LANES else b, tl.load(starts + b)
@@ -146,7 +146,7 @@ def attend_many(
 def join_splits(
     partial, peak, total, out, K: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """The weighted mean of the splits of one query."""
+    """Combine the splits of one query by a weighted mean."""
     query = tl.program_id(0).to(tl.int64)  # of [B, H, T]
     split = query * SPLITS + tl.arange(0, SPLITS)
     channel = tl.arange(0, BLOCK_K)
@@ -162,15 +162,17 @@ def decode_attention(
     q: Tensor, entries: Tensor, depths: Tensor, lanes: Tensor | None, starts: Tensor, lengths: Tensor, steps: Tensor,
     released: bool,
 ) -> Tensor:  # fmt: skip
-    """softmax(q kᵀ / sqrt(K)) v over the columns a token may see; forward only.
+    """Return softmax(q kᵀ / sqrt(K)) v over the columns a token may see. Forward only.
 
     Args:
         q: [N, H, T, K], the queries of the last T of each row's columns.
-        entries: [R, 2, B, G, S, K], keys and values of one layer; H is a multiple of G. Any strides but the last.
-        depths: [B, S], iterations each token has taken; at least 1, and not below the running one's.
+        entries: [R, 2, B, G, S, K], keys and values of one layer; H is a multiple of G. Only the last axis must be
+            contiguous.
+        depths: [B, S], iterations each token has taken, at least 1; for a token that is still iterating, at least the
+            current iteration + 1.
         lanes: [N], the lane of the cache that each row reads; None: row n reads lane n.
         starts, lengths: [N], the first column a row sees, and its columns in use, the T new ones included.
-        steps: [N], the iteration that each row is at, from 0.
+        steps: [N], the iteration of each row, from 0.
         released: read by the rule of the released code.
 
     Returns:
@@ -182,7 +184,7 @@ def decode_attention(
     group = H // G
     kernel, name = (attend_one, "attend_one") if group * T == 1 else (attend_many, "attend_many")
     chosen = settings(name, K, q.dtype, q.device)
-    block = max(chosen["block"] * 2 // q.element_size(), 16)  # the table counts columns of two-byte numbers
+    block = max(chosen["block"] * 2 // q.element_size(), 16)  # the table is for two-byte elements
     splits = splits_for(N * G, S, block, chosen["waves"] * processors(q.device))
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     q = q if q.stride(-1) == 1 else q.contiguous()
@@ -212,7 +214,7 @@ def decode_attention(
 
 
 def splits_for(pairs: int, columns: int, block: int, programs: int) -> int:
-    """Splits of the columns, a power of two: as many programs as wished for, no split below one block."""
+    """Return the number of splits of the columns, a power of two: about `programs` in all, no split below one block."""
     most = max(1, min(programs // pairs, triton.cdiv(columns, block), 16))
     return 1 << (most.bit_length() - 1)
 
@@ -222,17 +224,22 @@ def _check(q: Tensor, entries: Tensor, depths: Tensor) -> None:
     _, two, lanes, G, S, size = entries.shape
     if (two, size) != (2, K) or H % G:
         raise ValueError(
-            f"entries {tuple(entries.shape)} do not fit q {tuple(q.shape)}: they must be [R, 2, B, G, S, {K}] with "
-            f"{H} heads a multiple of G"
+            f"entries {tuple(entries.shape)} do not fit q {tuple(q.shape)}: they must be [R, 2, B, G, S, {K}], where "
+            f"the {H} query heads are a multiple of G"
         )
     if entries.stride(-1) != 1:
-        raise ValueError("the channels of an entry must lie side by side: make the cache contiguous in its last axis")
+        raise ValueError(
+            f"the last axis of entries has stride {entries.stride(-1)}; it must be 1: make the cache contiguous"
+        )
     if depths.shape[0] != lanes or depths.shape[1] < S or depths.stride(-1) != 1:
-        raise ValueError(f"depths {tuple(depths.shape)} must have {lanes} rows, and {S} columns that lie side by side")
+        raise ValueError(
+            f"depths are {tuple(depths.shape)} with stride {depths.stride(-1)}; they must be [{lanes}, {S} or more] "
+            "with stride 1"
+        )
 
 
 @register_flop_formula(torch.ops.recurrent_depth_kernels.decode_attention)
 def _flops(q: Any, entries: Any, *args: Any, **kwargs: Any) -> int:
-    """Scores and weighted values over all S columns of the cache: how many are in use only the device knows."""
+    """Return the FLOPs over all S columns of the cache; the number of columns in use is known only on the device."""
     N, H, T, K = q
     return 4 * N * H * T * entries[4] * K

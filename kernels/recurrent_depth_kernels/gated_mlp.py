@@ -14,7 +14,7 @@ from recurrent_depth_kernels.tuning import settings
 
 @triton.jit
 def swiglu_forward(gate_up_ptr, y_ptr, inner, BLOCK: tl.constexpr):
-    """BLOCK columns of one row."""
+    """Compute BLOCK columns of one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < inner
@@ -27,7 +27,7 @@ def swiglu_forward(gate_up_ptr, y_ptr, inner, BLOCK: tl.constexpr):
 
 @triton.jit
 def swiglu_backward(gate_up_ptr, grad_ptr, grad_gate_up_ptr, inner, BLOCK: tl.constexpr):
-    """With s = sigmoid(gate): d up = dy gate s, d gate = dy up s (1 + gate (1 - s))."""
+    """Compute, with s = sigmoid(gate): d up = dy gate s, d gate = dy up s (1 + gate (1 - s))."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < inner
@@ -49,7 +49,7 @@ def _launch(kernel: Any, rows: int, inner: int, like: Tensor, arguments: dict[st
 
 @op
 def swiglu_rows(gate_up: Tensor) -> Tensor:
-    """[..., 2 I] -> [..., I]."""
+    """Return silu(first half) * second half of gate_up [..., 2 I]. `swiglu` has the gradient."""
     refuse_fp64(gate_up, "swiglu")
     inner = gate_up.shape[-1] // 2
     y = gate_up.new_empty((*gate_up.shape[:-1], inner))
@@ -60,7 +60,7 @@ def swiglu_rows(gate_up: Tensor) -> Tensor:
 
 @op
 def swiglu_rows_backward(gate_up: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of gate_up [..., 2 I]."""
+    """Return the gradient of gate_up [..., 2 I]."""
     inner = grad.shape[-1]
     gate_up = gate_up.contiguous()
     grad_gate_up = torch.empty_like(gate_up)
@@ -81,5 +81,5 @@ swiglu_rows.register_autograd(_differentiate, setup_context=_remember)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """gate_up [..., 2 I] -> [..., I]: silu(first half) * second half."""
+    """Return silu(first half) * second half of gate_up [..., 2 I]: [..., I]."""
     return swiglu_rows(gate_up)

@@ -1,8 +1,8 @@
-"""One launch of one kernel, described before it happens.
+"""The description of a kernel launch.
 
-An op builds a `Launch` and runs it. The same description tells the compiler check what would really be compiled (run
-the op on meta tensors inside `planned(target)`), a test how many kernels a step takes (`watched()`), and torch what
-the op's outputs look like (its body on fake tensors, with launches left out).
+An op builds a `Launch` and runs it. The same description is used by the compilation check (the op on meta tensors
+inside `planned(arch)`), by tests that count launches (`watched()`), and by torch to infer the shapes of outputs (the op
+on fake tensors inside `skipped()`).
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from torch import Tensor
 from recurrent_depth_kernels import targets
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Kernels run in Triton's interpreter on CPU tensors: TRITON_INTERPRET=1 was set when this package was imported."""
+"""Whether kernels run in Triton's interpreter on CPU tensors: TRITON_INTERPRET=1 was set at import."""
 
 _TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
@@ -31,7 +31,7 @@ _seen: ContextVar["list[Launch] | None"] = ContextVar("seen", default=None)
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, its grid, its run-time arguments and what it is compiled for.
+    """A kernel with its grid, arguments and compiler options.
 
     Attributes:
         kernel: a `triton.jit` function.
@@ -49,7 +49,7 @@ class Launch:
     num_stages: int
 
     def run(self) -> None:
-        """Launch the kernel, unless inside `skipped()` or `planned()`; a grid without programs does nothing."""
+        """Launch the kernel, unless inside `skipped()` or `planned()`. An empty grid does nothing."""
         seen = _seen.get()
         if seen is not None:
             seen.append(self)
@@ -66,7 +66,7 @@ class Launch:
         found = {value.device.type for value in real}
         if found - {wanted}:
             raise ValueError(
-                f"the kernel {self.name} got tensors on {', '.join(sorted(found))}; it runs on {wanted} tensors"
+                f"the kernel {self.name} got tensors on {', '.join(sorted(found))}; it needs {wanted} tensors"
                 f"{' in the interpreter' if INTERPRETED else ''}: move the model, or use kernels: torch"
             )
 
@@ -76,21 +76,21 @@ class Launch:
 
     @property
     def label(self) -> str:
-        """The name and the constants that are set: tells variants of one kernel apart."""
+        """The name with the constants that are set, which distinguishes the variants of a kernel."""
         values = (f"{k}={v}" for k, v in self.constants.items() if v is not False)
         return f"{self.name}({', '.join(values)})"
 
     def signature(self) -> dict[str, str]:
-        """Argument types as `triton.compiler.ASTSource` wants them, in the order of the kernel's arguments."""
+        """Return the argument types for `triton.compiler.ASTSource`, in the order of the kernel's arguments."""
         return {name: self._type(name) for name in self.kernel.arg_names}
 
     def constexprs(self) -> dict[str, Any]:
-        """Values of the arguments whose type is constexpr: Triton makes one of an integer that is 1 as well."""
+        """Return the values of constexpr arguments, which for Triton include integers that are 1."""
         ones = {name: 1 for name, value in self.arguments.items() if _is_one(value)}
         return self.constants | ones
 
     def attributes(self, backend: str) -> dict[tuple[int], list[list[Any]]]:
-        """What Triton knows of aligned tensors and of integers divisible by 16; `backend` is cuda or hip."""
+        """Return Triton's attributes of aligned tensors and integers divisible by 16; `backend` is cuda or hip."""
         found = {}
         for place, name in enumerate(self.kernel.arg_names):
             value = self.arguments.get(name)
@@ -120,7 +120,7 @@ def _is_one(value: Any) -> bool:
 
 @contextmanager
 def skipped() -> Iterator[None]:
-    """Launches inside do nothing: for shapes alone."""
+    """Skip the launches inside, to infer shapes."""
     token = _skipped.set(True)
     try:
         yield
@@ -130,7 +130,7 @@ def skipped() -> Iterator[None]:
 
 @contextmanager
 def watched() -> Iterator[list[Launch]]:
-    """The launches of the code inside, in order, as they run."""
+    """Yield a list that collects the launches inside, in order, while they run."""
     launches: list[Launch] = []
     token = _seen.set(launches)
     try:
@@ -141,6 +141,6 @@ def watched() -> Iterator[list[Launch]]:
 
 @contextmanager
 def planned(arch: str) -> Iterator[list[Launch]]:
-    """The launches that the code inside would make on a GPU of `arch` (sm_90, gfx942, ...); nothing runs."""
+    """Yield a list that collects the launches inside as for a GPU of `arch` (sm_90, gfx942, ...); nothing runs."""
     with targets.assumed(arch), skipped(), watched() as launches:
         yield launches

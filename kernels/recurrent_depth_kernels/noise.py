@@ -1,6 +1,8 @@
-"""Initial states: normal numbers truncated at 3 sigma, each a pure function of (seed, stream, step, row, position,
-channel), by the rule of recurrent_depth/model/random.py: Philox4x32-10 with counter (channel / 4, position, row, step)
-and key (seed, stream). Random bits are the same on every device; normals agree to 1e-6.
+"""Noise of initial states: normal numbers truncated at 3 sigma.
+
+Each number is a function of (seed, stream, step, row, position, channel) as in recurrent_depth/model/random.py:
+Philox4x32-10 with counter (channel / 4, position, row, step) and key (seed, stream). Random bits are the same on every
+device; normal numbers agree to 1e-6.
 
 Shapes: B batch, T tokens, D channels.
 """
@@ -22,7 +24,7 @@ ERF_BOUND = tl.constexpr(math.erf(3 / math.sqrt(2)))
 
 @triton.jit
 def philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10 (Salmon et al., 2011): four counters and two keys in uint32 -> four words of random bits."""
+    """Return four words of random bits from four counters and two keys in uint32 (Philox4x32-10)."""
     for _ in tl.static_range(10):
         high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
         high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
@@ -33,7 +35,7 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def inverse_normal(x):
-    """sqrt(2) erfinv(x) for |x| <= erf(3 / sqrt(2)), to 5e-7: x times a polynomial in -log(1 - x²), fitted to it."""
+    """Return sqrt(2) erfinv(x) for |x| <= erf(3 / sqrt(2)) to 5e-7: x times a fitted polynomial in -log(1 - x²)."""
     t = -tl.log((1 - x) * (1 + x)) - 2.61136997
     p = 2.22243641e-08 - 1.14096864e-08 * t
     p = 6.70275107e-07 + p * t
@@ -49,7 +51,7 @@ def inverse_normal(x):
 @triton.jit(do_not_specialize=["step", "key_0", "key_1"])
 def normal_noise(rows_ptr, positions_ptr, out_ptr, tokens, channels, positions_batch, step, key_0, key_1,
                             BLOCK: tl.constexpr):  # fmt: skip
-    """BLOCK channels of one token; the four words of a counter serve four neighbouring channels."""
+    """Compute BLOCK channels of one token; the four words of a counter are used for four neighbouring channels."""
     token = tl.program_id(0).to(tl.int64)
     b, t = token // tokens, token % tokens
     counter = tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
@@ -70,7 +72,7 @@ def normal_noise(rows_ptr, positions_ptr, out_ptr, tokens, channels, positions_b
 def truncated_normal_rows(
     rows: Tensor, positions: Tensor, channels: int, step: int, key_0: int, key_1: int
 ) -> Tensor:  # fmt: skip
-    """[B, T, channels] in fp32; step and keys as signed 32-bit integers."""
+    """Return noise [B, T, channels] in fp32; step and keys are signed 32-bit integers."""
     B, T = rows.shape[0], positions.shape[1]
     out = torch.empty((B, T, channels), dtype=torch.float32, device=positions.device)
     chosen = settings("noise", channels, out.dtype, out.device)
@@ -88,11 +90,16 @@ def truncated_normal_rows(
 def truncated_normal(
     rows: Tensor, positions: Tensor, channels: int, *, seed: int, step: int = 0, stream: int = STATE_STREAM
 ) -> Tensor:
-    """Standard normal numbers truncated at 3 sigma: rows [B], positions [B or 1, T] int64 -> [B, T, channels] fp32."""
+    """Return standard normal numbers truncated at 3 sigma, [B, T, channels] in fp32.
+
+    Args:
+        rows: [B] int64.
+        positions: [B or 1, T] int64.
+    """
     keys = _signed(seed), _signed((seed >> 32) ^ stream)
     return truncated_normal_rows(rows, positions, channels, _signed(step), *keys)
 
 
 def _signed(word: int) -> int:
-    """The low 32 bits as a signed integer: one type of argument whatever the value."""
+    """Return the low 32 bits as a signed integer, so that the argument type does not depend on the value."""
     return (word + 2**31) % 2**32 - 2**31

@@ -3,10 +3,10 @@
     rms_norm            y = norm(x)
     add_norm            y = norm(x + branch)
 
-Everything is computed in fp32 and rounded once, to the inputs' dtype. With `released_rounding` the sum and the
-normalised row are rounded as well, as released checkpoints had it in training (arXiv 2502.05171).
+Everything is computed in fp32 and rounded once, to the dtype of the inputs. With `released_rounding` the sum and the
+normalised row are rounded too, as in the training of the released checkpoints (arXiv 2502.05171).
 
-Shapes: N rows, D width. A program holds a whole row; the backward pass takes several rows a program and adds up the
+Shapes: N rows, D width. A program holds a whole row; in the backward pass it processes several rows and accumulates the
 gradient of the weight in registers.
 """
 
@@ -25,13 +25,13 @@ from recurrent_depth_kernels.tuning import row_settings
 
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr, RELEASED: tl.constexpr):
-    """x as it would be read back from memory in DTYPE, if RELEASED."""
+    """Return x rounded to DTYPE if RELEASED, else x."""
     return x.to(DTYPE).to(tl.float32) if RELEASED else x
 
 
 @triton.jit
 def load_sum(x_ptr, branch_ptr, at, mask, HAS_BRANCH: tl.constexpr, RELEASED: tl.constexpr):
-    """x + branch, or x, in fp32."""
+    """Return x + branch, or x, in fp32."""
     h = tl.load(x_ptr + at, mask=mask, other=0).to(tl.float32)
     if HAS_BRANCH:
         h += tl.load(branch_ptr + at, mask=mask, other=0).to(tl.float32)
@@ -44,7 +44,7 @@ def norm_forward(
     x_ptr, branch_ptr, weight_ptr, y_ptr, scale_ptr, width, eps,
     HAS_BRANCH: tl.constexpr, RELEASED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: y = norm(x + branch) * weight."""
+    """Compute one row: y = norm(x + branch) * weight."""
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -62,9 +62,9 @@ def norm_backward(
     x_ptr, branch_ptr, weight_ptr, scale_ptr, grad_ptr, grad_x_ptr, grad_weight_ptr, rows, width,
     HAS_BRANCH: tl.constexpr, RELEASED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows program, program + programs, ...: the gradient of x + branch, and this program's part of the weight's.
+    """Compute the gradients of rows program, program + programs, ..., and this program's part of the weight's gradient.
 
-    Of y = h s w with s = 1 / rms(h): dh = s (g - n mean(g n)) where n = h s, g = dy w; and dw = dy n.
+    For y = h s w with s = 1 / rms(h): dh = s (g - n mean(g n)) where n = h s, g = dy w; and dw = dy n.
     """
     column = tl.arange(0, BLOCK)
     mask = column < width
@@ -88,7 +88,7 @@ def norm_backward(
 def norm_rows(
     x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, released_rounding: bool
 ) -> tuple[Tensor, Tensor]:
-    """y [..., D] and the scales 1 / rms [N] in fp32."""
+    """Return y [..., D] and the scales 1 / rms [N] in fp32."""
     refuse_fp64(x, "norm")
     x, branch = x.contiguous(), None if branch is None else branch.contiguous()
     width = x.shape[-1]
@@ -109,7 +109,7 @@ def norm_rows(
 def norm_rows_backward(
     x: Tensor, branch: Tensor | None, weight: Tensor, scale: Tensor, grad: Tensor, released_rounding: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x + branch [..., D], and in fp32 of weight [D]."""
+    """Return the gradient of x + branch [..., D], and of weight [D] in fp32."""
     x, branch = x.contiguous(), None if branch is None else branch.contiguous()
     width, rows = x.shape[-1], scale.numel()
     programs = min(rows, processors(x.device))
@@ -142,10 +142,10 @@ norm_rows.register_autograd(_differentiate, setup_context=_remember)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, released_rounding: bool = False) -> Tensor:
-    """x [..., D], weight [D] -> x / sqrt(mean(x²) + eps) * weight [..., D]."""
+    """Return x / sqrt(mean(x²) + eps) * weight for x [..., D] and weight [D]."""
     return norm_rows(x, None, weight, eps, released_rounding)[0]
 
 
 def add_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: float, released_rounding: bool = False) -> Tensor:
-    """rms_norm(residual + branch) [..., D]."""
+    """Return rms_norm(residual + branch) [..., D]."""
     return norm_rows(residual, branch, weight, eps, released_rounding)[0]

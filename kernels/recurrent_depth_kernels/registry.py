@@ -1,4 +1,4 @@
-"""How an op becomes known to torch: the one place that asks whether kernels are compiled or interpreted."""
+"""Register ops with torch, for compiled and for interpreted kernels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +10,13 @@ from recurrent_depth_kernels.launch import INTERPRETED, skipped
 
 
 def op(function: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Any:
-    """Register `function` as torch.ops.recurrent_depth_kernels.NAME; returns the op, callable like the function.
+    """Register `function` as torch.ops.recurrent_depth_kernels.NAME and return the op, callable like the function.
 
-    `mutates` names the arguments that it writes to.
+    On a GPU `triton_op` makes the kernels visible to torch.compile. Interpreted kernels cannot be traced: there the op
+    is opaque, and its output shapes are inferred by running the function with launches skipped.
 
-    On a GPU `triton_op` lets torch.compile see the kernels. Interpreted kernels cannot be traced, so there the op is
-    opaque, and its shapes come from its own body with launches left out.
+    Args:
+        mutates: names of the arguments that the function writes to.
     """
     name = f"recurrent_depth_kernels::{function.__name__}"
     if not INTERPRETED:
@@ -31,6 +32,6 @@ def op(function: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Any:
 
 
 def refuse_fp64(x: Tensor, name: str) -> None:
-    """The kernels compute in fp32: what would lose precision silently is an error."""
+    """Raise for float64 inputs: the kernels compute in fp32 and would silently lose precision."""
     if x.dtype == torch.float64:
         raise ValueError(f"the kernel {name} computes in fp32 and got float64; use kernels: torch for float64")

@@ -1,8 +1,8 @@
 """Bias of q and k and rotary embedding of interleaved pairs, forward and backward.
 
 One pass over the fused projection: p * cos + flip(p) * sin for q and k, where `sin` carries the sign of its pair
-(-, +, -, +, ...) and flip swaps the two of a pair; v stays where it is. The backward pass writes the projection's
-gradient whole, once.
+(-, +, -, +, ...) and flip swaps the elements of a pair; v is a view of the projection. The backward pass writes the
+gradient of the projection once.
 
 Shapes: B batch, T tokens, H heads, K head size, D = H K.
 """
@@ -22,7 +22,7 @@ from recurrent_depth_kernels.tuning import settings
 
 @triton.jit
 def flipped(x, BLOCK: tl.constexpr):
-    """Swap the two of every pair (0, 1), (2, 3), ...: within a thread's registers."""
+    """Swap the elements of every pair (0, 1), (2, 3), ... in registers."""
     even, odd = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
     return tl.reshape(tl.join(odd, even), (BLOCK,))
 
@@ -32,7 +32,7 @@ def rope_forward(
     qkv_ptr, bias_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, tokens, width, rotary_batch,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token and BLOCK columns of its q and k. `rotary_batch` is how far the tables of two rows are apart."""
+    """Compute BLOCK columns of q and k of one token. `rotary_batch` is the stride between the tables of two rows."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
@@ -56,9 +56,9 @@ def rope_backward(
     grad_q_ptr, grad_k_ptr, grad_v_ptr, cos_ptr, sin_ptr, grad_qkv_ptr, grad_bias_ptr, rows, tokens, width,
     rotary_batch, stride_b, stride_t, stride_h, K: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK columns of tokens program, program + programs, ...: the projection's gradient, and a part of the bias's.
+    """Compute BLOCK columns of the gradient of tokens program, program + programs, ..., and a part of the bias's.
 
-    The rotation's transpose: dp = dy * cos + flip(dy * sin).
+    The transpose of the rotation is dp = dy * cos + flip(dy * sin).
     """
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
@@ -89,7 +89,7 @@ def rope_backward(
 
 @op
 def rope(qkv: Tensor, qk_bias: Tensor | None, cos: Tensor, sin: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
-    """Rotated q and k of a projection [B, T, 3 D], each [B, T, H, K] and contiguous. `bias_rope` has the gradients."""
+    """Return rotated q and k of a projection [B, T, 3 D], each [B, T, H, K], contiguous. `bias_rope` has gradients."""
     refuse_fp64(qkv, "rope")
     B, T, triple = qkv.shape
     width, K = triple // 3, triple // 3 // n_heads
@@ -110,7 +110,11 @@ def rope(qkv: Tensor, qk_bias: Tensor | None, cos: Tensor, sin: Tensor, n_heads:
 def rope_gradient(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Of gradients [B, T, H, K]: the projection's [B, T, 3 D], and the bias's [2, 1, H, K] in fp32 (else empty)."""
+    """Return the gradient of the projection [B, T, 3 D], and of the bias [2, 1, H, K] in fp32 (empty without a bias).
+
+    Args:
+        grad_q, grad_k, grad_v: gradients [B, T, H, K].
+    """
     B, T, H, K = grad_q.shape
     width, rows = H * K, B * T
     grads = grad_q, grad_k, grad_v
@@ -134,12 +138,12 @@ def rope_gradient(
 
 
 def _rotary_batch(cos: Tensor) -> int:
-    """Elements from one row's table [T, K] to the next's; 0 where all rows share one."""
+    """Return the number of elements between the tables [T, K] of two rows; 0 if all rows share one table."""
     return 0 if cos.shape[0] == 1 else cos.shape[1] * cos.shape[2]
 
 
 class _BiasRope(torch.autograd.Function):
-    """Outside the op because v is a view of its input, which an op must not return."""
+    """bias_rope with its gradient. It is not an op, because v is a view of the input, which an op must not return."""
 
     @staticmethod
     def forward(
@@ -160,10 +164,15 @@ class _BiasRope(torch.autograd.Function):
 def bias_rope(
     qkv: Tensor, qk_bias: Tensor | None, cos: Tensor, sin: Tensor, n_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Split, add the q/k bias, rotate interleaved pairs.
+    """Split a projection into q, k and v, add the bias of q and k, and rotate their interleaved pairs.
 
-    qkv [B, T, 3 H K], qk_bias [2, 1, H, K] or None, cos and sin [B or 1, T, K] in fp32, where `sin` carries the sign
-    of its pair. Returns q, k, v, each [B, H, T, K] over memory [B, T, H, K]; v is a view of qkv.
+    Args:
+        qkv: [B, T, 3 H K].
+        qk_bias: [2, 1, H, K], or None.
+        cos, sin: [B or 1, T, K] in fp32; `sin` carries the sign of its pair.
+
+    Returns:
+        q, k, v, each [B, H, T, K] in memory [B, T, H, K]; v is a view of qkv.
     """
     q, k, v = _BiasRope.apply(qkv, qk_bias, cos, sin, n_heads)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -1,6 +1,6 @@
-"""Bias and rotate q and k of new tokens and write k, v into the recurrence-indexed cache, in one kernel.
+"""Add the bias to q and k of new tokens, rotate them, and write k, v into the cache, in one kernel.
 
-Shapes: B batch, T new tokens, S cached columns, H query heads, G key heads, K head size, R budget of recurrences.
+Shapes: B batch, T new tokens, S cached columns, H query heads, G key heads, K head size, R budget of iterations.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ from recurrent_depth_kernels.registry import op
 
 @triton.jit
 def _rotated(x, bias, cos, sin, real, channel, HAS_BIAS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Interleaved RoPE of one head [K]: (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin), computed in cos's dtype."""
+    """Return one head [K] with interleaved RoPE, (x0 cos - x1 sin, x1 cos + x0 sin), computed in the dtype of cos."""
     p = tl.load(x + channel, mask=real, other=0).to(cos.dtype)
     if HAS_BIAS:
         p += tl.load(bias + channel, mask=real, other=0).to(cos.dtype)
@@ -28,22 +28,22 @@ def _rotated(x, bias, cos, sin, real, channel, HAS_BIAS: tl.constexpr, BLOCK_K: 
 @triton.jit
 def rotate_and_store(
     qkv, q_bias, k_bias, cos, sin, q, entries, steps, columns, active,
-    stride_cb, stride_slot, stride_kv, stride_eb, stride_eh, stride_s, T, n_heads, n_kv_heads,
-    K: tl.constexpr, BUDGET: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
+    stride_cb, stride_place, stride_kv, stride_eb, stride_eh, stride_s, T, n_heads, n_kv_heads,
+    K: tl.constexpr, BUDGET: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_K: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """One head of one token; the first `n_kv_heads` programs of a token also take a key and a value head."""
+    """Process one query head of one token; the first `n_kv_heads` programs of a token also a key and a value head."""
     token, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, t = token // T, token % T
     channel = tl.arange(0, BLOCK_K)
     real = channel < K
     angle = b * stride_cb + t * K + channel
-    c = tl.load(cos + angle, mask=real, other=0).to(WIDE)
-    s = tl.load(sin + angle, mask=real, other=0).to(WIDE)
+    c = tl.load(cos + angle, mask=real, other=0).to(ACCUMULATE)
+    s = tl.load(sin + angle, mask=real, other=0).to(ACCUMULATE)
     x = qkv + token * (n_heads + 2 * n_kv_heads) * K
     turned = _rotated(x + h * K, q_bias + h * K, c, s, real, channel, HAS_BIAS, BLOCK_K)
     tl.store(q + ((b * n_heads + h) * T + t) * K + channel, turned.to(q.dtype.element_ty), mask=real)
     if (h < n_kv_heads) & (tl.load(active + token) != 0):
-        place = (tl.load(steps + b) % BUDGET) * stride_slot + b * stride_eb + h * stride_eh
+        place = (tl.load(steps + b) % BUDGET) * stride_place + b * stride_eb + h * stride_eh
         place += (tl.load(columns + b) + t) * stride_s
         k_from, v_from = x + (n_heads + h) * K, x + (n_heads + n_kv_heads + h) * K
         turned = _rotated(k_from, k_bias + h * K, c, s, real, channel, HAS_BIAS, BLOCK_K)
@@ -57,16 +57,16 @@ def rope_into_cache(
     qkv: Tensor, q_bias: Tensor | None, k_bias: Tensor | None, cos: Tensor, sin: Tensor, entries: Tensor,
     steps: Tensor, columns: Tensor, active: Tensor, n_heads: int,
 ) -> Tensor:  # fmt: skip
-    """Returns q and writes k, v of the active tokens at slot steps mod R, from each row's column on; forward only.
+    """Return q, and write k, v of the active tokens to place steps mod R, from each row's column on. Forward only.
 
     Args:
         qkv: [B, T, (H + 2 G) K], the fused projection: H query heads, G key heads, G value heads.
         q_bias, k_bias: [H, K] and [G, K], or both None.
         cos, sin: [B or 1, T, K] in fp32; `sin` carries the sign of its pair (-, +, -, +, ...).
         entries: [R, 2, B, G, S, K], one layer's part of the cache, changed in place.
-        steps: [B], the step that each row is at, from 0.
+        steps: [B], the iteration of each row, from 0.
         columns: [B], the column of each row's first new token.
-        active: [B, T], nonzero where a token takes part; the others only get their q.
+        active: [B, T], nonzero where k, v of a token are written; q is returned for all tokens.
         n_heads: H.
 
     Returns:
@@ -86,13 +86,13 @@ def rope_into_cache(
         "qkv": qkv, "q_bias": q_bias.contiguous() if q_bias is not None else qkv,
         "k_bias": k_bias.contiguous() if k_bias is not None else qkv, "cos": cos, "sin": sin, "q": q,
         "entries": entries, "steps": steps, "columns": columns, "active": active,
-        "stride_cb": 0 if cos.shape[0] == 1 else T * K, "stride_slot": entries.stride(0),
+        "stride_cb": 0 if cos.shape[0] == 1 else T * K, "stride_place": entries.stride(0),
         "stride_kv": entries.stride(1), "stride_eb": entries.stride(2), "stride_eh": entries.stride(3),
         "stride_s": entries.stride(4), "T": T, "n_heads": n_heads, "n_kv_heads": G,
     }  # fmt: skip
     constants = {
         "K": K, "BUDGET": R, "HAS_BIAS": has_bias, "BLOCK_K": triton.next_power_of_2(K),
-        "WIDE": tl.float64 if qkv.dtype == torch.float64 else tl.float32,
+        "ACCUMULATE": tl.float64 if qkv.dtype == torch.float64 else tl.float32,
     }  # fmt: skip
     Launch(rotate_and_store, (B * T, n_heads), arguments, constants, 1, 1).run()
     return q

@@ -1,4 +1,4 @@
-"""Which GPU a launch is for."""
+"""The GPU architecture that a launch is configured for."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,15 +8,15 @@ from functools import lru_cache
 import torch
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx950")
-"""A100, H100/H200, B200, MI250X, MI300X, MI350X: the GPUs that kernels are compiled for and tuned by."""
+"""The architectures of A100, H100/H200, B200, MI250X, MI300X, MI350X, in the tuning table and the compilation check."""
 
-_PROGRAMS = 128  # processors of a GPU that is only assumed
+_PROGRAMS = 128  # processors of an assumed GPU
 _assumed: ContextVar[str | None] = ContextVar("assumed", default=None)
 
 
 @contextmanager
 def assumed(arch: str) -> Iterator[None]:
-    """Choose configurations for `arch`, whatever this machine has."""
+    """Configure the launches inside for `arch`, independent of this machine."""
     if arch not in ARCHITECTURES:
         raise ValueError(f"architecture {arch} is not one of {', '.join(ARCHITECTURES)}")
     token = _assumed.set(arch)
@@ -27,7 +27,7 @@ def assumed(arch: str) -> Iterator[None]:
 
 
 def architecture(device: torch.device) -> str:
-    """The tuning table's row for `device`: a GPU that has none takes its vendor's oldest, the interpreter sm_90's."""
+    """Return the architecture for `device`: an unknown GPU uses the oldest of its vendor, the interpreter sm_90."""
     arch = _assumed.get()
     if arch is not None:
         return arch
@@ -45,7 +45,7 @@ def _of_device(device: torch.device) -> str:
 
 
 def device_name(device: torch.device) -> str | None:
-    """What the GPU calls itself; None without one."""
+    """Return the name of the GPU; None without a GPU."""
     if _assumed.get() is not None or device.type != "cuda":
         return None
     return torch.cuda.get_device_name(device)
@@ -56,12 +56,12 @@ def is_hip(arch: str) -> bool:
 
 
 def warp_size(arch: str) -> int:
-    """Threads of a warp (a wavefront on AMD)."""
+    """Return the threads of a warp (a wavefront on AMD)."""
     return 64 if is_hip(arch) else 32
 
 
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors, or compute units; 2 in the interpreter, which runs one program after the other."""
+    """Return the number of streaming multiprocessors or compute units; 2 in the interpreter."""
     if _assumed.get() is not None or device.type == "meta":
         return _PROGRAMS
     return _count(device) if device.type == "cuda" else 2

@@ -1,7 +1,7 @@
-"""Measure launch configurations on this GPU and keep the best on disk: `python -m recurrent_depth_kernels.tune`.
+"""Measure launch settings on this GPU and keep the best on disk: `python -m recurrent_depth_kernels.tune`.
 
-Every op is timed at the shape of the 3.5B model, or at --width, --heads and --inner; from then on it is launched with
-what was fastest here. The file is named at the end; remove it to go back to the table.
+Every op is timed at the shape of the 3.5B model, or at --width, --heads and --inner; later launches use the fastest
+settings. The path of the file is printed at the end; remove it to go back to the table.
 """
 
 import argparse
@@ -27,7 +27,7 @@ Call = Callable[[], Any]
 def examples(
     device: torch.device, dtype: torch.dtype, rows: int, width: int, heads: int, inner: int
 ) -> dict[str, tuple[int, Call]]:  # fmt: skip
-    """By op: the width its settings are kept under, and a call that makes its launches."""
+    """Return for each op the width its settings are stored under, and a call that makes its launches."""
     x, weight = torch.randn(rows, width, device=device, dtype=dtype), torch.ones(width, device=device, dtype=dtype)
     scale = torch.ones(rows, device=device)
     qkv = torch.randn(1, rows, 3 * width, device=device, dtype=dtype)
@@ -54,7 +54,7 @@ def examples(
 def tune(
     calls: dict[str, tuple[int, Call]], dtype: torch.dtype, device_name: str, seconds: Callable[[Launch], float]
 ) -> dict[str, Settings]:  # fmt: skip
-    """The best candidate of every op, by `seconds` of its launches, under the keys of the cache."""
+    """Return the fastest candidate of every op, by keys of the cache. `seconds` measures a launch."""
     found = {}
     for op, (width, call) in calls.items():
 
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("no CUDA or ROCm device: there is nothing to tune; the table of launch settings decides")
+        raise SystemExit("there is no CUDA or ROCm device to tune for; run this on a GPU, or use the default settings")
     device, dtype = torch.device("cuda"), getattr(torch, args.dtype)
     calls = examples(device, dtype, args.rows, args.width, args.heads, args.inner)
 

@@ -1,8 +1,8 @@
-"""Launch configurations: a table by op and architecture, overridden by what `autotune` measured on this machine.
+"""Launch settings: a table by op and architecture, overridden by the measurements of `tune` on this machine.
 
-Row ops hold a whole row in one program: `elements` are what a thread holds of it, and warps follow from that. Column
-ops cut rows into blocks of `block` columns. Decode attention reads `block` cached columns at a time and starts `waves`
-programs a processor.
+Row ops hold a whole row in one program: `elements` is the number of elements per thread, which determines the number of
+warps. Column ops split rows into blocks of `block` columns. Decode attention reads `block` cached columns at a time and
+starts `waves` programs per processor.
 """
 
 from collections.abc import Iterator
@@ -35,24 +35,24 @@ TABLE: dict[str, dict[str, Settings]] = {
     "attend_one": _table({"block": 32, "waves": 4, "num_warps": 4}, {"block": 32, "waves": 4, "num_warps": 4}),
     "attend_many": _table({"block": 32, "waves": 4, "num_warps": 4}, {"block": 32, "waves": 4, "num_warps": 4}),
 }
-"""Chosen by compilation (16 bytes a load, no spills at width 5280), not by measurement: no GPU has run them yet."""
+"""Chosen by compilation (16 bytes per load, no spills at width 5280), not by measurement: no GPU has run them yet."""
 
 _tried: ContextVar[dict[str, Settings]] = ContextVar("tried", default={})  # noqa: B039 (never changed in place)
 
 MAX_WIDTH = 32_768
-"""Widest row that a row op takes: it is held in registers."""
+"""Widest row of a row op, which holds it in registers."""
 
 
 def settings(op: str, width: int, dtype: torch.dtype, device: torch.device) -> Settings:
-    """The configuration of `op` for rows of `width` columns."""
+    """Return the settings of `op` for rows of `width` columns."""
     chosen = TABLE[op][targets.architecture(device)]
     return chosen | autotune.measured(op, width, dtype, device) | _tried.get().get(op, {})
 
 
 def row_settings(op: str, width: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
-    """(block, num_warps) of a row op: the block is the whole row, as a power of two."""
+    """Return (block, num_warps) of a row op. The block is the whole row, rounded up to a power of two."""
     if width > MAX_WIDTH:
-        raise ValueError(f"rows of {width} columns are wider than {MAX_WIDTH}, the most {op} holds; use kernels: torch")
+        raise ValueError(f"rows of {width} columns are wider than {MAX_WIDTH}, the limit of {op}; use kernels: torch")
     block = triton.next_power_of_2(width)
     threads = block // settings(op, width, dtype, device)["elements"]
     warp = targets.warp_size(targets.architecture(device))
@@ -61,7 +61,7 @@ def row_settings(op: str, width: int, dtype: torch.dtype, device: torch.device) 
 
 @contextmanager
 def tried(op: str, candidate: Settings) -> Iterator[None]:
-    """Launch `op` with a candidate inside, whatever the table says."""
+    """Use a candidate for launches of `op` inside, instead of the table."""
     token = _tried.set(_tried.get() | {op: candidate})
     try:
         yield
@@ -70,7 +70,7 @@ def tried(op: str, candidate: Settings) -> Iterator[None]:
 
 
 def candidates(op: str) -> list[Settings]:
-    """What `autotune` tries."""
+    """Return the settings that `tune` tries."""
     if "norm" in op:
         return [{"elements": n} for n in (4, 8, 16, 32)]
     if op.startswith("attend"):

@@ -31,7 +31,7 @@ class PackedDataConfig:
         validation_path: folder or hub name of held-out rows; null takes the subfolder validation/ of `path`.
         revision: commit or tag of a data set on the hub; pin it for a run that is to be resumed.
         document_masking: tokens see only their own document (needs the column doc_starts).
-        restart_positions: count positions anew in every document; only with document_masking.
+        restart_positions: restart positions in every document; only with document_masking.
     """
 
     path: str

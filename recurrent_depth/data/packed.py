@@ -28,7 +28,7 @@ class PackedSource:
     """Rows of parquet files in a seeded order.
 
     Every epoch permutes the row groups of all files, and the rows within each: sequential reading touches one row
-    group at a time, and every row comes exactly once an epoch, whatever the number of ranks.
+    group at a time, and every row comes exactly once per epoch, at any number of ranks.
     """
 
     def __init__(self, config: PackedDataConfig, split: Split, seed: int) -> None:

@@ -1,6 +1,6 @@
 """Records of JSONL files, parquet files and Hugging Face data sets, as dictionaries.
 
-Preparation and curation read their input here. Files are not trusted: whatever they hold, the error names the file and
+Preparation and curation read their input here. Files are not trusted: for any content, the error names the file and
 the line.
 """
 
@@ -154,7 +154,7 @@ def open_hub(address: str, split: str, subset: str | None = None, revision: str 
     name, _, suffix = address.partition(":")
     try:
         return load_dataset(name, subset or suffix or None, split=split, revision=revision, streaming=True)
-    except Exception as error:  # the library raises dozens of types, of its own and of its HTTP clients
+    except Exception as error:  # the library raises dozens of types, including those of its HTTP clients
         raise ResumableError(
             f"the data set {address} cannot be opened ({type(error).__name__}: {error}); fix its name, subset or "
             "split, log in if it is gated, or give the path of a local copy"

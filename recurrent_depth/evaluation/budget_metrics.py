@@ -1,6 +1,6 @@
 """Metrics of a test-time scaling method (s1, arXiv 2501.19393, section 3.2), and the iso-FLOP frontier.
 
-A method is a set of runs, each with a compute (thinking tokens, core iterations, or FLOPs) and an accuracy.
+A method is a set of runs, each with its compute (thinking tokens, core iterations, or FLOPs) and its accuracy.
 """
 
 import itertools
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One cell of a grid over core iterations and thinking tokens; means over its questions.
+    """One cell of a grid over core iterations and thinking tokens; values are means over the questions.
 
     Attributes:
         label: the thinking budget, for example `tokens=64 waits=1`.
-        num_steps: iterations of the core.
-        accuracy: a fraction.
+        num_steps: core iterations per token.
+        accuracy: accuracy as a fraction.
         stderr: standard error of the accuracy.
-        n: questions.
+        n: number of questions.
         thinking_tokens: tokens written in the trace.
         new_tokens: all tokens written.
-        core_steps: core iterations over all tokens, those of the prompt included.
-        flops: of prompt and reply.
-        within_budget: share of the questions whose trace kept its budget.
-        mode: budget-forcing, or a control.
+        core_steps: core iterations over all tokens, the prompt included.
+        flops: FLOPs of prompt and reply.
+        within_budget: share of the questions whose trace stayed within its budget.
+        mode: budget-forcing, or the name of a control.
     """
 
     label: str
@@ -41,17 +41,17 @@ class Cell:
 
 
 def control(computes: Iterable[float], at_least: float = 0.0, at_most: float = math.inf) -> float:
-    """Return the share of runs whose compute lies within the bounds, which are inclusive."""
+    """Return the share of runs whose compute lies within the bounds, inclusive."""
     inside = [at_least <= compute <= at_most for compute in computes]
     if not inside:
-        raise ValueError("control of no runs is not defined; give at least one run")
+        raise ValueError("there are no runs, so control is not defined; give at least one run")
     return sum(inside) / len(inside)
 
 
 def scaling(runs: Sequence[tuple[float, float]]) -> float:
     """Return the mean slope (f(b) - f(a)) / (b - a) over all pairs of runs (compute, accuracy) with b > a.
 
-    Pairs of equal compute have no slope and are left out; NaN if no pair is left.
+    Pairs with equal compute have no slope and are left out; NaN if no pair is left.
     """
     pairs = [(low, high) for low, high in itertools.combinations(sorted(runs), 2) if high[0] > low[0]]
     if not pairs:
@@ -65,7 +65,7 @@ def performance(runs: Sequence[tuple[float, float]]) -> float:
 
 
 def frontier(cells: Sequence[Cell]) -> list[Cell]:
-    """Return the cells whose accuracy no other cell of at most their FLOPs reaches, by increasing FLOPs."""
+    """Return the cells that are more accurate than every other cell of at most their FLOPs, by increasing FLOPs."""
     best: list[Cell] = []
     for cell in sorted(cells, key=lambda c: (c.flops, -c.accuracy)):
         if not best or cell.accuracy > best[-1].accuracy:
@@ -74,7 +74,7 @@ def frontier(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def best_within(cells: Sequence[Cell], flops: float) -> Cell | None:
-    """Return the most accurate cell of at most `flops`, the cheapest of equals; None if all cost more."""
+    """Return the most accurate cell of at most `flops`, the cheapest if several are equal; None if all cost more."""
     affordable = [cell for cell in cells if cell.flops <= flops]
     return min(affordable, key=lambda c: (-c.accuracy, c.flops), default=None)
 
@@ -90,9 +90,9 @@ class ScalingReport:
 
     Attributes:
         axis: the axis that varies.
-        held: value of the other axis.
+        held: fixed value of the other axis.
         control: share of traces within their budget.
-        scaling: accuracy (a fraction) per thinking token, or per iteration.
+        scaling: change of accuracy (a fraction) per thinking token, or per iteration.
         performance: best accuracy.
         runs: number of runs.
     """
@@ -106,9 +106,9 @@ class ScalingReport:
 
 
 def axis_reports(cells: Sequence[Cell]) -> list[ScalingReport]:
-    """Report along both axes: thinking tokens at each number of iterations, iterations at each thinking budget.
+    """Return reports for both axes: thinking tokens at each number of iterations, and iterations at each budget.
 
-    Control is 1 along the iterations, which are obeyed by construction.
+    Along the iterations control is always 1.
     """
     reports = []
     for held, line in _lines(cells, lambda cell: f"r={cell.num_steps}"):

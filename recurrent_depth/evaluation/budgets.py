@@ -1,6 +1,6 @@
-"""Questions answered under thinking budgets: iterations per token, thinking tokens, forced "Wait"s.
+"""Answer questions under thinking budgets: iterations per token, thinking tokens, forced "Wait"s.
 
-Tokens, core iterations and FLOPs are counted where they are spent, in recurrent_depth.generation.
+Tokens, core iterations and FLOPs are counted in recurrent_depth.generation.
 """
 
 import math
@@ -19,7 +19,7 @@ from recurrent_depth.reasoning.format import Formatter
 from recurrent_depth.reasoning.pool import load_pool
 
 Grade = Callable[[Sequence["Question"], Sequence[str]], list[bool]]
-"""(questions, answers) -> which answers are right."""
+"""(questions, answers) -> whether each answer is right"""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Attempt:
     Attributes:
         thinking_tokens: tokens between the delimiters, "Wait" included.
         new_tokens: all tokens written, delimiters included.
-        answer: text of the answer; empty if none was begun.
-        correct: verdict of the grader.
+        answer: text of the answer; empty if there is none.
+        correct: result of the grader.
     """
 
     thinking_tokens: int
@@ -49,14 +49,14 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Attempts:
-    """The replies to all questions, with the core iterations and FLOPs of all of them together."""
+    """The replies to all questions, with the sums of their core iterations and FLOPs."""
 
     replies: list[Attempt]
     core_steps: int
     flops: int
 
     def cell(self, mode: str, label: str, num_steps: int, at_most: float = math.inf) -> Cell:
-        """Return the means over the questions. A trace of at most `at_most` tokens is within its budget."""
+        """Return the means over the questions. A trace of at most `at_most` tokens counts as within its budget."""
         n = len(self.replies)
         accuracy = sum(reply.correct for reply in self.replies) / n
         return Cell(
@@ -76,10 +76,10 @@ class Attempts:
 
 @dataclass(frozen=True)
 class Examiner:
-    """Asks a model a set of questions and grades its replies.
+    """Ask a model a set of questions and grade its replies.
 
     Args:
-        answer_tokens: tokens of an answer, at most, delimiters included.
+        answer_tokens: most tokens of an answer, delimiters included.
         batch_size: questions decoded together.
     """
 
@@ -113,18 +113,18 @@ class Examiner:
 
         Args:
             num_steps: core iterations of every token.
-            at_most: thinking tokens, at most.
-            waits: ends of thinking that are replaced by "Wait", within the budget.
-            forced: end the thinking at `at_most`; otherwise only the room in the model's block ends it.
+            at_most: most thinking tokens.
+            waits: ends of thinking to replace by "Wait", within the budget.
+            forced: end the thinking at `at_most`; otherwise only the block size of the model limits it.
             hint: text added to the question, for example a budget that the model may ignore.
-            temperature: of sampling; 0 takes the most probable token.
-            seed: of sampling.
+            temperature: temperature of sampling; 0 takes the most probable token.
+            seed: seed of sampling.
         """
         prompts = [self.formatter.prompt(_with_hint(question.text, hint)) for question in self.questions]
         room = self._room(prompts)
         if forced and at_most > room:
             raise ValueError(
-                f"thinking_tokens is {at_most}, but the model's block has room for {room} thinking tokens after its "
+                f"thinking_tokens is {at_most}, but the model's block has room for {room} thinking tokens after the "
                 "longest prompt; lower thinking_tokens or answer_tokens"
             )
         budget = self.formatter.budget(at_most, waits) if forced else self.formatter.budget(room)
@@ -146,11 +146,11 @@ class Examiner:
         return Attempts(replies, core_steps, flops)
 
     def _overhead(self) -> int:
-        """Return the tokens of a reply besides its trace: delimiters and answer."""
+        """Return the number of tokens of a reply without its trace: delimiters and answer."""
         return 1 + len(self.formatter.budget(0).end) + self.answer_tokens
 
     def _room(self, prompts: list[list[int]]) -> int:
-        """Return the thinking tokens that fit the model's block after the longest prompt."""
+        """Return the number of thinking tokens that fit the model's block after the longest prompt."""
         block, longest = self.model.model_config.block_size, max(map(len, prompts))
         room = block - longest - self._overhead()
         if room < 0:
@@ -161,7 +161,7 @@ class Examiner:
         return room
 
     def _decode(self, prompts: list[list[int]], options: Decoding) -> tuple[list[list[int]], int, int]:
-        """Decode prompts of similar length together, for little padding; return tokens in the order of the prompts."""
+        """Decode the prompts sorted by length, to reduce padding; return tokens in the order of the prompts."""
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         tokens: list[list[int]] = [[] for _ in prompts]
         core_steps = flops = 0
@@ -178,7 +178,7 @@ class Examiner:
 def make_examiner(
     model: DecodableModel, tokenizer: Any, questions: Sequence[Question], config: BudgetsConfig, checker: Checker
 ) -> Examiner:
-    """Return an Examiner that grades by rule (numbers, fractions, LaTeX, letters); undecided answers count as wrong."""
+    """Return an Examiner that grades by rule (numbers, fractions, LaTeX, letters). Undecided answers count as wrong."""
 
     def grade(asked: Sequence[Question], answers: Sequence[str]) -> list[bool]:
         pairs = zip(asked, answers, strict=True)
@@ -196,7 +196,7 @@ def load_questions(config: BudgetsConfig) -> list[Question]:
 
 
 def budget_label(thinking_tokens: int, waits: int) -> str:
-    """Return the budget as it stands in the column `budget`."""
+    """Return the budget as written in the column `budget`."""
     return f"tokens={thinking_tokens} waits={waits}"
 
 

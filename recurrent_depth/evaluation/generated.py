@@ -1,4 +1,4 @@
-"""Generated tasks: accuracy at every position by difficulty, and the same tasks as multiple choice for lm-eval.
+"""Evaluate generated tasks at every position, by difficulty, and export them as multiple choice for lm-eval.
 
 Shapes: B rows, T tokens (1 + instructions), R iterations.
 """
@@ -13,18 +13,17 @@ import torch
 import yaml
 from torch import Tensor
 
-from recurrent_depth.data.tasks.state import BUCKETS, TASKS, StateTask, bucket_name
+from recurrent_depth.data.tasks.state import BUCKETS, TASKS, VALIDATION_SPLIT, StateTask, bucket_name
 from recurrent_depth.evaluation.config import GeneratedConfig
 from recurrent_depth.evaluation.table import Result
 from recurrent_depth.files import write_text
 from recurrent_depth.generation.engine import Decoder
 
-VALIDATION_SPLIT = 1
 LM_SUFFIX = "_lm"
-"""A generated task's name in lm-eval: shell_game_lm."""
+"""Suffix of a generated task's name in lm-eval: shell_game_lm."""
 
 _CACHE_BUDGETS = {"cache-full": None, "cache-1": 1}
-_FIRST_LM_ROW = 1_000_000  # rows of the multiple-choice tasks begin far behind those of evaluate_per_position
+_FIRST_LM_ROW = 1_000_000  # first row of the multiple-choice tasks, beyond those of evaluate_per_position
 
 
 def check_tasks(names: Sequence[str]) -> None:
@@ -38,7 +37,8 @@ def check_model(name: str, tokenizer: Any, block_size: int, config: GeneratedCon
     """Raise unless the model was trained on tokens of the tasks and its block holds their rows."""
     if config.length + 1 > block_size:
         raise ValueError(
-            f"generated.length is {config.length}; a row has one token more, and the block of {name} has {block_size}"
+            f"generated.length is {config.length}; a row has one token more, and the block of {name} has {block_size}; "
+            "lower generated.length"
         )
     for task in config.tasks:
         words = TASKS[task].vocabulary
@@ -46,7 +46,7 @@ def check_model(name: str, tokenizer: Any, block_size: int, config: GeneratedCon
         if ids != list(range(len(words))):
             raise ValueError(
                 f"generated.tasks: {name} was not trained on {task}, its tokenizer has other tokens than {words[0]}, "
-                f"{words[1]}, ...; give a model trained on the task (data.name: {task})"
+                f"{words[1]}, ...; give a model trained on the task (data.task.name: {task})"
             )
 
 
@@ -76,16 +76,16 @@ def evaluate_per_position(
     modes: Sequence[str] = ("parallel",),
     batch_size: int = 512,
 ) -> list[Result]:
-    """Return the accuracy of the state at every position, over all positions and by difficulty bucket.
+    """Return the accuracy of the predicted states, over all positions and by difficulty bucket.
 
     Args:
-        model: of the training class or the transformers class.
-        name: of the model, for the results.
+        model: a model of the training class or the transformers class.
+        name: name of the model in the results.
         num_steps: numbers of iterations R.
-        length: instructions of a row.
+        length: instructions per row.
         rows: rows of the validation split.
-        modes: parallel (one pass), cache-full, cache-1 (token by token; with `cache-1` earlier tokens offer their last
-            entry at every iteration).
+        modes: parallel (one pass), cache-full, cache-1 (token by token; with cache-1 every iteration reads the last
+            entry of earlier tokens).
     """
     input_ids, labels = task.rows(0, rows, length, seed=seed, split=VALIDATION_SPLIT)  # [B, T]
     results = []
@@ -107,7 +107,7 @@ def predict(model: Any, input_ids: Tensor, num_steps: int, mode: str) -> Tensor:
 
 
 def _buckets(length: int) -> dict[str, list[int]]:
-    """Return the columns of each difficulty bucket. Position 0, the start state, is in none."""
+    """Return the columns of each difficulty bucket. Position 0, the start state, is in no bucket."""
     buckets: dict[str, list[int]] = {"all": list(range(1, length + 1))}
     for difficulty in range(1, length + 1):
         buckets.setdefault(bucket_name(difficulty), []).append(difficulty)
@@ -115,7 +115,7 @@ def _buckets(length: int) -> dict[str, list[int]]:
 
 
 def _result(model: str, task: str, difficulty: str, mode: str, r: int, correct: Tensor) -> Result:
-    """Average over positions and rows. The standard error is that over rows, since positions of one are correlated."""
+    """Return the mean over positions and rows, with the standard error over rows: positions of a row are correlated."""
     by_row = correct.double().mean(1)
     n = len(by_row)
     stderr = by_row.std().item() / math.sqrt(n) if n > 1 else None
@@ -125,14 +125,14 @@ def _result(model: str, task: str, difficulty: str, mode: str, r: int, correct: 
 
 
 def export_task(task: StateTask, folder: Path, *, length: int = 16, rows_per_bucket: int = 256, seed: int = 0) -> str:
-    """Write a task for lm-eval, a YAML and a JSONL per difficulty bucket up to `length`; return the tag of all.
+    """Write a task for lm-eval (a YAML and a JSONL per difficulty bucket up to `length`) and return its tag.
 
-    A row is multiple choice: the context is the start state and the instructions, the choices are the states.
+    Rows are multiple choice: the context is the start state and the instructions, the choices are the states.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tag = f"{task.name}{LM_SUFFIX}"
     for file in folder.glob(f"{tag}__*"):
-        file.unlink()  # buckets of an earlier, longer export would still carry the tag
+        file.unlink()  # buckets of an earlier, longer export would still have the tag
     for first, last in BUCKETS:
         if first > length:
             break

@@ -1,4 +1,4 @@
-"""The grid over core iterations and thinking budgets: its tables (grid.csv, grid.md) and pictures."""
+"""The grid over core iterations and thinking budgets: tables (grid.csv, grid.md) and plots."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -47,7 +47,7 @@ def write_grid(cells: Sequence[Cell], out: Path, model: str) -> None:
 
 
 def grid_markdown(cells: Sequence[Cell], others: Sequence[Cell]) -> str:
-    """Return the tables of grid.md: accuracy, the frontier, the metrics of either axis, and all cells."""
+    """Return the tables of grid.md: accuracy, the frontier, the metrics along both axes, and all cells."""
     depths = sorted({cell.num_steps for cell in cells})
     accuracy = {(cell.label, cell.num_steps): f"{100 * cell.accuracy:.1f}" for cell in cells}
     labels = list(dict.fromkeys(cell.label for cell in cells))
@@ -59,7 +59,7 @@ def grid_markdown(cells: Sequence[Cell], others: Sequence[Cell]) -> str:
     parts = [
         "Accuracy, %\n",
         markdown_table(["budget", *(f"r={r}" for r in depths)], rows),
-        "Frontier: no cell of at most as many FLOPs is as accurate\n",
+        "Frontier: cells that are more accurate than all others of at most their FLOPs\n",
         markdown_table(_COLUMNS, [_line(cell) for cell in frontier(cells)]),
         "Along either axis; scaling in percentage points per thinking token or per iteration\n",
         markdown_table(["axis", "at", "control", "scaling", "performance", "runs"], metrics),

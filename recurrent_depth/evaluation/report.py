@@ -1,4 +1,4 @@
-"""`recurrent-depth report`: one HTML page from runs and evaluations, readable without a network."""
+"""`recurrent-depth report`: write one HTML page about runs and evaluations, readable without a network."""
 
 import base64
 import json
@@ -59,14 +59,14 @@ def report(config: ReportConfig) -> Path:
 
 
 def _read_results(paths: Sequence[str]) -> list[Result]:
-    """Return the rows of all files. Raise if two files have values of the same name, which would replace each other."""
+    """Return the rows of all files. Raise if two files have values with the same key."""
     results: dict[tuple[Key, int], Result] = {}
     for path in paths:
         rows = {(key, r): row for key, cells in series(read_csv(Path(path))).items() for r, row in cells.items()}
         for key, _ in rows.keys() & results.keys():
             raise ValueError(
                 f"results: {path} and an earlier file both have {key.task} of the model {key.model}; evaluate one of "
-                "them with another --name, or leave it out"
+                "them with another --name, or leave one out"
             )
         results |= rows
     return list(results.values())
@@ -82,16 +82,16 @@ def _template() -> Any:
 
 
 def _big(value: float) -> str:
-    """Return 1.2e13 as 12 T."""
+    """Return a number with a unit prefix: 1.2e13 as 12 T."""
     power = min(int(math.log10(value) // 3), 6) if value >= 1 else 0
     return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}".strip()
 
 
 def sections(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Return a section per metric of a task with difficulties, and per metric of all tasks without.
+    """Return the sections of the page: one per task and metric for tasks with difficulties, else one per metric.
 
     A section has the title, the chart (PNG in base64; None without a curve), its caption, the unit of the values, the
-    numbers of iterations (columns of the table), and for every model and mode its lines: (name, {num_steps: result}).
+    numbers of iterations (columns of the table), and the lines of every model and mode: (name, {num_steps: result}).
     """
     parts: dict[tuple[str, str], list[Result]] = {}
     for result in results:
@@ -121,10 +121,10 @@ def _setting(key: Key) -> str:
 
 
 def _chart(lines: dict[Key, dict[int, Result]]) -> tuple[str | None, str]:
-    """Draw the first setting of every model, and say what is drawn.
+    """Return a chart of the first setting of every model, and its caption.
 
-    A model evaluated at several numbers of iterations is a curve for each difficulty or task, another one a horizontal
-    line.
+    A model evaluated at several numbers of iterations is a curve for each difficulty or task, a model evaluated at one
+    number a horizontal line.
     """
     from matplotlib import colormaps
     from matplotlib.lines import Line2D
@@ -166,7 +166,7 @@ def _caption(drawn: dict[Key, dict[int, Result]], curves: list[str], by_difficul
     others = dict.fromkeys(key.model for key in drawn if key.model not in curves)
     counts = [result.n for cells in drawn.values() for result in cells.values()]
     rows = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-    caption = [f"Curves: {', '.join(curves)}, with more or fewer iterations of the core at test time."]
+    caption = [f"Curves: {', '.join(curves)}, over the number of core iterations at test time."]
     if others:
         caption.append(f"Horizontal lines: {', '.join(others)}, evaluated at one number of iterations.")
     if by_difficulty:
@@ -180,16 +180,16 @@ _LINE_STYLES: list[Any] = ["-", "--", ":", "-.", (0, (1, 3)), (0, (7, 2))]
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run cost and reached.
+    """Cost and losses of a run.
 
     Attributes:
         steps: training steps of the newest checkpoint.
-        flops: matrix products in closed form, recomputation included.
-        seconds: of training steps only.
+        flops: FLOPs of matrix products in closed form, recomputation included.
+        seconds: duration of the training steps, without validation and saving.
         losses: (training seconds so far, training loss) of every logged training step.
         validation_loss: the last validation loss in nats per token, by number of iterations.
-        bytes_per_token: of the validation text; None for generated tasks and data without a manifest.
-        data: what the run was trained on; runs on equal data are compared.
+        bytes_per_token: bytes per token of the validation text; None for generated tasks and data without a manifest.
+        data: training data; only runs on equal data are compared.
     """
 
     name: str
@@ -205,12 +205,12 @@ class RunSummary:
     data: str
 
     def bits_per_byte(self, loss: float) -> str:
-        """Return a loss in nats per token as bits per byte of text; empty if the bytes are not known."""
+        """Return a loss in nats per token as bits per byte of text; empty if bytes_per_token is not known."""
         return "" if self.bytes_per_token is None else f"{loss / math.log(2) / self.bytes_per_token:.3f}"
 
 
 def summarise(run: str | Path) -> RunSummary:
-    """Return the totals of a run from its metrics.jsonl, run.yaml and newest checkpoint.
+    """Return the summary of a run from its metrics.jsonl, run.yaml and newest checkpoint.
 
     Raises:
         ValueError: if the folder has no training records.
@@ -219,7 +219,9 @@ def summarise(run: str | Path) -> RunSummary:
     records = _read_metrics(run / "metrics.jsonl")
     train = [record for record in records if record["type"] == "train"]
     if not train:
-        raise ValueError(f"runs: {run / 'metrics.jsonl'} has no training records; give a run that has logged a step")
+        raise ValueError(
+            f"runs: {run / 'metrics.jsonl'} has no training records; give a run that has logged a training step"
+        )
     validations = [record for record in records if record["type"] == "validation"]
     last = validations[-1] if validations else {}
     details = read_details(find_checkpoint(run))
@@ -285,7 +287,7 @@ def training_times(runs: Sequence[RunSummary]) -> list[str]:
 
 
 def _loss_chart(runs: Sequence[RunSummary]) -> tuple[str, str]:
-    """Return a title and a chart (PNG in base64) of the training losses of runs on the same data."""
+    """Return the title and the chart (PNG in base64) of the training losses of runs on the same data."""
     figure, (axes,) = new_figure()
     for run in runs:
         axes.plot(*zip(*run.losses, strict=True), label=run.name, lw=1.2)

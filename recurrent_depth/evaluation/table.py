@@ -1,4 +1,4 @@
-"""Results as rows: CSV, Markdown, and a plot over iterations. Imports matplotlib only to draw."""
+"""Write results as CSV, Markdown, and plots over iterations. Imports matplotlib only for plots."""
 
 import csv
 import math
@@ -12,7 +12,7 @@ from recurrent_depth.evaluation.config import Published
 from recurrent_depth.files import atomic_file
 
 MAX_LINES = 16
-"""Lines in one panel of a plot; a legend with more is not readable."""
+"""Most lines in one panel of a plot; a legend with more is not readable."""
 
 _FRACTIONS = {"acc", "accuracy", "match", "verify", "pass"}
 
@@ -25,15 +25,15 @@ class Result:
         model: name of the model.
         split: validation (generated rows) or test.
         task: name of the task.
-        difficulty: bucket of a generated task, for example 5-8; empty where a task has none.
+        difficulty: bucket of a generated task, for example 5-8; empty if the task has none.
         mode: how the model was run: lm-eval, parallel, cache-full, cache-1, budget-forcing, or a control.
-        budget: thinking budget, for example "tokens=64 waits=1"; empty without one.
-        seed: of the initial state; None for zeros.
+        budget: thinking budget, for example "tokens=64 waits=1"; empty without a budget.
+        seed: seed of the initial state; None for the zero state.
         metric: name of the metric.
-        num_steps: iterations of the core.
-        value: of the metric; a fraction where the metric is one.
-        stderr: standard error; None where it is not known.
-        n: rows, documents or questions.
+        num_steps: core iterations.
+        value: value of the metric; accuracies and the like as fractions.
+        stderr: standard error; None if it is not known.
+        n: number of rows, documents or questions.
     """
 
     model: str
@@ -51,13 +51,13 @@ class Result:
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """Return a key that sorts 5-8 before 13-16, and names without numbers last."""
+    """Return a sort key that puts 5-8 before 13-16, and names without numbers last."""
     parts = re.split(r"(\d+)", name)
     return [(int(part), "") if part.isdigit() else (10**9, part) for part in parts if part]
 
 
 class Key(NamedTuple):
-    """A line over iterations: the fields that its results share. `seed` is empty for the zero state."""
+    """The fields that the results of a line over iterations share. `seed` is empty for the zero state."""
 
     model: str
     task: str
@@ -83,7 +83,7 @@ def read_csv(path: Path) -> list[Result]:
     """Return the rows of a results.csv.
 
     Raises:
-        ValueError: for a file that `recurrent-depth eval` has not written, or that has no rows.
+        ValueError: if the file was not written by `recurrent-depth eval`, or has no rows.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -115,9 +115,9 @@ def _typed(row: dict[str, str]) -> Result:
 
 
 def is_fraction(metric: str) -> bool:
-    """Whether a metric is a fraction, which tables show in percent: accuracies, exact matches, passed programs.
+    """Return whether a metric is a fraction, shown in percent: accuracies, exact matches, passed programs.
 
-    All others (perplexity, bits_per_byte, bleu, f1, ...) are shown as they are.
+    All others (perplexity, bits_per_byte, bleu, f1, ...) are shown unchanged.
     """
     return bool(_FRACTIONS & set(re.split(r"[^a-z]+", metric.lower())))
 
@@ -133,7 +133,7 @@ def series(results: Iterable[Result]) -> dict[Key, dict[int, Result]]:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table, ended by a newline."""
+    """Return a Markdown table that ends with a newline."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
@@ -141,7 +141,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def markdown(results: Sequence[Result]) -> str:
     """Return a table with a row per line over iterations and a column per number of iterations.
 
-    Fractions are in percent, which their metric says; other metrics are as they are.
+    Fractions are in percent and marked (%); other metrics are unchanged.
     """
     depths = sorted({result.num_steps for result in results})
     lines = series(results)
@@ -165,7 +165,7 @@ def format_value(result: Result) -> str:
 
 
 def beside_published(results: Sequence[Result], published: Sequence[Published]) -> str:
-    """Return a table of published values: ours in every mode, and the difference in the unit of the metric."""
+    """Return a table of published values beside the measured ones, with the difference in the unit of the metric."""
     if not published:
         return ""
     head = ["task", "metric", "source", "published", "r", "ours", "mode", "seed", "budget", "difference"]
@@ -189,9 +189,9 @@ def beside_published(results: Sequence[Result], published: Sequence[Published]) 
 
 
 def plot(results: Sequence[Result], path: Path, title: str) -> None:
-    """Draw values over iterations with error bars of one standard error: one panel for fractions, one per other metric.
+    """Draw values over iterations with error bars of one standard error: a panel for fractions, one per other metric.
 
-    A panel has at most MAX_LINES lines; its title says how many are left out.
+    A panel has at most MAX_LINES lines; its title says if lines are left out.
     """
     panels: dict[str, dict[Key, dict[int, Result]]] = {}
     for key, cells in series(results).items():
@@ -208,7 +208,7 @@ def plot(results: Sequence[Result], path: Path, title: str) -> None:
 
 
 def line_labels(keys: Sequence[Key]) -> list[str]:
-    """Return a label for each line: the parts of its key that differ between lines, or else its task and metric."""
+    """Return a label for each line: the parts of its key that differ between lines; for a single line task, metric."""
     differing = [name for name in Key._fields if name != "seed" and len({getattr(key, name) for key in keys}) > 1]
     labels = []
     for key in keys:
@@ -218,7 +218,7 @@ def line_labels(keys: Sequence[Key]) -> list[str]:
 
 
 def new_figure(panels: int = 1) -> tuple[Any, list[Any]]:
-    """Return a figure with panels below each other, narrow enough to be read on a phone."""
+    """Return a figure with panels below each other, narrow enough to read on a phone."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -252,13 +252,13 @@ def finish_axes(axes: Any, lines: dict[Key, dict[int, Result]], unit: str, legen
 
 
 def plain_text(legend: Any) -> None:
-    """Show the names in a legend as they are; matplotlib reads $ as mathematics."""
+    """Show the names in a legend literally; matplotlib would read $ as mathematics."""
     for text in legend.get_texts():
         text.set_parse_math(False)
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, atomically, and free it."""
+    """Write a figure as PNG atomically, and close it."""
     from matplotlib import pyplot as plt
 
     with atomic_file(path) as temporary:

@@ -1,1 +1,1 @@
-"""Generation: token ids, a model and a cache."""
+"""Generation from token ids: the decoder, its modes, the cache, exit rules, thinking budgets."""

@@ -1,8 +1,8 @@
-"""Attention of tokens over the cache: the only code of generation that reads and writes its entries.
+"""Attention over the cache. Only this file reads and writes cache entries during generation.
 
-Tokens at the same iteration attend in blocks of lanes, over the cache as it lies in memory. Which place of the cache an
-iteration reads is the rule of `recurrent_depth.model.ops.read_place`; while no token of a shared cache has stopped
-early, it is the place that the iteration writes.
+Tokens at the same iteration attend in blocks of lanes, over the cache in place where possible. The place of the cache
+that an iteration reads is given by `recurrent_depth.model.ops.read_place`; as long as no token of a shared cache has
+stopped early, it is the place that the iteration writes.
 
 Shapes: N tokens, H heads, K head size, S cached columns; n blocks of T tokens.
 """
@@ -21,27 +21,27 @@ from recurrent_depth.model.layers import rotary_at
 from recurrent_depth.model.ops import Ops, read_place
 
 COPY_LIMIT = 8192
-"""Numbers per row (columns x width) up to which copying keys is faster than one call per row (measured on a CPU)."""
+"""Below this many elements per row (columns x width), copying keys beats one call per row (measured on a CPU)."""
 
 MOST_QUERIES = 8
-"""Tokens of a lane up to which attention waits for memory, not for arithmetic; longer prompts copy what they read."""
+"""Up to this many tokens per lane, attention is bound by memory; for longer prompts the entries are copied first."""
 
 
 class Block:
     """Consecutive tokens of one or several lanes, padded to the same number T.
 
-    What is needed only where tokens are ragged, or keys are copied, is made when it is asked for.
+    Tensors that only some blocks need (ragged ones, or those whose keys are copied) are made on first use.
 
     Args:
-        runs: places among the N tokens of the layout, lane by lane; a shorter one is padded by its last.
+        runs: indices into the N tokens of the layout, lane by lane; a shorter run is padded with its last index.
 
     Attributes:
         lanes: n lanes.
-        in_order: these are the first lanes of the cache, so that their keys need not be copied.
-        end: the columns in use of the longest lane.
-        is_grid: the N tokens are exactly these, in order.
-        aligned: all lanes end at the same column.
-        causal: every token sees itself and all before it, and the block holds all of them.
+        in_order: whether these are the first lanes of the cache, so that keys need not be copied.
+        end: columns in use of the longest lane.
+        is_grid: whether the N tokens are exactly these, in order.
+        aligned: whether all lanes end at the same column.
+        causal: whether the block starts at column 0 in every lane, so that a causal mask is enough.
     """
 
     def __init__(self, layout: "Layout", runs: list[list[int]]) -> None:
@@ -59,28 +59,28 @@ class Block:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(n, T)"""
+        """Return (n, T)."""
         return len(self.runs), self.width
 
     @property
     def chosen(self) -> slice | Tensor:
-        """The lanes as an index of keys; a slice takes a view."""
+        """Return the lanes as an index into keys; a slice gives a view."""
         return slice(0, len(self.lanes)) if self.in_order else self.index
 
     @cached_property
     def index(self) -> Tensor:
-        """The lanes, [n]."""
+        """Lanes on the device, [n]."""
         return self.layout.tensor(self.lanes)
 
     @cached_property
     def tokens(self) -> Tensor:
-        """Places among the N tokens, [n, T]; shorter lanes repeat their last one."""
+        """Indices into the N tokens, [n, T]; shorter lanes repeat their last token."""
         padded = [run + run[-1:] * (self.width - len(run)) for run in self.runs]
         return self.layout.tensor([n for run in padded for n in run]).view(self.shape)
 
     @cached_property
     def kept(self) -> Tensor:
-        """Places in [n T] that are no repetition, [m]."""
+        """Indices into [n T] without the repetitions, [m]."""
         return self.layout.tensor([i * self.width + t for i, run in enumerate(self.runs) for t in range(len(run))])
 
     @cached_property
@@ -95,7 +95,7 @@ class Block:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """[n, 1, T, S], or None where every query sees all columns, or as `causal` says."""
+        """[n, 1, T, S]; None if every query sees all columns, or the mask is `causal`."""
         if self.causal or (self.width == 1 and self.aligned and not self.padded):
             return None
         own, start = self.layout.on_device[1:, self.tokens, None]  # [n, T, 1]
@@ -104,9 +104,9 @@ class Block:
 
 
 class Layout:
-    """Where N tokens stand: lanes and columns of the cache, and the first column of each one's lane.
+    """The lane, the column, and the first column of the lane of each of N tokens.
 
-    Tokens of a lane stand together, in the order of their columns.
+    Tokens of a lane are adjacent, in the order of their columns.
     """
 
     def __init__(self, lanes: list[int], columns: list[int], starts: list[int], table: Tensor) -> None:
@@ -132,7 +132,7 @@ class Layout:
 
     @property
     def index(self) -> tuple[Tensor, Tensor]:
-        """Lanes and columns on the device, [N] each."""
+        """Lanes and columns on the device, each [N]."""
         return self.on_device[0], self.on_device[1]
 
     @property
@@ -141,19 +141,19 @@ class Layout:
 
     @cached_property
     def rotary(self) -> Rotary:
-        """Of the tokens' positions; a draft beyond the table is never written, it must only not be looked up."""
+        """cos and sin of the tokens' positions. Drafts beyond the table are never written; their index is clamped."""
         positions = (self.on_device[1] - self.on_device[2]).clamp(max=self.table.shape[1] - 1)
         return rotary_at(self.table, positions[:, None])
 
     @cached_property
     def seen(self) -> Tensor:
-        """Columns that every token sees, [N, S]."""
+        """Mask of the columns that each token sees, [N, S]."""
         columns = torch.arange(max(self.columns) + 1, device=self.table.device)
         return (columns <= self.index[1][:, None]) & (columns >= self.starts_on_device[:, None])
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """Blocks of all tokens: single ones apart from longer runs, so that little is padded."""
+        """Blocks of all tokens. Single tokens and longer runs are in separate blocks, to reduce padding."""
         runs: list[list[int]] = []
         for n, (lane, column) in enumerate(zip(self.lanes, self.columns, strict=True)):
             if n and lane == self.lanes[n - 1] and column == self.columns[n - 1] + 1:
@@ -165,11 +165,11 @@ class Layout:
 
 
 class CacheAttention:
-    """The attention function of tokens, for one call of prelude, core or coda.
+    """The attention function for one call of prelude, core or coda.
 
     Args:
-        steps: in the core, the iteration that each token is at. If all are at the same one, the layer indices of the
-            call are that iteration's (`iteration`), otherwise those of iteration 0.
+        steps: in the core, the iteration of each token. If all tokens are at the same iteration, the call uses the
+            layer indices of that iteration (`iteration`), otherwise those of iteration 0.
     """
 
     def __init__(self, cache: RecurrentCache, layout: Layout, steps: list[int] | None = None) -> None:
@@ -201,7 +201,7 @@ class CacheAttention:
         return merge_heads(y)
 
     def _by_grid(self, projection: Projection, block: Block, kept: Tensor, layer_index: int) -> Tensor:
-        """All tokens are a grid of lanes and columns: nothing is gathered."""
+        """Attend with tokens that form a grid of lanes and columns, without gathering."""
         n, T = block.shape
         if T > 1:
             cos, sin = (x.view(n, T, -1) for x in projection.rotary)
@@ -222,7 +222,7 @@ class CacheAttention:
         kept[1, lanes, :, columns] = v
 
     def _attend(self, ops: Ops, q: Tensor, block: Block, kept: Tensor, layer_index: int) -> Tensor:
-        """Queries [n, H, T, K] of a block over the entries [2, B, H, S, K] of a layer."""
+        """Attend with the queries [n, H, T, K] of a block over the entries [2, B, H, S, K] of a layer."""
         keys, values = kept[:, :, :, : block.end]
         if self.core and self.cache.by_depth:
             layer = (layer_index - self.cache.outer) % self.cache.core_layers
@@ -247,7 +247,7 @@ class CacheAttention:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=block.mask, is_causal=block.causal)
 
     def _copies(self, layer: int, lanes: Tensor, steps: Tensor | int, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [n, H, end, K] of lanes [n], as iterations [n] read them."""
+        """Return copies of the keys and values [n, H, end, K] that iterations [n] read in lanes [n]."""
         cache = self.cache
         steps = torch.as_tensor(steps, device=lanes.device).expand(len(lanes))
         if not cache.by_depth:
@@ -260,7 +260,7 @@ class CacheAttention:
         return keys, values
 
     def _by_token(self, projection: Projection, layer: int) -> Tensor:
-        """Tokens at different iterations: each writes and reads a place of its own."""
+        """Attend with tokens at different iterations, which write and read different places."""
         cache, layout = self.cache, self.layout
         (lanes, columns), (q, k, v) = layout.index, projection.heads()  # [N, H, 1, K]
         at = self._steps % cache.budget
@@ -291,7 +291,7 @@ class CacheAttention:
 
     @cached_property
     def _sharing(self) -> dict[tuple[int, int], list[int]]:
-        """Tokens that read the same entries, by place and lane."""
+        """Return the tokens that read the same entries, by place and lane."""
         groups: dict[tuple[int, int], list[int]] = {}
         for n, (lane, step) in enumerate(zip(self.layout.lanes, self.steps, strict=True)):
             groups.setdefault((step % self.cache.budget, lane), []).append(n)
@@ -299,11 +299,11 @@ class CacheAttention:
 
 
 class StaticAttention:
-    """The attention function of one token per lane, without a decision on the host: what changes lies on the device.
+    """The attention function of one token per lane for CUDA graphs: all state is on the device.
 
     Args:
         iterations: [R, B], row i holds the number i.
-        columns, starts: [B], where each token stands, and the first column of its lane.
+        columns, starts: [B], the column of each token, and the first column of its lane.
         running, active: [B, 1], the lanes that write entries in prelude and coda, and in the core.
     """
 

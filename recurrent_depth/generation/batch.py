@@ -1,9 +1,9 @@
 """The loop over a batch of requests, in lockstep or refilled.
 
 A request has a lane of the cache. Its prompt goes through the core, then one token after another. In lockstep there is
-a lane for every request, and the next tokens begin when those of all lanes have stopped. In a refilled batch a lane
-goes on as soon as enough others have stopped as well, and a finished request is followed by the next one that waits; a
-pass may then hold tokens at different iterations. Tokens and depths do not depend on which of the two it is.
+a lane for every request, and the next tokens start when the tokens of all lanes have stopped. In a refilled batch a
+lane continues as soon as enough lanes have stopped, and a finished request is replaced by a waiting one; a pass may
+then hold tokens at different iterations. Tokens and depths are the same in both.
 
 Shapes: B requests, V vocabulary.
 """
@@ -20,17 +20,17 @@ from recurrent_depth.generation.tokens import Tokens
 
 
 class Lane:
-    """A request in the batch, and the columns it fills: from `start`, `length` of them."""
+    """A request in the batch and the columns it fills: `length` columns from `start` on."""
 
     def __init__(self, request: int, start: int) -> None:
         self.request, self.start, self.length = request, start, 0
 
 
 class Batch:
-    """Requests on their way through a cache.
+    """A batch of requests that share a cache.
 
     Args:
-        refill: how the batch is kept full; None: lockstep.
+        refill: how to keep the batch full; None: lockstep.
     """
 
     def __init__(
@@ -43,40 +43,40 @@ class Batch:
         self.passes = 0
 
     def run(self) -> Decoded:
-        """Decode all requests."""
+        """Decode all requests and return the result."""
         stopped: list[int] = []
         self.start_prompts()
         while len(self.tokens.iterating):
             stopped += self.tokens.advance()
             if len(stopped) >= self._together() or not len(self.tokens.iterating):
-                self._go_on(stopped)
+                self._continue_lanes(stopped)
                 stopped = []
         self.requests.result.computed_steps, self.requests.result.passes = self.tokens.computed, self.tokens.passes
         return self.requests.result
 
     def _together(self) -> int:
-        """Lanes that must have stopped before coda, head and the next prelude run for them."""
+        """Return the number of lanes that must have stopped before coda, head and the next prelude run for them."""
         busy = sum(lane is not None for lane in self.lanes)
         if self.refill is None:
             return busy
         return self.refill.together or max(1, busy // 2)
 
     def start_prompts(self) -> None:
-        """Bring the prompts of requests that wait to the core, as far as lanes are free."""
+        """Run the prelude for the prompts of waiting requests, one for each free lane."""
         self._start([], None)
 
-    def _start(self, going_on: list[int], states: Tensor | None) -> None:
-        """Bring the next token of lanes, and the prompts of requests that find a free one, to the core."""
+    def _start(self, continuing: list[int], states: Tensor | None) -> None:
+        """Run the prelude for the next tokens of continuing lanes, and for waiting prompts in free lanes."""
         requests, ids, at, columns, starts, stopping = self.requests, [], [], [], [], []  # type: ignore[var-annotated]
         for row, lane in enumerate(self.lanes):
             if lane is None and self.waiting:
                 request = self.waiting.popleft()
-                # In lockstep the prompts end at the same column, so that all lanes write side by side.
+                # In lockstep the prompts end at the same column, so that all lanes write to the same columns.
                 start = 0 if self.refill is not None else requests.longest - len(requests.prompts[request])
                 self.lanes[row] = Lane(request, start)
-                going_on = [*going_on, row]
+                continuing = [*continuing, row]
         prompts = 0
-        for row in going_on:
+        for row in continuing:
             lane = self.lane(row)
             new = requests.result.tokens[lane.request][-1:] or requests.prompts[lane.request]
             prompts += len(new) if not lane.length else 0
@@ -99,7 +99,7 @@ class Batch:
         return lane
 
     def finish(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Return the logits [n, V] and states [n, 1, D] of the last tokens of lanes in which all have stopped."""
+        """Return the logits [n, V] and states [n, 1, D] of the last tokens of lanes whose tokens have all stopped."""
         done, logits = self.tokens.finish(rows)
         taken: dict[int, list[int]] = {row: [] for row in rows}
         for row, steps in zip(done.layout.lanes, done.steps, strict=True):
@@ -110,19 +110,19 @@ class Batch:
         last = torch.tensor([len(taken[row]) for row in rows], device=logits.device).cumsum(0) - 1
         return logits, done.state[last]
 
-    def _go_on(self, rows: list[int]) -> None:
-        """Write a token in each of these lanes, and start what follows."""
+    def _continue_lanes(self, rows: list[int]) -> None:
+        """Write a token in each of these lanes, and start the next tokens or requests."""
         logits, states = self.finish(rows)
         lanes = [self.lane(row) for row in rows]
         drawn = self.requests.draw(logits, [lane.request for lane in lanes], [lane.length for lane in lanes])
-        going_on = []
+        continuing = []
         for n, (row, lane, token) in enumerate(zip(rows, lanes, drawn, strict=True)):
             if self.requests.write(lane.request, token):
-                going_on.append(n)
+                continuing.append(n)
             else:
                 self.lanes[row] = None
-        kept = states[going_on] if self.requests.options.warm_start else None
-        self._start([rows[n] for n in going_on], kept)
+        kept = states[continuing] if self.requests.options.warm_start else None
+        self._start([rows[n] for n in continuing], kept)
 
 
 def prefill(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Keys and values of a looped model, preallocated, one place per (iteration, layer) of a budget.
+"""The preallocated cache: keys and values by (iteration, layer), for a budget of iterations.
 
 Shapes: B lanes (requests), T new tokens, S columns (tokens of a lane), H heads, K head size.
 """
@@ -16,7 +16,7 @@ from recurrent_depth.model.config import ModelConfig
 def cache_shape(
     config: ModelConfig, batch_size: int, max_length: int, num_steps: int, budget: int | None = None
 ) -> tuple[int, int, int, int, int, int]:
-    """Return the shape of the entries, [layers, keys and values, B, H, max_length, K]."""
+    """Return the shape of the entries, [layers, 2, B, H, max_length, K]."""
     check_at_least("num_steps", num_steps, 1)
     check_at_least("budget", budget, 1)
     kept = num_steps if budget is None else min(budget, num_steps)
@@ -31,32 +31,31 @@ def cache_bytes(
     budget: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> int:
-    """Return the bytes of a `RecurrentCache` of these arguments, without making it."""
+    """Return the size in bytes of a `RecurrentCache` with these arguments, without allocating it."""
     return math.prod(cache_shape(config, batch_size, max_length, num_steps, budget)) * dtype.itemsize
 
 
 class RecurrentCache:
     """The keys and values of a batch of lanes; written and read by `recurrent_depth.generation.attention`.
 
-    Iteration i of the core writes place i mod b of a budget of b iterations. Which place a later token reads is the
-    rule of `recurrent_depth.model.ops.read_place`: the entry of the same iteration, or the last one of a token that
-    stopped before it. Without a budget every iteration has a place of its own, and decoding token by token equals one
-    parallel pass; then `stop` copies a token's last entry to the places it did not reach, so that a place can be read
-    as it is.
+    With a budget of b iterations, iteration i of the core writes place i mod b. A later token reads by the rule of
+    `recurrent_depth.model.ops.read_place`: the entry of the same iteration, or the last entry of a token that stopped
+    earlier. Without a budget each iteration has its own place, and decoding token by token equals one parallel pass;
+    `stop` then copies a token's last entry to the places it did not reach, so that places can be read directly.
 
     Args:
         config: shape of the model.
         batch_size: lanes B.
-        max_length: columns that can be held.
-        num_steps: core iterations of a token, at most.
+        max_length: columns per lane.
+        num_steps: largest number of core iterations per token.
         budget: iterations whose entries are kept; None keeps num_steps.
-        released: read entries of stopped tokens by the released code's rule.
-        memory: a flat tensor to use, of at least as many elements as the entries; None allocates.
+        released: read entries of stopped tokens by the rule of the released code.
+        memory: a flat tensor to use for the entries, at least as large as they are; None allocates one.
 
     Attributes:
         entries: [layers, 2, B, H, max_length, K].
-        depths: [B, max_length], iterations every token took; num_steps while it still iterates.
-        by_depth: whether reading depends on `depths`: a budget is shared, and a token has stopped early.
+        depths: [B, max_length], iterations that each token took; num_steps while it is still iterating.
+        by_depth: whether reading depends on `depths`: the budget is below num_steps, and a token has stopped early.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class RecurrentCache:
         self.max_length, self.released = max_length, released
         if memory is None:
             memory = torch.empty(math.prod(shape), dtype=dtype, device=device)
-        # Zeros, since masked columns are read too: a weight of 0 does not hide a NaN left in fresh memory.
+        # Masked columns are read too: NaN in uninitialised memory times a weight of 0 is NaN.
         self.entries = memory[: math.prod(shape)].zero_().view(shape)
         self.core = self.entries[self.outer :].unflatten(0, (self.budget, self.core_layers))
         """Entries of the core, [budget, layers, 2, B, H, max_length, K]."""
@@ -91,22 +90,22 @@ class RecurrentCache:
         return self.entries.numel() * self.entries.element_size()
 
     def layer(self, layer_index: int) -> Tensor:
-        """Return the entries [2, B, H, max_length, K] that a layer writes; those of the core wrap around the budget."""
+        """Return the entries [2, B, H, max_length, K] that a layer writes; core iterations wrap around the budget."""
         if layer_index < self.outer:
             return self.entries[layer_index]
         iteration, layer = divmod(layer_index - self.outer, self.core_layers)
         return self.core[iteration % self.budget, layer]
 
     def begin(self, lanes: Tensor, columns: Tensor) -> None:
-        """Forget the depths of earlier tokens at these places: new ones begin to iterate there."""
+        """Reset the depths at these columns, where new tokens start to iterate."""
         if self.by_depth:
             self.depths[lanes, columns] = self.num_steps
 
     def stop(self, lanes: Sequence[int], columns: Sequence[int], depths: Sequence[int]) -> None:
-        """Note that tokens have stopped after so many iterations."""
+        """Record the number of iterations after which tokens have stopped."""
         for depth in sorted(set(depths)):
             if depth >= self.num_steps or self.budget == 1:
-                continue  # there is one place, or the token has written all of them
+                continue  # there is only one place, or the token has written all places
             chosen = [n for n, d in enumerate(depths) if d == depth]
             rows, at = [lanes[n] for n in chosen], [columns[n] for n in chosen]
             if self.budget < self.num_steps:

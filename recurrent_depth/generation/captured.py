@@ -1,11 +1,11 @@
-"""Decoding as a fixed sequence of GPU work: every iteration of the core is captured once as a CUDA graph and replayed.
+"""Decoding with CUDA graphs: each iteration of the core is captured once and replayed.
 
 At batch 1 an iteration of the 3.5B model reads weights for 0.7 ms (by arithmetic, on an H200) in some forty launches,
-and Python needs nearly as long to launch them. Here all that changes from one iteration to the next lies in buffers on
-the device: which lanes still iterate, how many iterations they took, where the cache is written. The host launches, and
-reads whether any lane still iterates one iteration late, so that the device always has work.
+and Python needs nearly as long to launch them. Here all state that changes between iterations is in buffers on the
+device: which lanes are still iterating, how many iterations they took, where the cache is written. The host reads
+whether any lane is still iterating one iteration late, so that the device always has work.
 
-Shapes: B requests, D width, V vocabulary, M kept by an exit rule.
+Shapes: B requests, D width, V vocabulary, M numbers kept by an exit rule.
 """
 
 from collections.abc import Callable
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from recurrent_depth.generation.engine import Decoder
 
 Region = Callable[[], None]
-"""Device work without a decision on the host: reads and writes buffers only."""
+"""Device work that only reads and writes buffers, without host synchronisation; it can be captured."""
 
 ROOM = 256
-"""On a GPU room is made for a multiple of so many tokens, so that graphs fit the next call as well."""
+"""On a GPU the cache length is rounded up to a multiple of this, so that graphs can be used for more calls."""
 
 
 def decode_captured(decoder: "Decoder", requests: Requests) -> Decoded:
-    """Decode with the graphs that the decoder keeps; the tokens are plain decoding's."""
+    """Decode with the graphs that the decoder keeps. The tokens equal those of plain decoding."""
     stopping, result = requests.one_depth("captured decoding"), requests.result
     lanes, model = len(requests.prompts), decoder.model
     token = decoder.captured
@@ -63,7 +63,7 @@ def decode_captured(decoder: "Decoder", requests: Requests) -> Decoded:
 
 
 class CapturedToken:
-    """One new token per request: buffers that never move, and the regions that work on them.
+    """Decode one new token per request, with buffers at fixed addresses and regions that can be captured.
 
     Args:
         stopping: when a token stops iterating.
@@ -80,9 +80,9 @@ class CapturedToken:
             config, B, room, stopping.most, options.cache_budget, dtype, device, options.released_cache
         )
         self.ids = torch.zeros(B, 1, dtype=torch.long, device=device)
-        self.running = torch.zeros(B, 1, dtype=torch.bool, device=device)  # requests that are not done
-        self.active = torch.zeros_like(self.running)  # of these, the ones that still iterate
-        self.taken = torch.zeros_like(self.ids)  # iterations
+        self.running = torch.zeros(B, 1, dtype=torch.bool, device=device)  # requests that are not finished
+        self.active = torch.zeros_like(self.running)  # running requests whose token is still iterating
+        self.taken = torch.zeros_like(self.ids)  # iterations of the current token
         self.columns, self.starts = (torch.zeros(B, dtype=torch.long, device=device) for _ in range(2))
         self.state = torch.zeros(B, 1, config.n_embd, dtype=dtype, device=device)
         self.injected = torch.zeros_like(self.state)
@@ -93,7 +93,7 @@ class CapturedToken:
         self.cos = torch.zeros(B, 1, config.head_dim, dtype=model.freqs_cis.dtype, device=device)
         self.sin = torch.zeros_like(self.cos)
         self.iterations = torch.arange(stopping.most, device=device)[:, None].expand(-1, B).contiguous()
-        self.going = torch.zeros(stopping.most, dtype=torch.bool, device=device)  # whether any lane is, after each one
+        self.going = torch.zeros(stopping.most, dtype=torch.bool, device=device)  # [R]: any lane is active
         self.attention = StaticAttention(
             self.cache, self.iterations, self.columns, self.starts, self.running, self.active
         )
@@ -102,7 +102,7 @@ class CapturedToken:
         ]  # fmt: skip
 
     def fits(self, requests: Requests, stopping: Stopping) -> bool:
-        """Return whether the buffers, and what was captured, serve another call."""
+        """Return whether the buffers and captured graphs can be used for another call."""
         options, cache = requests.options, self.cache
         budget = stopping.most if options.cache_budget is None else min(options.cache_budget, stopping.most)
         same = (len(self.ids), cache.budget, cache.released, self.warm_start) == (
@@ -112,25 +112,25 @@ class CapturedToken:
         return same and rule and requests.room <= cache.max_length and self.weights == _addresses(self.model)
 
     def reset(self) -> RecurrentCache:
-        """Empty the cache, which keeps its place in memory."""
+        """Empty the cache, at the same address, and return it."""
         self.cache.entries.zero_()
         self.cache.depths.fill_(self.cache.num_steps)
         self.cache.by_depth = False
         return self.cache
 
     def place(self, starts: list[int], columns: list[int]) -> None:
-        """Say where each lane begins, and where its next token goes."""
+        """Set the first column of each lane, and the column of its next token."""
         self.starts.copy_(torch.tensor(starts))
         self.columns.copy_(torch.tensor(columns))
 
     def run(self, tokens: list[int], running: list[bool]) -> int:
-        """Feed each request its next token; return the iterations that were run. Results are in the buffers."""
+        """Feed each request its next token and return the number of iterations run. Results are in the buffers."""
         self.ids.copy_(torch.tensor(tokens)[:, None])
         self.running.copy_(torch.tensor(running)[:, None])
         begin, *iterations, finish = self.regions
         begin()
         done = 0
-        late = _Late(self.going) if self.stopping.rule is not None else None
+        late = _DelayedCheck(self.going) if self.stopping.rule is not None else None
         for i, iterate in enumerate(iterations):
             iterate()
             done = i + 1
@@ -141,7 +141,7 @@ class CapturedToken:
         return done
 
     def begin(self) -> None:
-        """Embedding and prelude."""
+        """Run embedding and prelude."""
         part = self.model.transformer
         cos, sin = rotary_at(self.model.freqs_cis, (self.columns - self.starts)[:, None])
         self.cos.copy_(cos)
@@ -156,7 +156,7 @@ class CapturedToken:
             self.state.zero_()
 
     def iterate(self, i: int) -> None:
-        """Iteration i of the core, from 0: a lane that has stopped keeps its state, and writes nothing."""
+        """Run core iteration i, from 0. A lane that has stopped keeps its state and writes nothing."""
         core, rotary = self.model.transformer.core_block, (self.cos, self.sin)
         after = core.step(self.state, self.injected, self.adapt, rotary, self.attention, i)
         after = torch.where(self.active[..., None], after, self.state)
@@ -171,19 +171,19 @@ class CapturedToken:
         self.state.copy_(after)
 
     def finish(self) -> None:
-        """Coda and head; the depths that later tokens read by."""
+        """Run coda and head, and record the depths, which later tokens need for reading."""
         self.cache.depths.scatter_(1, self.columns[:, None], self.taken.clamp(min=1))
         self.logits.copy_(self._read(self.state)[:, 0])
 
     def _read(self, state: Tensor) -> Tensor:
-        """[B, 1, D] -> logits [B, 1, V]."""
+        """Return the logits [B, 1, V] of a state [B, 1, D]."""
         hidden = self.model.transformer.run_coda(state, (self.cos, self.sin), self.attention)
         return to_float32(self.model.lm_head(hidden))
 
     def capture(self) -> None:
-        """Replace each region by the replay of its CUDA graph; from then on they must be called in their order.
+        """Capture each region and replace it by the replay of its CUDA graph. Regions must then be called in order.
 
-        Everything is rehearsed once before: libraries set themselves up and kernels compile outside of the graphs.
+        All regions are run once before, so that libraries initialise and kernels compile outside of the graphs.
         """
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -204,8 +204,9 @@ class CapturedToken:
         self.regions, self.is_captured = replays, True
 
     def rehearse(self) -> None:
-        """Run every region with no request running: no key and no value is written, and the depth at the next column
-        is set again by its token. State and logits change.
+        """Run every region with no request running.
+
+        No keys and values are written; the depth at the next column is set again by its token. State and logits change.
         """
         self.running.zero_()
         for region in self.regions:
@@ -213,13 +214,13 @@ class CapturedToken:
 
 
 def _addresses(model: DecodableModel) -> list[tuple[int, torch.dtype]]:
-    """Where the weights lie: graphs that were captured read them there, whatever the modules hold later."""
+    """Return the addresses of the weights, at which captured graphs read them."""
     modules = (model.transformer, model.lm_head)
     return [(weight.data_ptr(), weight.dtype) for module in modules for weight in module.parameters()]
 
 
-class _Late:
-    """Whether any lane still iterates, known one iteration late: the host waits for one while the next one runs."""
+class _DelayedCheck:
+    """Read whether any lane is still iterating one iteration late: the host waits for it while the next one runs."""
 
     def __init__(self, going: Tensor) -> None:
         self.going = going
@@ -227,7 +228,7 @@ class _Late:
         self.events: list[torch.cuda.Event] = []
 
     def all_have_stopped(self, after: int) -> bool:
-        """Asked once iteration `after` was launched; answers for the one before it."""
+        """Return whether all lanes had stopped before iteration `after`, which has already been launched."""
         self.known[after].copy_(self.going[after], non_blocking=True)
         if self.going.is_cuda:
             self.events.append(torch.cuda.Event())

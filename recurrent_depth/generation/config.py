@@ -1,7 +1,6 @@
-"""Options of generation: how deep to iterate, which mode decodes, how much to think. Imports no torch.
+"""Options of generation as numbers and texts, for configurations and the command line. Imports no torch.
 
-These are numbers and texts, as configurations and the command line have them. `recurrent_depth.generation.request` has
-the options of a call of the engine, with ids and rules in their place.
+`recurrent_depth.generation.request` has the options of a call of the decoder, with token ids and rule objects.
 """
 
 from dataclasses import dataclass
@@ -11,12 +10,12 @@ from recurrent_depth.checks import check_at_least, check_between, check_num_step
 
 @dataclass(frozen=True, kw_only=True)
 class ThinkingLimits:
-    """Thinking tokens of a request (s1, arXiv 2501.19393).
+    """Limits of the thinking tokens of a request (s1, arXiv 2501.19393).
 
     Args:
-        at_most: tokens after which the end of thinking is written, those of `wait` included.
-        at_least: tokens before which an end is always replaced by `wait`, whatever `rounds` says.
-        rounds: ends of thinking that are replaced by `wait`, if `at_most` allows it.
+        at_most: thinking tokens after which the end of thinking is written; tokens of `wait` count.
+        at_least: thinking tokens before which an end is always replaced by `wait`, independent of `rounds`.
+        rounds: number of ends of thinking that are replaced by `wait`, if `at_most` allows it.
     """
 
     at_most: int = 256
@@ -31,11 +30,11 @@ class ThinkingLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class Thinking(ThinkingLimits):
-    """A thinking part before the answer, between two delimiters, kept within limits.
+    """A thinking part before the answer, between two delimiters, with limits.
 
     Args:
-        begin, end: delimiters, one token of the tokenizer each.
-        wait: text written in place of an end that comes too early.
+        begin, end: delimiters; each must be one token of the tokenizer.
+        wait: text that replaces an end of thinking that comes too early.
     """
 
     begin: str = "<|begin_think|>"
@@ -45,10 +44,10 @@ class Thinking(ThinkingLimits):
 
 @dataclass(frozen=True)
 class Speculation:
-    """Draft tokens with few iterations, then run the remaining iterations for all of them at once.
+    """Draft tokens with few iterations, then run the remaining iterations for all drafts at once.
 
     Args:
-        steps: core iterations of a draft; fewer than num_steps.
+        steps: core iterations of a draft; must be fewer than num_steps.
         tokens: tokens drafted per round.
     """
 
@@ -62,17 +61,17 @@ class Speculation:
 
 @dataclass(frozen=True)
 class Wavefront:
-    """Positions of one request iterate at the same time. Threshold, average and in_order are not used in exact mode.
+    """Iterate several positions of a request at the same time. threshold, average and in_order: not in exact mode.
 
     Args:
         steps: core iterations per pass.
-        width: positions in flight of a request, at most.
-        exact: write what plain decoding writes (needs a cache of all iterations); false is faster and approximate.
-        threshold: a position has converged once a pass changes its state by less, relatively, or num_steps iterations
-            after everything before it had converged.
-        average: weight of the earlier embedding in the moving average a position reads.
-        in_order: a position counts as converged only if all before it have (equation 3 of the paper); false freezes
-            everything before the last one that has (its algorithm 2 and the released code).
+        width: largest number of positions of a request in flight.
+        exact: write the same tokens as plain decoding (needs a cache of all iterations); false is faster, approximate.
+        threshold: relative change of the state in a pass below which a position has converged; it also converges
+            num_steps iterations after all positions before it.
+        average: weight of the earlier embedding in the moving average that a position reads.
+        in_order: a position converges only after all positions before it (equation 3 of the paper); false freezes
+            everything before the last converged position (algorithm 2 of the paper and the released code).
     """
 
     steps: int = 4
@@ -91,12 +90,12 @@ class Wavefront:
 
 @dataclass(frozen=True)
 class Refill:
-    """Keep a batch full: a token or request that is done is followed by the next at once.
+    """Keep the batch full: a finished token or request is replaced by the next one without waiting for the others.
 
     Args:
         lanes: requests in the batch at a time.
-        together: requests whose tokens have stopped wait until so many have (or none iterates any more), so that coda,
-            head and the prelude of what follows run once for all; null: half of those in the batch.
+        together: number of stopped lanes for which coda, head and the next prelude run together (fewer if no lane is
+            still iterating); null: half of the requests in the batch.
     """
 
     lanes: int = 8
@@ -109,36 +108,36 @@ class Refill:
 
 @dataclass(frozen=True)
 class Captured:
-    """Capture the iterations of decoding as CUDA graphs; on a CPU the same work runs without graphs.
+    """Capture the iterations of decoding as CUDA graphs; on a CPU the same code runs without graphs.
 
-    The tokens equal plain decoding's. All requests take the same num_steps, min_steps and exit rule.
+    The tokens equal those of plain decoding. All requests have the same num_steps, min_steps and exit rule.
     """
 
 
 Mode = Speculation | Wavefront | Refill | Captured
-"""How to decode; without one, all requests form one batch that decodes token after token."""
+"""How to decode; without a mode, all requests form one batch that is decoded token by token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How to decode. At most one of speculation, wavefront, refill and captured is given: they are modes.
+    """How to decode. speculation, wavefront, refill and captured are modes; at most one of them can be given.
 
     Args:
-        num_steps: core iterations per token, at most; null takes the model's.
-        min_steps: core iterations per token, at least.
-        exit: stop iterating a token when it has converged: state-change, kl, entropy, argmax, or a class of your own as
+        num_steps: largest number of core iterations per token; null takes the model's default.
+        min_steps: smallest number of core iterations per token.
+        exit: rule that stops iterating a converged token: state-change, kl, entropy, argmax, or your own class as
             package.module:Class; null always runs num_steps.
         exit_threshold: threshold of the rule (iterations in a row for argmax); null takes the published value.
-        exit_prompt: tokens of the prompt may stop early too; false runs the prompt at num_steps.
-        prefix_monotone: tokens of a prompt stop in order; false repeats a known failure.
-        warm_start: start a token's state from the last one of the token before it.
+        exit_prompt: let tokens of the prompt stop early too; false runs the prompt at num_steps.
+        prefix_monotone: stop the tokens of a prompt in order; false can stop a token before the tokens it depends on.
+        warm_start: start the state of a token from the last state of the previous token instead of zeros.
         cache_budget: iterations whose keys and values are kept; null keeps all.
-        speculation: draft and verify.
-        wavefront: several positions of a request at the same time.
+        speculation: speculative decoding: draft with few iterations and verify.
+        wavefront: iterate several positions of a request at the same time.
         refill: keep the batch full.
-        captured: replay the iterations as CUDA graphs, so that launching them costs no time.
-        seed: of sampling.
-        thinking: open a thinking part and keep it within limits.
+        captured: replay the iterations as CUDA graphs, without launch overhead.
+        seed: seed of sampling.
+        thinking: open a thinking part with limits.
     """
 
     num_steps: int | None = None
@@ -167,7 +166,7 @@ class EngineOptions:
         self.mode()
 
     def mode(self) -> Mode | None:
-        """Return the mode these options choose; None decodes plainly."""
+        """Return the chosen mode; None for plain decoding."""
         modes: dict[str, Mode | None] = {
             "speculation": self.speculation,
             "wavefront": self.wavefront,
@@ -176,5 +175,5 @@ class EngineOptions:
         }
         given = {name: mode for name, mode in modes.items() if mode is not None}
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} each choose a mode; give one of them")
+            raise ValueError(f"{' and '.join(given)} each choose a mode; give only one of them")
         return next(iter(given.values()), None)

@@ -1,4 +1,4 @@
-"""`Decoder`: continues prompts with a model, in any mode.
+"""`Decoder`: continue prompts with a model, in any mode.
 
 result = Decoder(model).generate([[5, 6, 7], [8]], Decoding(max_new_tokens=32, num_steps=32))
 """
@@ -20,11 +20,11 @@ from recurrent_depth.generation.wavefront import decode_wavefront
 
 
 class Decoder:
-    """Continues prompts. It keeps the memory of its cache, and captured graphs, from call to call.
+    """Continue prompts with a model. Keeps the memory of the cache and captured graphs between calls.
 
     Args:
-        model: on its device, in its dtype; not changed.
-        mode: how to decode; None: all requests form one batch that decodes token after token.
+        model: the model, on its device and in its dtype; it is not changed.
+        mode: how to decode; None: all requests form one batch that is decoded token by token.
     """
 
     def __init__(self, model: DecodableModel, mode: Mode | None = None) -> None:
@@ -41,12 +41,13 @@ class Decoder:
         requests: Sequence[int] | None = None,
         on_token: OnToken | None = None,
     ) -> Decoded:
-        """Continue every prompt. A request's tokens and depths do not depend on the others.
+        """Continue every prompt. The tokens and depths of a request do not depend on the other requests.
 
         Args:
-            prompts: ids, of any lengths.
-            requests: names of the requests, for sampling; default 0, 1, ...
-            on_token: called for every token as it is written; see `OnToken`.
+            prompts: token ids; lengths may differ.
+            options: see `Decoding`.
+            requests: numbers of the requests, of which sampling is a function; default 0, 1, ...
+            on_token: called for every written token; see `OnToken`.
         """
         asked = Requests(self.model, prompts, options or Decoding(), requests, on_token)
         mode = self.mode
@@ -62,7 +63,7 @@ class Decoder:
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor, num_steps: int, cache_budget: int | None = None) -> Tensor:
-        """Return the logits [B, T, V] of given tokens [B, T], which enter one after another as in decoding."""
+        """Return the logits [B, T, V] of given tokens [B, T], processed one after another as in decoding."""
         B, T = input_ids.shape
         tokens = Tokens(self.model, self._cache(B, T, num_steps, cache_budget))
         return torch.cat([tokens.feed(input_ids[:, t : t + 1], t, num_steps) for t in range(T)], dim=1)
@@ -76,11 +77,11 @@ class Decoder:
     def _cache(
         self, lanes: int, length: int, num_steps: int, budget: int | None, released: bool = False
     ) -> RecurrentCache:
-        """Return an empty cache for a call, in memory that is used again."""
+        """Return an empty cache for a call; the memory of an earlier cache is reused if it is large enough."""
         weight = self.model.lm_head.weight
         shape = (self.model.model_config, lanes, length, num_steps, budget)
         size = math.prod(cache_shape(*shape))
         if self.memory is None or self.memory.numel() < size or self.memory.dtype != weight.dtype:
-            self.memory = None  # give the old memory back before more is asked for
+            self.memory = None  # free the old memory before allocating more
             self.memory = torch.empty(size, dtype=weight.dtype, device=weight.device)
         return RecurrentCache(*shape, released=released, memory=self.memory)

@@ -1,9 +1,9 @@
-"""Rules that stop iterating a token early (arXiv 2502.05171, section 6.1).
+"""Exit rules, which stop iterating a token early (arXiv 2502.05171, section 6.1).
 
-A rule is a function of one iteration and of what it chose to remember of the one before. It holds no state of its own,
-so that tokens may be at different iterations, stop, and be replaced by others.
+A rule is a function of one iteration and of the memory it returned after the previous one. It has no other state, so
+that tokens can be at different iterations, stop, and be replaced by others.
 
-Shapes: B batch, T tokens, D width, V vocabulary, M numbers that a rule remembers of a token.
+Shapes: B batch, T tokens, D width, V vocabulary, M numbers that a rule remembers per token.
 """
 
 import importlib
@@ -18,29 +18,31 @@ from torch import Tensor
 from recurrent_depth.checks import check_at_least
 
 Read = Callable[[], Tensor]
-"""Returns the logits [B, T, V] of the state after the iteration; costs coda and head."""
+"""Returns the logits [B, T, V] of the state after the iteration; runs coda and head."""
 
 ReadSome = Callable[[Tensor | None], Tensor]
-"""The same for the tokens at these places (None: all of them)."""
+"""The same for the tokens with these indices (None: all tokens)."""
 
 
 class ExitRule(Protocol):
     """Decides when a token has converged."""
 
     def remembers(self, vocab_size: int) -> int:
-        """Return M, the numbers kept of every token from one iteration to the next."""
+        """Return M, how many numbers are kept per token between iterations."""
 
     def converged(self, before: Tensor, after: Tensor, read: Read, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Return which tokens have converged, bool [B, T], and the new memory [B, T, M].
 
-        `before` and `after` are the states around an iteration, [B, T, D]. At a token's first iteration its memory is
-        NaN, so that every comparison with it is false.
+        Args:
+            before, after: states before and after an iteration, [B, T, D].
+            read: returns the logits after the iteration.
+            memory: [B, T, M]; NaN at the first iteration of a token, so that comparisons with it are false.
         """
 
 
 @dataclass(frozen=True)
 class StateChange:
-    """|s_i - s_{i-1}| / |s_i| below the threshold: costs next to nothing."""
+    """|s_i - s_{i-1}| / |s_i| is below the threshold. Does not need the logits."""
 
     threshold: float = 0.03
 
@@ -56,7 +58,7 @@ class StateChange:
 
 @dataclass(frozen=True)
 class OutputKL:
-    """KL(p_i || p_{i-1}) between successive output distributions below the threshold, in nats."""
+    """KL(p_i || p_{i-1}) between successive output distributions is below the threshold, in nats."""
 
     threshold: float = 5e-4
 
@@ -73,7 +75,7 @@ class OutputKL:
 
 @dataclass(frozen=True)
 class EntropyChange:
-    """|H(p_i) - H(p_{i-1})| below the threshold, in nats."""
+    """|H(p_i) - H(p_{i-1})| is below the threshold, in nats."""
 
     threshold: float = 1e-3
 
@@ -113,43 +115,45 @@ RULES: dict[str, Callable[..., ExitRule]] = {
     "entropy": EntropyChange,
     "argmax": lambda patience=5: StableArgmax(int(patience)),
 }
-"""By the names that configurations use; each is called with the threshold, or with nothing for its default."""
+"""Rules by name in configurations; each is called with the threshold, or without arguments for its default."""
 
 
 def register(name: str, factory: Callable[..., ExitRule]) -> None:
-    """Make a rule known by name. `factory` is called with the threshold, or with nothing."""
+    """Register a rule under a name. `factory` is called with the threshold, or without arguments."""
     if name in RULES:
-        raise ValueError(f"an exit rule called {name!r} exists; choose another name")
+        raise ValueError(f"an exit rule named {name!r} already exists; choose another name")
     RULES[name] = factory
     exit_rule.cache_clear()
 
 
 @cache
 def exit_rule(name: str, threshold: float | None = None) -> ExitRule:
-    """Return a rule by its name, or of the class at a place: `package.module:Class`.
+    """Return the exit rule with a name, or of a class given as `package.module:Class`.
 
-    `threshold` is the patience of `argmax`; None is each rule's default (the published value). The same arguments give
-    the same object, so that a decoder finds the graphs again that it captured with the rule.
+    The same arguments return the same object, so that a decoder can reuse the graphs it captured with the rule.
+
+    Args:
+        threshold: threshold of the rule, or patience of `argmax`; None: the default of the rule (the published value).
     """
     factory = _rule_class(name) if ":" in name else RULES.get(name)
     if factory is None:
         raise ValueError(
-            f"exit is {name!r}; known rules are {', '.join(RULES)}, or give a class of your own as package.module:Class"
+            f"exit is {name!r}; known rules are {', '.join(RULES)}, or give your own class as package.module:Class"
         )
     check_at_least("exit_threshold", threshold, 0)
     try:
         return factory() if threshold is None else factory(threshold)
     except TypeError as error:
-        given = "without arguments" if threshold is None else "with the threshold alone"
+        given = "without arguments" if threshold is None else "with only the threshold"
         raise ValueError(f"exit {name!r} cannot be called {given}: {error}") from error
 
 
 def _rule_class(path: str) -> Callable[..., ExitRule]:
-    """Import a class, and look at its methods before anything of it is called."""
+    """Import a class and check its methods before it is called."""
     module, _, attribute = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # importing runs the module's code, which may raise anything
+    except Exception as error:  # importing runs the code of the module, which may raise any error
         raise ValueError(f"exit {path!r} cannot be imported ({type(error).__name__}: {error})") from error
     methods = ("remembers", "converged")
     if not (isinstance(found, type) and all(callable(getattr(found, method, None)) for method in methods)):
@@ -158,10 +162,10 @@ def _rule_class(path: str) -> Callable[..., ExitRule]:
 
 
 class Exits:
-    """The rules of the tokens in the core, and what they remember.
+    """The exit rules of the tokens in the core, and their memories.
 
-    Rules are told apart by identity, so that they need neither hash nor equality. Tokens that share a rule object are
-    asked together.
+    Rules are distinguished by identity, so that they need neither hash nor equality. Tokens that share a rule object
+    are checked together.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -177,7 +181,7 @@ class Exits:
             self.memory[rule] = torch.cat([memory, new])
 
     def keep(self, tokens: list[int]) -> None:
-        """Forget all other tokens."""
+        """Drop all other tokens."""
         self.rules = [self.rules[n] for n in tokens]
         used = {id(rule) for rule in self.rules}
         self.memory = {rule: memory[tokens] for rule, memory in self.memory.items() if rule in used}
@@ -196,7 +200,7 @@ class Exits:
             memory = self._memory(rule, after)
             done_now, memory[chosen] = rule.converged(before[chosen], after[chosen], partial(read, at), memory[chosen])
             done[chosen] = done_now[:, 0]
-        return done.tolist()  # the host decides who goes on
+        return done.tolist()  # host synchronisation: the host decides which tokens continue
 
     def _memory(self, rule: ExitRule, like: Tensor) -> Tensor:
         if id(rule) not in self.memory:

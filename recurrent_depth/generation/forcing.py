@@ -1,7 +1,7 @@
-"""Budget forcing (s1, arXiv 2501.19393): at least and at most so many thinking tokens.
+"""Budget forcing (s1, arXiv 2501.19393): a smallest and a largest number of thinking tokens.
 
-A request thinks between two delimiters. When it would stop too early, its delimiter is replaced by "Wait"; when it has
-thought long enough, the delimiter is written for it.
+The thinking part is between two delimiters. An end delimiter that comes too early is replaced by "Wait"; when the limit
+is reached, the end delimiter is written.
 """
 
 from collections.abc import Collection
@@ -12,11 +12,11 @@ from recurrent_depth.generation.config import ThinkingLimits
 
 @dataclass(frozen=True)
 class ThinkingBudget(ThinkingLimits):
-    """`Thinking` in ids.
+    """`Thinking` as token ids.
 
     Args:
-        begin: ids that open the thinking part; written at once if the prompt does not hold them already.
-        end: ids that close it; the first of them is what a model is stopped from writing.
+        begin: ids that open the thinking part; written first if the prompt does not contain them.
+        end: ids that close it; the model is stopped from writing the first of them too early.
         wait: ids written in place of the end ("Wait").
     """
 
@@ -27,15 +27,16 @@ class ThinkingBudget(ThinkingLimits):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.begin or not self.end:
-            raise ValueError("begin and end of thinking must each have at least one token")
+            raise ValueError("thinking.begin or thinking.end is empty; each must have at least one token")
         if (self.rounds or self.at_least) and not self.wait:
-            raise ValueError("rounds and at_least replace the end of thinking by `wait`; give its tokens")
+            raise ValueError("wait is empty, but rounds and at_least replace the end by it; give its tokens")
 
 
 class Forcing:
-    """One request under a budget: `choose` says what is written when the model has drawn a token.
+    """Apply a budget to one request: `choose` returns the token to write, given the token that the model has drawn.
 
-    `stop` are ids that end a request: while it thinks they count as an end of thinking, so that it answers.
+    Args:
+        stop: ids that end a request; during thinking they count as the end of thinking, so that an answer follows.
     """
 
     def __init__(self, budget: ThinkingBudget, prompt: list[int], stop: Collection[int] = ()) -> None:
@@ -49,17 +50,17 @@ class Forcing:
         self.opening = len(self.queue)
         if self.tokens > budget.at_most:
             raise ValueError(
-                f"the prompt holds {self.tokens} thinking tokens already, at_most is {budget.at_most}; raise it"
+                f"the prompt holds {self.tokens} thinking tokens already, at_most is {budget.at_most}; raise at_most"
             )
 
     def forced(self) -> int | None:
-        """Return the next token, where the model has no choice."""
+        """Return the next token if it is already determined, else None."""
         if self.queue:
             return self.queue[0]
         return self.budget.end[0] if self.thinking and self.tokens >= self.budget.at_most else None
 
     def choose(self, drawn: int) -> int:
-        """Return the next token, given the one the model has drawn."""
+        """Return the token to write, given the one that the model has drawn."""
         if not self.queue and self.thinking:
             if self.tokens >= self.budget.at_most:
                 self._close()
@@ -92,12 +93,12 @@ class Forcing:
 
 
 def _open_thoughts(prompt: list[int], budget: ThinkingBudget) -> int | None:
-    """Tokens behind the last beginning of the prompt; None if it is closed, or there is none."""
+    """Return the tokens after the last begin delimiter of the prompt; None if it is closed or there is none."""
 
-    def behind(ids: tuple[int, ...]) -> int:
-        """Where the text behind the last of these delimiters begins; 0 without one."""
+    def after_last(ids: tuple[int, ...]) -> int:
+        """Return the index after the last of these delimiters; 0 without one."""
         ends = [i + len(ids) for i in range(len(prompt) - len(ids) + 1) if tuple(prompt[i : i + len(ids)]) == ids]
         return ends[-1] if ends else 0
 
-    begin = behind(budget.begin)
-    return len(prompt) - begin if begin > behind(budget.end) else None
+    begin = after_last(budget.begin)
+    return len(prompt) - begin if begin > after_last(budget.end) else None

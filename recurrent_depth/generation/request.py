@@ -1,4 +1,4 @@
-"""The requests of a call: their options, what has been written, and what it took.
+"""The requests of a call: their options, the tokens written, and the cost.
 
 Shapes: B requests, V vocabulary.
 """
@@ -14,16 +14,16 @@ from recurrent_depth.checks import check_at_least, check_between, check_num_step
 from recurrent_depth.generation.exits import ExitRule
 from recurrent_depth.generation.forcing import Forcing, ThinkingBudget
 from recurrent_depth.model.config import ModelConfig
-from recurrent_depth.model.flops import attention_flops, outer_flops, step_flops
+from recurrent_depth.model.flops import attention_flops, iteration_flops, outer_flops
 from recurrent_depth.model.random import SAMPLE_STREAM, uniform
 from recurrent_depth.model.transformer import Transformer
 
 OnToken = Callable[[int, int], bool | None]
-"""Called with (request, token) for every token as it is written; returning True ends the request."""
+"""Called with (request, token) for every written token; returning True ends the request."""
 
 
 class DecodableModel(Protocol):
-    """What generation needs of a model. The training class and the transformers class both have it."""
+    """A model that can be decoded: the training class and the transformers class."""
 
     transformer: Transformer
     lm_head: nn.Linear
@@ -38,21 +38,22 @@ class Decoding:
     """How to decode. num_steps, min_steps, exit and thinking may be sequences, one value per request.
 
     Args:
-        max_new_tokens: tokens written after each prompt, at most.
-        num_steps: core iterations per token, at most; None: the model's mean_recurrence.
-        min_steps: core iterations per token, at least.
-        exit: stops iterating a token when it has converged; None: all tokens take num_steps.
-        exit_prompt: tokens of the prompt may stop early too; False runs the prompt at num_steps.
-        prefix_monotone: a token of a prompt stops only when every earlier one has. Without it a token that waits for
-            information from its left looks converged and stops with a wrong answer (docs/decoding-benchmarks.md).
-        warm_start: start a token's state from the last one of the token before it (continuous chain of thought).
-        temperature: 0 takes the most probable token.
-        top_k: sample among that many tokens.
-        top_p: sample among the most probable tokens that have this probability together.
-        seed: of sampling; a draw depends on (seed, name of the request, position) alone.
+        max_new_tokens: largest number of tokens written after each prompt.
+        num_steps: largest number of core iterations per token; None: mean_recurrence of the model.
+        min_steps: smallest number of core iterations per token.
+        exit: rule that stops iterating a converged token; None: all tokens take num_steps.
+        exit_prompt: let tokens of the prompt stop early too; False runs the prompt at num_steps.
+        prefix_monotone: stop a token of a prompt only after every earlier one. Without it a token that has not yet
+            received information from earlier tokens can look converged and stop with a wrong answer
+            (docs/decoding-benchmarks.md).
+        warm_start: start the state of a token from the last state of the previous one (continuous chain of thought).
+        temperature: sampling temperature; 0 takes the most probable token.
+        top_k: sample among this many tokens.
+        top_p: sample among the most probable tokens with this total probability.
+        seed: seed of sampling; a draw is a function of (seed, number of the request, position).
         stop: ids that end a request; they are written.
         cache_budget: iterations whose keys and values are kept; None keeps all.
-        released_cache: with a budget, read entries of stopped tokens by the released code's rule (see `read_place`).
+        released_cache: with a budget, read entries of stopped tokens by the rule of the released code (`read_place`).
         thinking: limits of thinking tokens.
     """
 
@@ -85,15 +86,15 @@ class Decoding:
 
 @dataclass
 class Decoded:
-    """What was written and what it took.
+    """The written tokens and their cost.
 
     Attributes:
         tokens: new ids of each request, a stop id included.
-        steps: core iterations of each pass of a request: for the prompt the mean of its tokens, then one per token.
-        core_steps: core iterations over all tokens, prompts included.
-        computed_steps: core iterations the machine ran; more than core_steps where drafts are dropped.
-        flops: of those tokens (matrix products; attention at the mean context of a pass).
-        cache_bytes: held by the cache.
+        steps: core iterations of each request: the mean over its prompt, then one number per new token.
+        core_steps: core iterations summed over all tokens, prompts included.
+        computed_steps: core iterations that were run; more than core_steps if drafts were dropped.
+        flops: FLOPs of the tokens (matrix products; attention at the mean context of a pass).
+        cache_bytes: size of the cache.
         passes: passes of the core over the tokens in flight (refilled batches, wavefront).
         drafted, accepted: drafts that were checked, and those that were right (speculation, wavefront).
     """
@@ -110,7 +111,7 @@ class Decoded:
 
 
 class Stopping(NamedTuple):
-    """When a token stops iterating: after `most` iterations, or from `least` on once its rule says so."""
+    """When a token stops iterating: after `most` iterations, or after at least `least` when its rule fires."""
 
     most: int
     least: int = 1
@@ -119,10 +120,10 @@ class Stopping(NamedTuple):
 
 
 class Requests:
-    """The requests of one call, named 0, 1, ... by their place among the prompts.
+    """The requests of one call, numbered 0, 1, ... in the order of the prompts.
 
     Args:
-        names: of the requests, for sampling; default their places.
+        names: numbers that sampling is a function of; default the order of the prompts.
         on_token: see `OnToken`.
     """
 
@@ -162,28 +163,28 @@ class Requests:
 
     @property
     def room(self) -> int:
-        """Tokens that the longest request may have."""
+        """Return the number of tokens that the longest request may have."""
         return self.longest + self.options.max_new_tokens
 
     def stops(self, request: int) -> Stopping:
-        """When the next token of a request stops; before it has written one, when those of its prompt do."""
+        """Return when the next token of a request stops; for a request without new tokens, the tokens of its prompt."""
         stopping = self.stopping[request]
         if self.options.exit_prompt or self.result.tokens[request]:
             return stopping
         return stopping._replace(rule=None)
 
     def one_depth(self, mode: str) -> Stopping:
-        """When all tokens stop, for a mode that takes one value for all requests."""
+        """Return when all tokens stop, for a mode that needs the same values for all requests."""
         for name, what in (("exit", "exit rule"), ("num_steps", "num_steps"), ("min_steps", "min_steps")):
             if isinstance(getattr(self.options, name), Sequence):
-                raise ValueError(f"{mode} takes one {what} for all requests; give one, or decode without a mode")
+                raise ValueError(f"{mode} takes one {what} for all requests; give one value, or decode without a mode")
         return self.stopping[0]
 
     def refuse(self, mode: str, *names: str, full_cache: bool = False) -> None:
-        """Raise if one of these options is given, or the mode needs a cache of all iterations and it is shared."""
+        """Raise if one of these options is given, or if the mode needs a full cache and cache_budget is smaller."""
         for name in names:
             if getattr(self.options, name):
-                raise ValueError(f"{mode} does not go together with {name}; leave one out")
+                raise ValueError(f"{mode} cannot be combined with {name}; leave one out")
         budget = self.options.cache_budget
         if full_cache and budget is not None and budget < self.most_steps:
             raise ValueError(
@@ -192,62 +193,62 @@ class Requests:
             )
 
     def draw(self, logits: Tensor, requests: Sequence[int], positions: Sequence[int]) -> list[int]:
-        """Tokens from logits [n, V]: what stands at these positions of these requests."""
+        """Return a token for each row of logits [n, V], at these positions of these requests."""
         if self.options.temperature == 0:
             return logits.argmax(-1).tolist()
         at = torch.tensor(positions, device=self.names.device)
         return draw(logits, self.options, self.names[list(requests)], at).tolist()
 
     def write(self, request: int, drawn: int) -> bool:
-        """Append the token that was drawn, or a forced one; return whether the request goes on."""
+        """Append the drawn token, or a forced one; return whether the request continues."""
         forcing, written = self.forcing[request], self.result.tokens[request]
         token = drawn if forcing is None else forcing.choose(drawn)
         written.append(token)
         ends = self.on_token is not None and bool(self.on_token(request, token))
-        goes_on = not ends and len(written) < self.options.max_new_tokens and token not in self.options.stop
-        self.running[request] = goes_on
-        return goes_on
+        continues = not ends and len(written) < self.options.max_new_tokens and token not in self.options.stop
+        self.running[request] = continues
+        return continues
 
     def count(self, request: int, tokens: int, core_steps: int, context: int) -> None:
-        """Add a pass of a request with its new tokens; `context` tokens stand before the last one, itself included."""
+        """Add a pass of a request over new tokens to the cost; `context` is the column of the last one, from 1."""
         self.result.steps[request].append(core_steps / tokens)
         self.result.core_steps += core_steps
         self.add_flops(tokens, core_steps, context - (tokens - 1) / 2)
 
     def add_flops(self, tokens: int, core_steps: int, context: float) -> None:
-        """Add tokens through prelude, coda and head, and core iterations over all of them, at a mean context."""
+        """Add the FLOPs of tokens in prelude, coda and head, and of their core iterations, at a mean context."""
         config = self.config
         layers = core_steps * config.n_layers_in_recurrent_block + tokens * config.unrolled_layers(0)
         once = attention_flops(config, 1)
-        linear = core_steps * (step_flops(config, 1) - config.n_layers_in_recurrent_block * once)
+        linear = core_steps * (iteration_flops(config, 1) - config.n_layers_in_recurrent_block * once)
         linear += tokens * (outer_flops(config, 1) - config.unrolled_layers(0) * once)
         self.result.flops += linear + round(4 * config.n_embd * layers * context)
 
 
 def per_request(value: Any, requests: int, name: str) -> list[Any]:
-    """One value for every request: as given, or the same for all."""
+    """Return a list with one value per request; a single value is repeated."""
     if not isinstance(value, Sequence):
         return [value] * requests
     if len(value) != requests:
-        raise ValueError(f"{name} has {len(value)} values for {requests} requests; give one, or one per request")
+        raise ValueError(f"{name} has {len(value)} values for {requests} requests; give one value, or one per request")
     return list(value)
 
 
 def _checked(config: ModelConfig, prompts: Sequence[Sequence[int]], options: Decoding) -> int:
-    """The longest prompt's length, once all prompts and new tokens fit the model."""
+    """Return the length of the longest prompt. Raise unless all prompts and new tokens fit the model."""
     longest = max((len(prompt) for prompt in prompts), default=0)
     if not prompts or min(len(prompt) for prompt in prompts) == 0:
         raise ValueError("every prompt must have at least one token")
     if longest + options.max_new_tokens > config.block_size:
         raise ValueError(
             f"the longest prompt ({longest} tokens) and max_new_tokens ({options.max_new_tokens}) exceed block_size "
-            f"{config.block_size}; shorten one"
+            f"{config.block_size}; shorten the prompt or lower max_new_tokens"
         )
     return longest
 
 
 def draw(logits: Tensor, options: Decoding, names: Tensor, positions: Tensor) -> Tensor:
-    """logits [B, V] -> token [B]; sampling adds Gumbel noise that is a function of (seed, name, position)."""
+    """Return tokens [B] from logits [B, V]; sampling adds Gumbel noise, a function of (seed, name, position)."""
     if options.temperature == 0:
         return logits.argmax(-1)
     logits = logits / options.temperature

@@ -1,8 +1,9 @@
-"""Self-speculation: draft tokens with few iterations, then run the remaining ones for all of them at once.
+"""Self-speculation: draft tokens with few iterations, then run the remaining iterations for all drafts at once.
 
-The draft's states and entries are reused, so a drafted token costs no iteration twice. Drafted and verified tokens are
-drawn with the same noise (a function of seed, request and position), so that what is written equals plain decoding
-token for token, sampling included; a draft that agrees is accepted. A rejected one is overwritten in the cache.
+States and cache entries of drafts are reused, so no iteration is computed twice. Drafted and verified tokens are drawn
+with the same noise (a function of seed, request and position), so that the written tokens equal those of plain
+decoding, sampling included. A draft is accepted if it equals the verified token; a rejected one is overwritten in the
+cache.
 
 Shapes: n requests, G drafted tokens, V vocabulary.
 """
@@ -18,18 +19,16 @@ MODE = "self-speculation"
 def decode_speculatively(
     model: DecodableModel, requests: Requests, cache: RecurrentCache, speculation: Speculation
 ) -> Decoded:
-    """Decode all requests; the cache has room for the drafts of a round beyond theirs."""
+    """Decode all requests. The cache must have room for the drafts of one round beyond the requests."""
     stopping = requests.one_depth(MODE)
     requests.refuse(MODE, "exit", "thinking", "warm_start", full_cache=True)
     if speculation.steps >= stopping.most:
-        raise ValueError(
-            f"speculation.steps is {speculation.steps}; it must be fewer than num_steps {stopping.most}, lower it"
-        )
+        raise ValueError(f"speculation.steps is {speculation.steps}; it must be fewer than num_steps {stopping.most}")
     return _Rounds(model, requests, cache, speculation).run()
 
 
 class _Rounds:
-    """A batch of requests, the next column and the first one of each."""
+    """A batch of requests, with the first and the next column of each."""
 
     def __init__(
         self, model: DecodableModel, requests: Requests, cache: RecurrentCache, speculation: Speculation
@@ -51,7 +50,7 @@ class _Rounds:
         return self.requests.result
 
     def _round(self, running: list[int]) -> None:
-        """Draft, verify, write what holds."""
+        """Draft, verify, and write the verified tokens."""
         requests, result, n = self.requests, self.requests.result, len(running)
         missing = max(requests.options.max_new_tokens - len(result.tokens[request]) for request in running)
         G, few, most = min(self.speculation.tokens, missing), self.speculation.steps, requests.most_steps
@@ -64,7 +63,7 @@ class _Rounds:
             positions = [self.next[request] + g + 1 - self.starts[request] for request in running]
             drafted.append(requests.draw(self.tokens.logits(draft)[:, 0], running, positions))
             groups = groups + draft
-        # Lane after lane, so that attention takes each lane's drafts as a block.
+        # Sorted by lane, so that attention processes the drafts of a lane as a block.
         self.tokens.put(groups.at([g * n + i for i in range(n) for g in range(G)]))
         for _ in range(most - few):
             self.tokens.iterate()
@@ -77,7 +76,7 @@ class _Rounds:
             requests.count(request, G, G * few, context)
             requests.count(request, G, G * (most - few), context)
             mine = chosen[i * G : (i + 1) * G]
-            right = [drafted[g + 1][i] == mine[g] for g in range(G - 1)]  # drafts that were fed on
+            right = [drafted[g + 1][i] == mine[g] for g in range(G - 1)]  # the last draft was not fed to the model
             agreed = right.index(False) if False in right else len(right)
             result.drafted += G - 1
             result.accepted += agreed
@@ -87,6 +86,6 @@ class _Rounds:
             self.next[request] += agreed + 1
 
     def _places(self, running: list[int], g: int) -> tuple[list[int], list[int], list[Stopping]]:
-        """Columns, first columns and limits of the g-th draft of each request."""
+        """Return columns, first columns and limits of the g-th draft of each request."""
         columns = [self.next[request] + g for request in running]
         return columns, [self.starts[request] for request in running], [self.requests.stopping[0]] * len(running)

@@ -1,17 +1,17 @@
-"""Texts that end a request. Generation sees ids alone, so these helpers are given a function that decodes them."""
+"""Streaming of text and stop strings. Generation handles ids only; these helpers take a function that decodes them."""
 
 from collections.abc import Callable, Sequence
 
 Decode = Callable[[list[int]], str]
 """ids -> text"""
 
-_INCOMPLETE = "�"  # what a decoder writes for the beginning of a character
+_INCOMPLETE = "�"  # decoders write it for an incomplete character
 
 
 class TextStream:
-    """The text of one request as it grows, a character only when all of its bytes are there.
+    """Convert the tokens of a request to text as they arrive, complete characters only.
 
-    Every piece is decoded together with the tokens before it, since some tokenizers write a token differently at the
+    Every piece is decoded together with the tokens before it, because some tokenizers decode a token differently at the
     beginning of a text.
     """
 
@@ -22,7 +22,7 @@ class TextStream:
         self.shown = 0  # tokens before this one have been returned
 
     def push(self, token: int) -> str:
-        """The text that this token completes; empty where a character is still incomplete."""
+        """Add a token and return the text that it completes; empty while a character is incomplete."""
         self.ids.append(token)
         piece = self.rest()
         if piece.endswith(_INCOMPLETE):
@@ -31,20 +31,18 @@ class TextStream:
         return piece
 
     def rest(self) -> str:
-        """What has been pushed but not returned."""
+        """Return the text that has been pushed but not returned."""
         known = self.decode(self.ids[self.before : self.shown])
         return self.decode(self.ids[self.before :])[len(known) :]
 
 
 class StopStrings:
-    """Ends a request once its text holds one of some strings, also across the borders of tokens.
-
-    An `on_token` of the decoding functions: called with (request, token), returns whether the request ends.
+    """End a request when its text contains a stop string, also across tokens. An `on_token` of `Decoder.generate`.
 
     Args:
         decode: ids -> text.
-        stops: the strings.
-        after: the strings count behind this token alone (the end of thinking); None: everywhere.
+        stops: the stop strings.
+        after: look for the strings only after this token (the end of thinking); None: everywhere.
         then: another `on_token`, called first.
     """
 
@@ -56,7 +54,7 @@ class StopStrings:
         then: Callable[[int, int], bool | None] | None = None,
     ) -> None:
         if isinstance(stops, str) or not all(stops):
-            raise ValueError(f"stop strings must be a list of texts that are not empty, got {stops!r}")
+            raise ValueError(f"stop strings are {stops!r}; they must be a list of texts that are not empty")
         self.decode, self.stops, self.after, self.then = decode, tuple(stops), after, then
         self.longest = max(map(len, self.stops), default=0)
         self.streams: dict[int, TextStream] = {}
@@ -76,13 +74,13 @@ class StopStrings:
         return ends or any(stop in tail for stop in self.stops)
 
     def text(self, request: int) -> str:
-        """What the request wrote (behind `after`), up to the first of the strings."""
+        """Return the text of a request (after the token `after`), up to the first stop string."""
         text = self.texts.get(request, "")
         if request in self.streams:
             text += self.streams[request].rest()
-        return cut(text, self.stops)
+        return truncate_at(text, self.stops)
 
 
-def cut(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of the stop strings."""
+def truncate_at(text: str, stops: Sequence[str]) -> str:
+    """Return the text before the first stop string."""
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]

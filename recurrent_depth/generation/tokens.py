@@ -1,7 +1,7 @@
-"""The tokens that are in the core: the only code of generation that iterates it.
+"""The tokens in the core. Only this file runs core iterations during generation.
 
-Every token has taken a number of iterations of its own. The weights of the core are the same at every iteration, so
-tokens at different ones go through it together; tokens that have stopped are not computed.
+Tokens may have taken different numbers of iterations. The weights of the core are the same at every iteration, so
+tokens at different iterations are computed together; tokens that have stopped are not computed.
 
 Shapes: N tokens, D width, V vocabulary.
 """
@@ -21,12 +21,12 @@ from recurrent_depth.model.loss import to_float32
 
 @dataclass
 class Group:
-    """N tokens, where they stand, and how far they are.
+    """N tokens with their places in the cache, their states, and their iterations.
 
     Attributes:
         steps: iterations taken.
-        stopping: when each one stops (for `Tokens.advance`).
-        state, injected: [N, 1, D], the state, and what enters the core at every iteration.
+        stopping: when each token stops (for `Tokens.advance`).
+        state, injected: [N, 1, D], the state, and the injection of every iteration.
     """
 
     layout: Layout
@@ -56,11 +56,11 @@ class Group:
 
 
 class Tokens:
-    """The tokens of a batch of lanes that are in the core, and those that have stopped and wait for the coda.
+    """The tokens of a batch of lanes: those still iterating, and those that have stopped and wait for the coda.
 
     Attributes:
         iterating, stopped: the tokens.
-        computed: core iterations the machine has run, over all tokens.
+        computed: core iterations that were run, summed over all tokens.
         passes: calls of the core.
     """
 
@@ -83,11 +83,11 @@ class Tokens:
         stopping: list[Stopping],
         states: Tensor | None = None,
     ) -> None:
-        """Run the prelude for new tokens and bring them to the core.
+        """Run the prelude for new tokens and add them to the iterating tokens.
 
         Args:
             starts: the first column of each token's lane.
-            states: [n, 1, D] to start from; default zeros.
+            states: initial states [n, 1, D]; default zeros.
         """
         layout = Layout(lanes, columns, starts, self.model.freqs_cis)
         self.cache.begin(*layout.index)
@@ -97,7 +97,7 @@ class Tokens:
         self.exits.extend([limits.rule for limits in stopping])
 
     def blend(self, ids: Sequence[int], average: float) -> None:
-        """The iterating tokens are these now; what they read is a moving average over calls."""
+        """Replace the ids of the iterating tokens; their injections become a moving average over calls."""
         group = self.iterating
         group.injected = average * group.injected + (1 - average) * self._injected(ids, group.layout)
 
@@ -137,7 +137,7 @@ class Tokens:
             self.iterate()
             converged = self.exits.converged(before, group.state, self._read)
         stops: list[int] = []
-        going = set()  # lanes in which a token goes on
+        going = set()  # lanes in which a token is still iterating
         for n, (lane, taken, limits) in enumerate(zip(group.layout.lanes, group.steps, group.stopping, strict=True)):
             early = converged is not None and converged[n] and taken >= limits.least
             if (early or taken >= limits.most) and not (limits.in_order and lane in going):
@@ -159,26 +159,27 @@ class Tokens:
             self.keep([n for n in range(len(group)) if n not in stopping])
 
     def keep(self, chosen: list[int]) -> None:
-        """Forget all other iterating tokens."""
+        """Drop all other iterating tokens."""
         if len(chosen) < len(self.iterating):
             self.iterating = self.iterating.at(chosen) if chosen else self.empty
             self.exits.keep(chosen)
 
     def take(self) -> Group:
-        """Take all iterating tokens out of the core, as they are."""
+        """Remove all iterating tokens from the core and return them."""
         group = self.iterating
         self.keep([])
         return group
 
     def put(self, group: Group) -> None:
-        """Bring tokens back that were taken out."""
+        """Put removed tokens back into the core."""
         self.iterating = self.iterating + group
         self.exits.extend([limits.rule for limits in group.stopping])
 
     def finish(self, lanes: list[int], every: bool = False) -> tuple[Group, Tensor]:
-        """Run the coda over the stopped tokens of these lanes, which are done, and forget them.
+        """Run the coda over the stopped tokens of these lanes and remove them. No token of the lanes may be iterating.
 
-        Returns the tokens, lane after lane, and the logits [n, V] of the last one of each lane, or of every token.
+        Returns:
+            The tokens sorted by lane, and the logits [n, V] of the last token of each lane, or of every token.
         """
         group, order = self.stopped, {lane: place for place, lane in enumerate(lanes)}
         of, column = group.layout.lanes, group.layout.columns
@@ -193,7 +194,7 @@ class Tokens:
         return done, self.logits(done, last)[:, 0]
 
     def feed(self, ids: Tensor, first: int, num_steps: int) -> Tensor:
-        """Run given tokens [B, n] of all lanes, at columns from `first` on; return their logits [B, n, V]."""
+        """Return the logits [B, n, V] of given tokens [B, n] of all lanes, at columns from `first` on."""
         (B, n), lanes = ids.shape, range(len(ids))
         at = [lane for lane in lanes for _ in range(n)]
         columns = [*range(first, first + n)] * B
@@ -203,7 +204,7 @@ class Tokens:
         return self.finish([*lanes], every=True)[1].view(B, n, -1)
 
     def logits(self, group: Group, wanted: list[int] | None = None) -> Tensor:
-        """Run the coda over a group, and the head over the tokens that are wanted; return logits [n, 1, V]."""
+        """Run the coda over a group and the head over the wanted tokens; return logits [n, 1, V]."""
         attention = CacheAttention(self.cache, group.layout)
         hidden = self.model.transformer.run_coda(group.state, group.layout.rotary, attention)
         if wanted is not None and len(wanted) < len(group):

@@ -1,10 +1,10 @@
-"""The wavefront sampler: positions of one request iterate at the same time, each a few iterations behind the last.
+"""The wavefront sampler: several positions of a request iterate at the same time (diffusion forcing, arXiv 2510.14961).
 
-After every pass of a few core iterations, each position in flight says which token would follow it, and the last one's
-draft enters as a further position (diffusion forcing, arXiv 2510.14961). In exact mode what is written equals plain
-decoding: a position whose token changes starts again, with all behind it, and a token is written when its predecessor
-has taken all iterations. Otherwise a position goes on from its state with the new token, and a token is written when
-the position that reads it, and all before that one, hardly moved in a pass.
+After every pass of a few core iterations, each position in flight predicts its next token, and the prediction of the
+last position enters as a new position. In exact mode the written tokens equal those of plain decoding: if the token of
+a position changes, that position and all later ones start again, and a token is written when its predecessor has taken
+all iterations. In approximate mode a position continues from its state with the new token, and a token is written when
+the position of the token and all earlier ones have converged.
 
 Shapes: N positions in flight.
 """
@@ -20,7 +20,7 @@ MODE = "the wavefront"
 
 
 def decode_wavefront(model: DecodableModel, requests: Requests, cache: RecurrentCache, wavefront: Wavefront) -> Decoded:
-    """Decode all requests."""
+    """Decode all requests with the wavefront sampler."""
     requests.one_depth(MODE)
     requests.refuse(MODE, "exit", "thinking", "warm_start", full_cache=wavefront.exact)
     return _Passes(model, requests, cache, wavefront).run()
@@ -31,9 +31,9 @@ class _Position:
     """A token in flight.
 
     Attributes:
-        draft, kept: whether it entered as a draft, and whether it still is the token that entered.
-        settled: what it reads is final: all before it have converged, and its token did not change.
-        since: iterations since then.
+        draft, kept: whether it entered as a draft, and whether its token has not changed since.
+        settled: whether its input is final: all positions before it have converged, and its token did not change.
+        since: iterations since it settled.
     """
 
     token: int
@@ -44,7 +44,7 @@ class _Position:
 
 
 class _Window:
-    """The positions in flight of a request, the first at column `front`; those from `fresh` on start at s_0."""
+    """The positions of a request in flight, the first at column `front`; those from `fresh` on start at s_0."""
 
     def __init__(self, front: int) -> None:
         self.front, self.fresh = front, 0
@@ -73,7 +73,7 @@ class _Passes:
         return self.result
 
     def _pass(self) -> None:
-        """A few core iterations for all positions, then what they say of their successors."""
+        """Run a few core iterations for all positions, then predict the next token of each."""
         self._enter()
         group, requests = self.tokens.iterating, self.requests
         lanes, columns = group.layout.lanes, group.layout.columns
@@ -101,14 +101,14 @@ class _Passes:
                 self._advance(
                     request, [drawn[n] for n in mine], [done[n] for n in mine], [group.steps[n] for n in mine]
                 )
-        self.tokens.keep([n for n in range(len(group)) if self._goes_on(self.windows[lanes[n]], columns[n])])
+        self.tokens.keep([n for n in range(len(group)) if self._continues(self.windows[lanes[n]], columns[n])])
 
     @staticmethod
-    def _goes_on(window: _Window, column: int) -> bool:
+    def _continues(window: _Window, column: int) -> bool:
         return window.front <= column < window.front + min(window.fresh, len(window.positions))
 
     def _enter(self) -> None:
-        """Fresh positions begin at s_0; where embeddings are averaged, the others read theirs again."""
+        """Start fresh positions at s_0; with averaged embeddings, update the injection of the others."""
         layout = self.tokens.iterating.layout
         if not self.wavefront.exact and len(layout):
             places = zip(layout.lanes, layout.columns, strict=True)
@@ -125,13 +125,13 @@ class _Passes:
             self.tokens.start(ids, lanes, columns, [self.starts[lane] for lane in lanes], [self.limits] * len(ids))
 
     def _done(self, position: _Position, change: float, steps: int) -> bool:
-        """Whether a position has converged, if its token stands and the others allow it."""
+        """Return whether a position has converged, taken by itself."""
         if position.settled and position.since == self.limits.most:
             return True
         return not self.wavefront.exact and change < self.wavefront.threshold and steps >= self.limits.least
 
     def _advance(self, request: int, drawn: list[int], done: list[bool], steps: list[int]) -> None:
-        """Write what is final, correct drafts that changed, let one more position enter."""
+        """Write final tokens, correct drafts that changed, and add one position."""
         window, exact, options = self.windows[request], self.wavefront.exact, self.requests.options
         changed = self._correct(window, drawn, done)
         positions = window.positions
@@ -142,7 +142,7 @@ class _Passes:
         last = drawn[len(positions) - 1]
         written = self.result.tokens[request]
         ends = last in options.stop or len(written) + len(positions) == options.max_new_tokens
-        # A converged position stays until its successor has converged too, unless none can follow.
+        # A converged position stays until its successor has converged too, unless it can have no successor.
         waits = not exact and self.wavefront.width > 1 and not (ends and converged == len(positions))
         final = max(converged - waits, 0)
         for j in range(final):
@@ -161,9 +161,9 @@ class _Passes:
             self._append(request, last, draft=final < len(positions))
 
     def _correct(self, window: _Window, drawn: list[int], done: list[bool]) -> set[int]:
-        """Give every position the token its predecessor says now; return the places in the window of new tokens.
+        """Set every position to the token its predecessor predicts; return the indices of positions that changed.
 
-        In exact mode the first of them starts again, with all behind it. Nothing follows the end of a text.
+        In exact mode the first changed position and all later ones start again. No position follows the end of a text.
         """
         window.fresh = len(window.positions)
         changed = set()
@@ -182,7 +182,7 @@ class _Passes:
         return changed
 
     def _append(self, request: int, token: int, draft: bool) -> None:
-        """Let a token enter behind the window, if what follows it may be written."""
+        """Add a position to the end of the window if the token after it may still be written."""
         positions, written = self.windows[request].positions, len(self.result.tokens[request])
         if written + len(positions) < self.requests.options.max_new_tokens and len(positions) < self.wavefront.width:
             settled = self.wavefront.exact or not positions

@@ -1,4 +1,4 @@
-"""transformers' caches: one cache layer per layer index [prelude, coda, core iteration 0, core iteration 1, ...].
+"""Caches of transformers: one cache layer per layer index [prelude, coda, core iteration 0, core iteration 1, ...].
 
 Shapes: B batch, T new tokens, S cached tokens, H heads, K head size.
 """
@@ -15,10 +15,10 @@ from recurrent_depth.hf.configuration import RecurrentDepthConfig
 
 
 class CacheLayers:
-    """One forward pass's view of a cache, which keeps every layer as long as the others.
+    """A view of a cache for one forward pass; all layers keep the same length.
 
-    A token that took fewer iterations than another leaves its deepest entry at the deeper layer indices, so a cache can
-    be continued with another number of iterations. (`RecurrentCache` has the same rule.)
+    The last entry of a token is copied to the layer indices of the iterations it did not take, so that a cache can be
+    continued with another number of iterations. (`RecurrentCache` has the same rule.)
     """
 
     def __init__(self, cache: Cache, config: RecurrentDepthConfig) -> None:
@@ -38,28 +38,28 @@ class CacheLayers:
         return self.cache.update(k, v, layer_index)
 
     def _open(self, layer_index: int) -> None:
-        """Add a layer deeper than any before: earlier tokens are seen there by their deepest entries."""
+        """Add a layer for a further iteration, filled with the last entries of the earlier tokens."""
         if not self.grows:
             iterations = (len(self.cache.layers) - self.outer) // self.core
             raise ValueError(
                 f"this cache was made for {iterations} core iterations; make it for more "
-                "(StaticCache takes them from config.num_steps), or use a DynamicCache"
+                "(a StaticCache takes the number from config.num_steps), or use a DynamicCache"
             )
         if self.past:
             shallower = self.cache.layers[layer_index - self.core]
             self.cache.update(shallower.keys[:, :, : self.past], shallower.values[:, :, : self.past], layer_index)
 
     def finish(self, num_steps: int) -> None:
-        """Fill the layers deeper than this pass went."""
+        """Fill the layers of the iterations that this pass did not run."""
         for layer_index in range(self.outer + num_steps * self.core, len(self.cache.layers)):
             self.cache.update(*self.deepest[(layer_index - self.outer) % self.core], layer_index)
 
 
 class PreallocatedLayer(DynamicLayer):
-    """A dynamic layer that writes new tokens in place, where torch.cat would copy all earlier ones.
+    """A dynamic layer that writes new tokens in place; transformers' own layer copies all earlier ones (torch.cat).
 
     Args:
-        capacity: tokens to allocate memory for at once; beyond it the memory grows by half.
+        capacity: tokens to allocate memory for at first; when it is full, the memory grows by half.
     """
 
     def __init__(self, capacity: int = 0) -> None:
@@ -69,7 +69,7 @@ class PreallocatedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store k, v [B, H, T, K]; return all keys and values [B, H, S, K]."""
-        if key_states.requires_grad:  # autograd needs the earlier ones unchanged
+        if key_states.requires_grad:  # autograd needs the earlier keys and values unchanged
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -84,12 +84,12 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def _holds_the_keys(self, memory: Tensor) -> bool:
-        """False after transformers has replaced the keys (beams, a changed batch), or left inference mode."""
+        """Return whether the keys are in `memory`; transformers may have replaced them (beams, another batch)."""
         same_mode = memory.is_inference() == torch.is_inference_mode_enabled()
         return self.keys.data_ptr() == memory.data_ptr() and same_mode
 
     def _move(self, like: Tensor, past: int, end: int) -> Tensor:
-        """Allocate memory for `end` tokens and more, and copy the `past` ones there."""
+        """Allocate memory for at least `end` tokens and copy the `past` ones there."""
         B, H, _, K = like.shape
         self.memory = memory = like.new_empty(2, B, H, max(self.capacity, end + end // 2 if past else end), K)
         if past:
@@ -101,10 +101,10 @@ class PreallocatedLayer(DynamicLayer):
 def make_cache(
     config: RecurrentDepthConfig, num_steps: int, static_length: int | None = None, expected_length: int = 0
 ) -> Cache:
-    """Return an empty cache: for `num_steps` iterations and `static_length` tokens, or one that grows.
+    """Return an empty cache: static for `num_steps` iterations and `static_length` tokens, or one that grows.
 
     Args:
-        expected_length: tokens that a growing cache allocates memory for at once.
+        expected_length: tokens that a growing cache allocates memory for at first.
     """
     if static_length is None:
         cache = DynamicCache()

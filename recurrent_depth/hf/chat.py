@@ -1,15 +1,15 @@
-"""The chat format of Huginn: a template for transformers, and the tokens that end an answer."""
+"""The chat format of Huginn: the chat template for transformers, and the tokens that end an answer."""
 
 from typing import Any
 
 from recurrent_depth.data.chat import CHAT_TEMPLATE, CHAT_TOKENS  # noqa: F401
 
 END_TOKENS = ("<|end_turn|>", "<|end_text|>")
-"""Tokens that end a turn or a document, and so generation."""
+"""Tokens that end a turn or a document. Generation stops at them."""
 
 
 def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Return the ids that end generation: those of the model's generation config, and the tokenizer's own.
+    """Return the ids that end generation, from the model's generation config and from the tokenizer.
 
     Args:
         model: a transformers model, or None.
@@ -25,16 +25,16 @@ def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def set_generation_tokens(model: Any, tokenizer: Any) -> None:
-    """Tell a model, and a tokenizer, where a text ends: eos, bos and pad ids, and the longest input.
+    """Set eos, bos and pad ids of a model and its tokenizer, and the maximum length of the tokenizer.
 
-    So `generate()` stops at the end of a turn. Ids that the generation config names already are kept.
+    `generate()` then stops at the end of a turn. Ids that are already in the generation config are kept.
     """
     if tokenizer is None or getattr(model, "generation_config", None) is None:
         return
     config = model.generation_config
     ends = stop_ids(model, tokenizer)
     config.eos_token_id = list(ends) or None
-    config._from_model_config = False  # transformers 4 derives it anew from config.json otherwise
+    config._from_model_config = False  # otherwise transformers 4 derives it from config.json again
     if config.bos_token_id is None:
         config.bos_token_id = tokenizer.bos_token_id
     if config.pad_token_id is None:

@@ -1,14 +1,14 @@
-"""The training step a fine-tuned model is at; its depth and noise are functions of it."""
+"""The training step and micro-step of a model in fine-tuning, from which depth and noise are sampled."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class DepthClock:
-    """(seed, training step, micro-step), of which depth and noise are functions.
+    """(seed, training step, micro-step), which determine depth and noise of a forward pass.
 
-    A trainer's callback sets them (`recurrent_depth.hf.finetuning.DepthCallback`). Without one, the model counts its
-    own forward passes in training.
+    A callback of the trainer sets them (`recurrent_depth.hf.finetuning.DepthCallback`). Without a callback the model
+    counts its own forward passes in training.
     """
 
     seed: int = 0
@@ -17,7 +17,7 @@ class DepthClock:
     driven: bool = False
 
     def read(self) -> tuple[int, int, int]:
-        """Return (seed, step, micro-step) of the forward pass that starts now."""
+        """Return (seed, training step, micro-step) of the forward pass that starts now."""
         current = self.seed, self.step, self.micro_step
         if not self.driven:
             self.step += 1

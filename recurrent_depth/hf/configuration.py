@@ -17,7 +17,7 @@ _FIXED = {
     "bias": False,
     "test_time_noise": 0,
 }
-"""Fields of a Huginn folder that name parts of the architecture; these values are the ones implemented."""
+"""Fields of a released config.json that select parts of the architecture, with the only values implemented here."""
 
 _DERIVED = (
     "n_layers",
@@ -31,20 +31,20 @@ _DERIVED = (
     "init_orthogonal",
     "test_time_noise_type",
 )
-"""Fields of a Huginn folder that follow from others or do not matter to a loaded model."""
+"""Fields of a released config.json that follow from others or have no effect on a loaded model."""
 
 _NORMS = {"RMSNorm_llama": "rms", "LayerNorm": "layer"}
-"""By the released name of the field, norm_class_name: the norms of `ModelConfig.norm`."""
+"""Value of the released field norm_class_name -> value of `ModelConfig.norm`."""
 
 _SPELLINGS = {"num_attention_heads": "n_heads", "tie_word_embeddings": "tie_embeddings"}
 
 
 class RecurrentDepthConfig(PreTrainedConfig):
-    """Fields of `ModelConfig`, and what a forward pass does unless a call says otherwise.
+    """Fields of `ModelConfig`, and defaults of a forward pass.
 
     Args:
-        num_steps: core iterations, in training too; null: mean_recurrence, and sampled depths in training.
-        state_seed: draw the initial state from (seed, position, channel); null: zeros.
+        num_steps: core iterations, also in training; null: mean_recurrence, and sampled depths in training.
+        state_seed: seed of a random initial state, a function of (seed, position, channel); null: zeros.
     """
 
     model_type = "huginn_raven"
@@ -70,7 +70,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
             if spelling in kwargs:
                 kwargs.setdefault(name, kwargs.pop(spelling))
         if kwargs.pop("num_key_value_heads", None) not in (None, kwargs.get("n_heads")):
-            raise ValueError("config.json asks for grouped key-value heads; only n_heads of them are implemented")
+            raise ValueError("config.json has grouped key-value heads; only n_heads key-value heads are implemented")
         defaults = asdict(ModelConfig())
         for field in fields(ModelConfig):
             setattr(self, field.name, kwargs.pop(field.name, defaults[field.name]))
@@ -83,7 +83,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
 
     @property
     def norm(self) -> str:
-        """`ModelConfig.norm`, kept under the released name of the field."""
+        """`ModelConfig.norm`; config.json stores it under its released name, norm_class_name."""
         return _NORMS[self.norm_class_name]
 
     @norm.setter
@@ -92,15 +92,15 @@ class RecurrentDepthConfig(PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Layers a token passes: caches are sized by it."""
+        """Number of unrolled layers; transformers sizes caches by it."""
         return self.to_model_config().unrolled_layers(self.num_steps or self.mean_recurrence)
 
     @num_hidden_layers.setter
     def num_hidden_layers(self, value: int) -> None:
-        """Derived; a stored value is ignored."""
+        """Ignore a stored value: the number is derived from the other fields."""
 
     def released_fields(self) -> dict[str, Any]:
-        """The fields of a released config.json that ours leaves out because others give them."""
+        """Return the fields of a released config.json that this class derives from others and does not store."""
         c = self.to_model_config()
         return {
             "n_layers": c.unrolled_layers(1),
@@ -120,9 +120,9 @@ class RecurrentDepthConfig(PreTrainedConfig):
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return what config.json holds: every field of a released folder, where there are two spellings the released.
+        """Return the content of config.json: every field of a released folder, under its released name.
 
-        The released class passes `tie_word_embeddings` on from `tie_embeddings`; a file with both does not load there.
+        `tie_word_embeddings` is left out: the released class sets it from `tie_embeddings` and fails if both are given.
         """
         values = super().to_diff_dict() | self.released_fields()
         values.pop("tie_word_embeddings", None)
@@ -132,10 +132,10 @@ class RecurrentDepthConfig(PreTrainedConfig):
         return values
 
     def to_model_config(self) -> ModelConfig:
-        """The architecture alone."""
+        """Return the architecture as a `ModelConfig`."""
         return ModelConfig(**{field.name: getattr(self, field.name) for field in fields(ModelConfig)})
 
     @classmethod
     def from_model_config(cls, config: ModelConfig, **more: Any) -> "RecurrentDepthConfig":
-        """The other way."""
+        """Return the transformers configuration of an architecture; `more` sets further fields."""
         return cls(**asdict(config), **more)

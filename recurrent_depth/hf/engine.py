@@ -1,4 +1,4 @@
-"""The decoding engine behind transformers' `generate()`, lm-eval and the command line.
+"""The decoding engine for transformers' `generate()`, lm-eval and the command line.
 
     model.generate(**inputs, custom_generate=Engine(EngineOptions(exit="kl")), use_cache=False, max_new_tokens=64)
 
@@ -17,20 +17,20 @@ from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.exits import exit_rule
 from recurrent_depth.generation.forcing import ThinkingBudget
 from recurrent_depth.generation.request import Decoded, Decoding, OnToken
-from recurrent_depth.generation.text import StopStrings, cut
+from recurrent_depth.generation.text import StopStrings, truncate_at
 from recurrent_depth.hf.forcing import thinking_budget
 from recurrent_depth.model.recurrence import split_steps
 
 
 def decoding(options: EngineOptions, tokenizer: Any = None, **changes: Any) -> Decoding:
-    """Return the options of a call of the engine.
+    """Return the `Decoding` options for engine options.
 
     Args:
-        tokenizer: turns the texts of a thinking part into ids; needed where there is one.
+        tokenizer: converts the delimiters of thinking to ids; needed with `options.thinking`.
         changes: further fields of `Decoding` (max_new_tokens, temperature, stop, ...).
     """
     if options.thinking is not None and tokenizer is None:
-        raise ValueError("thinking has delimiters as texts; pass tokenizer=")
+        raise ValueError("thinking is given without a tokenizer for its delimiters; pass tokenizer=")
     fields = {
         "num_steps": options.num_steps,
         "min_steps": options.min_steps,
@@ -46,13 +46,13 @@ def decoding(options: EngineOptions, tokenizer: Any = None, **changes: Any) -> D
 
 
 class Engine:
-    """A `custom_generate` for transformers: the engine's modes, with `generate`'s prompts, sampling and stopping.
+    """A `custom_generate` for transformers: the modes of the engine, with prompts, sampling and stopping of `generate`.
 
-    Afterwards `result` holds what the last call took (steps, FLOPs, cache bytes). `generate` need not make a cache of
-    its own: pass use_cache=False. Not honoured, and refused: beams, several sequences, logits processors. Stream with
-    `on_token`, called with (request, token): transformers does not hand a streamer on to a custom_generate.
+    After a call `result` holds the `Decoded` (iterations, FLOPs, cache bytes). Pass use_cache=False, so that `generate`
+    does not allocate a second cache. Beams, several sequences and logits processors are refused. For streaming use
+    `on_token`, called with (request, token): transformers does not pass a streamer to a custom_generate.
 
-    One object serves many calls: while the model is the same, its `Decoder` keeps memory and captured graphs.
+    Reuse the object for many calls: as long as the model is the same, its `Decoder` keeps memory and captured graphs.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Engine:
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Tensor:
-        """Continue input_ids [B, T], padded on the left; returns them with the new tokens, padded on the right."""
+        """Continue input_ids [B, T], padded on the left; return them with the new tokens, padded on the right."""
         _refuse(generation_config, logits_processor, model_kwargs.get("state_seed"))
         sampling = {}
         if generation_config.do_sample:
@@ -90,15 +90,15 @@ class Engine:
         )
         if self.decoder is None or self.decoder.model is not model:
             self.decoder = Decoder(model, self.options.mode())
-        on_token = _Listening(input_ids, stopping_criteria, self.on_token)
+        on_token = _StoppingCriteria(input_ids, stopping_criteria, self.on_token)
         prompts = unpadded(input_ids, model_kwargs.get("attention_mask"))
         self.result = self.decoder.generate(prompts, options, on_token=on_token)
         pad = generation_config.pad_token_id
         return joined(input_ids, self.result.tokens, 0 if pad is None else int(pad))
 
 
-class _Listening:
-    """transformers' stopping criteria, asked token by token."""
+class _StoppingCriteria:
+    """Check the stopping criteria of transformers after every token."""
 
     def __init__(self, input_ids: Tensor, criteria: Any, then: OnToken | None) -> None:
         self.ids = [ids[None] for ids in input_ids]
@@ -113,39 +113,39 @@ class _Listening:
 
 def _refuse(config: Any, processors: Any, state_seed: int | None) -> None:
     if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
-        raise ValueError("the engine decodes one sequence a prompt; use num_beams=1 and num_return_sequences=1")
+        raise ValueError("the engine decodes one sequence per prompt; use num_beams=1 and num_return_sequences=1")
     known = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
     others = [type(processor).__name__ for processor in processors if not isinstance(processor, known)]
     if others:
         raise ValueError(f"the engine does not apply {', '.join(others)}; leave the option out or decode without it")
     if state_seed is not None:
-        raise ValueError("the engine starts from zeros; leave state_seed out")
+        raise ValueError("the engine starts from a zero state; leave state_seed out")
 
 
 def unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
-    """Prompts of a batch [B, T] without their padding."""
+    """Return the prompts of a batch [B, T] without their padding."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     return [ids[kept.bool()].tolist() for ids, kept in zip(input_ids, mask, strict=True)]
 
 
 def joined(input_ids: Tensor, tokens: list[list[int]], pad: int) -> Tensor:
-    """Prompts [B, T] and what was written behind them, padded on the right."""
+    """Return the prompts [B, T] followed by the written tokens, padded on the right."""
     longest = max(map(len, tokens))
     new = torch.tensor([[*written, *[pad] * (longest - len(written))] for written in tokens], device=input_ids.device)
     return torch.cat([input_ids, new], dim=1)
 
 
 def stop_at(tokenizer: Any, stops: Sequence[str], options: Decoding, on_token: OnToken | None = None) -> StopStrings:
-    """Return an `on_token` that ends requests at one of the texts `stops`, behind the thinking part if there is one."""
+    """Return an `on_token` that ends requests at one of the texts `stops`, after the thinking part if there is one."""
     return StopStrings(tokenizer.decode, stops, _end_of_thinking(options), on_token)
 
 
 def text_of(tokenizer: Any, tokens: list[int], options: Decoding, stops: Sequence[str]) -> str:
-    """What a request wrote, without special tokens, up to the first of the texts `stops`."""
+    """Return the text of a request without special tokens, up to the first of the texts `stops`."""
     after = _end_of_thinking(options)
     begin = 0 if after is None else tokens.index(after) + 1 if after in tokens else len(tokens)
     thoughts, answer = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (tokens[:begin], tokens[begin:]))
-    return thoughts + cut(answer, stops)
+    return thoughts + truncate_at(answer, stops)
 
 
 def _end_of_thinking(options: Decoding) -> int | None:

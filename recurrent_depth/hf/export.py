@@ -1,4 +1,4 @@
-"""`recurrent-depth export`: a folder that transformers loads, with our package or without it."""
+"""`recurrent-depth export`: write a folder that transformers loads, with or without this package."""
 
 import json
 import os
@@ -20,7 +20,7 @@ _TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 def export(config: ExportConfig) -> Path:
-    """Write the folder, load it again with the code it carries, compare logits. It is there whole or not at all."""
+    """Write the folder, and check its logits by loading it with the code it carries. Nothing is left after an error."""
     out = Path(config.out)
     check_new_folder(config.out)
     evaluation = _evaluation_lines(config.results)
@@ -34,10 +34,10 @@ def export(config: ExportConfig) -> Path:
             tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(model_card(config, model, evaluation), encoding="utf-8")
         difference = largest_difference(folder, model)
-        if not difference <= _TOLERANCE[config.dtype]:  # NaN is a difference as well
+        if not difference <= _TOLERANCE[config.dtype]:  # true for NaN as well
             raise ModelError(
-                f"the exported folder gives other logits than {config.model} (relative difference {difference:.1e}); "
-                "nothing was written; please report this with your versions"
+                f"the logits of the exported folder differ from those of {config.model} (relative difference "
+                f"{difference:.1e}); nothing was written. Please report this with your versions"
             )
         _make_readable(folder)
     print(f"{out}: {model.num_parameters():,} parameters; logits differ by {difference:.1e} of their largest")
@@ -46,7 +46,7 @@ def export(config: ExportConfig) -> Path:
 
 @torch.no_grad()
 def largest_difference(folder: Path, model: RecurrentDepthForCausalLM) -> float:
-    """How far the folder's logits, by its own code, are from the model's, relative to their largest."""
+    """Return the largest difference between the logits of folder and model, relative to the largest logit."""
     shipped = get_class_from_dynamic_module(AUTO_MAP["AutoModelForCausalLM"], str(folder))
     exported = shipped.from_pretrained(folder, dtype=model.dtype).eval()
     tokens = min(32, exported.config.block_size)
@@ -60,7 +60,7 @@ def largest_difference(folder: Path, model: RecurrentDepthForCausalLM) -> float:
 
 
 def _make_readable(folder: Path) -> None:
-    """Give every file the mode of a new one; safetensors writes them for the owner alone."""
+    """Give every file the mode of a new file; safetensors writes files that only the owner can read."""
     mask = os.umask(0)
     os.umask(mask)
     for file in folder.iterdir():
@@ -68,7 +68,7 @@ def _make_readable(folder: Path) -> None:
 
 
 def model_card(config: ExportConfig, model: RecurrentDepthForCausalLM, evaluation: list[str]) -> str:
-    """README.md of an export: what it is, what it was trained on, at which depths, how it did."""
+    """Return README.md of an export: architecture, training, how to load it, and evaluation."""
     c = model.config
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [recurrent-depth]", "---",
@@ -116,7 +116,7 @@ def _training_lines(source: str) -> list[str]:
 
 
 def _evaluation_lines(results: str | None) -> list[str]:
-    """A table with a row per measured series and a column per num_steps, from the results.json of an evaluation."""
+    """Return the table of a results.json, with the versions it was measured with."""
     if results is None:
         return ["Not evaluated."]
     try:

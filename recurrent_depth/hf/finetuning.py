@@ -1,4 +1,4 @@
-"""Fine-tuning with transformers' Trainer and what builds on it (TRL, PEFT)."""
+"""Helpers for fine-tuning with the Trainer of transformers and libraries that build on it (TRL, PEFT)."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from recurrent_depth.hf.modeling import RecurrentDepthForCausalLM
 
 
 class DepthCallback(TrainerCallback):
-    """Make depth and noise functions of (seed, training step, micro-step), so that a resumed run repeats them.
+    """Make depth and noise functions of (seed, training step, micro-step), so that a resumed run uses the same ones.
 
     Pass it to any Trainer: `Trainer(..., callbacks=[DepthCallback()])`. Without it the model counts its own training
-    passes from zero. A fixed depth needs no callback: set `model.config.num_steps`.
+    passes from zero. For a fixed depth no callback is needed: set `model.config.num_steps`.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,9 @@ class DepthCallback(TrainerCallback):
     ) -> None:
         inner = [m for m in (model.modules() if model is not None else ()) if isinstance(m, RecurrentDepthForCausalLM)]
         if not inner:
-            raise ValueError("DepthCallback found no RecurrentDepthForCausalLM in the Trainer's model; remove it")
+            raise ValueError(
+                "DepthCallback found no RecurrentDepthForCausalLM in the model of the Trainer; remove the callback"
+            )
         self.clock = inner[0].clock
         self.clock.seed, self.clock.driven = args.seed, True
 
@@ -40,10 +42,10 @@ class DepthCallback(TrainerCallback):
 
 
 def fix_depth(model: RecurrentDepthForCausalLM, num_steps: int) -> None:
-    """Make training passes take `num_steps` iterations from a zero state, as passes without gradient do.
+    """Set the model to `num_steps` iterations from a zero state in training, as in passes without gradient.
 
-    For reinforcement learning: sampled depths and initial states would give the tokens of a rollout other
-    log-probabilities in the update than in the rollout, and the model a divergence from itself. The last
+    Use it for reinforcement learning: with sampled depths and initial states, the log-probabilities of a rollout would
+    differ between rollout and update, and the KL divergence of the model from itself would not be zero. The last
     mean_backprop_depth iterations carry gradient.
     """
     check_at_least("num_steps", num_steps, 1)

@@ -1,4 +1,4 @@
-"""Budget forcing on texts, and inside transformers' `generate()` (s1, arXiv 2501.19393).
+"""Budget forcing with texts as delimiters, and inside the `generate()` of transformers (s1, arXiv 2501.19393).
 
 Shapes: B requests, L tokens so far, V vocabulary.
 """
@@ -16,7 +16,7 @@ from recurrent_depth.generation.request import Decoding, draw, per_request
 
 
 def thinking_budget(thinking: Thinking, tokenizer: Any) -> ThinkingBudget:
-    """Return the budget with its delimiters as ids of a tokenizer."""
+    """Return the budget with its delimiters converted to ids."""
     begin, end = (_delimiter(tokenizer, getattr(thinking, name), name) for name in ("begin", "end"))
     wait = tuple(tokenizer(thinking.wait, add_special_tokens=False)["input_ids"])
     limits = {"at_most": thinking.at_most, "at_least": thinking.at_least, "rounds": thinking.rounds}
@@ -34,20 +34,21 @@ def _delimiter(tokenizer: Any, text: str, name: str) -> int:
 
 
 class BudgetForcing(LogitsProcessor):
-    """Keeps every request of a `generate()` call within its budget of thinking tokens.
+    """Keep every request of a `generate()` call within its thinking budget.
 
         model.generate(**inputs, logits_processor=[BudgetForcing(budget)], max_new_tokens=512)
 
-    It draws the tokens itself (what is written depends on what the model *would* have written), from the logits as
-    they come, and leaves `generate` no choice: so a temperature is given here and not there. The draws are those of
-    the decoding engine, named by (seed, row, position). For sampling and greedy search, in batches padded on the left;
-    beam search and assisted decoding, which reorder rows or try several tokens, are refused. One object a call.
+    It draws the tokens itself, because the token to write depends on the token that the model would have written, and
+    masks all others. Sampling options are therefore given here and not to `generate`. The draws equal those of the
+    decoding engine, a function of (seed, row, position). It supports sampling and greedy search in batches padded on
+    the left; beam search and assisted decoding, which reorder rows or try several tokens, are refused. Use a new object
+    for every call.
 
     Args:
-        budgets: one for all requests or one a request (None: no budget for that one).
-        temperature, top_k, top_p, seed: of sampling; temperature 0 takes the likeliest token.
-        stop: ids that end a request; while it thinks they count as an end of thinking.
-        attention_mask: [B, L] of the prompts, where they are padded; without it, padding counts as position.
+        budgets: one for all requests, or one per request (None: no budget for that request).
+        temperature, top_k, top_p, seed: of sampling; temperature 0 takes the most probable token.
+        stop: ids that end a request; during thinking they count as the end of thinking.
+        attention_mask: [B, L] of the prompts, if they are padded; without it, padding counts as positions.
     """
 
     supports_continuous_batching = False
@@ -66,26 +67,26 @@ class BudgetForcing(LogitsProcessor):
         self.budgets, self.stop, self.attention_mask = budgets, tuple(stop), attention_mask
         self.sampling = Decoding(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         self.requests: list[Forcing | None] = []
-        self.seen: Tensor | None = None  # [B, L] of the last call, and what it was told to append
-        self.told: Tensor | None = None  # [B]
-        self.padded: dict[int, int] = {}  # rows that `generate` has ended, and what it pads them with
+        self.seen: Tensor | None = None  # [B, L], input_ids of the last call
+        self.chosen: Tensor | None = None  # [B], the tokens chosen in the last call
+        self.padded: dict[int, int] = {}  # finished row -> the token it is padded with
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids [B, L], scores [B, V] -> scores that allow one token a row."""
+        """Return scores [B, V] that allow exactly one token per row."""
         if self.seen is None:
             self._start(input_ids, scores)
-        elif not self._goes_on(input_ids):
+        elif not self._continues(input_ids):
             raise ValueError(_NO_BEAMS)
         names = torch.arange(len(input_ids), device=scores.device)
         tokens = draw(scores, self.sampling, names, (input_ids.shape[1] - self.padding).to(scores.device))
         for row, request in enumerate(self.requests):
             if request is not None:
                 tokens[row] = request.choose(int(tokens[row]))
-        self.seen, self.told = input_ids, tokens.to(input_ids)
+        self.seen, self.chosen = input_ids, tokens.to(input_ids)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
     def _start(self, input_ids: Tensor, scores: Tensor) -> None:
-        if bool((scores.logsumexp(-1).abs() < 1e-5).all()):  # beam search alone passes log probabilities
+        if bool((scores.logsumexp(-1).abs() < 1e-5).all()):  # only beam search passes log probabilities
             raise ValueError(_NO_BEAMS)
         B, width = input_ids.shape
         mask = torch.ones_like(input_ids) if self.attention_mask is None else self.attention_mask
@@ -99,20 +100,20 @@ class BudgetForcing(LogitsProcessor):
             None if b is None else Forcing(b, prompt, self.stop) for b, prompt in zip(budgets, prompts, strict=True)
         ]
 
-    def _goes_on(self, input_ids: Tensor) -> bool:
-        """Whether every row holds what it was told to append, or padding since it ended."""
+    def _continues(self, input_ids: Tensor) -> bool:
+        """Return whether every row continues with the token chosen in the last call, or with padding if it ended."""
         assert self.seen is not None
-        assert self.told is not None
+        assert self.chosen is not None
         if input_ids.shape[1] != self.seen.shape[1] + 1 or not torch.equal(input_ids[:, :-1], self.seen):
             return False
         last = input_ids[:, -1]
-        for row in (last != self.told).nonzero()[:, 0].tolist():
+        for row in (last != self.chosen).nonzero()[:, 0].tolist():
             if self.padded.setdefault(row, int(last[row])) != int(last[row]):
                 return False
         return True
 
 
 _NO_BEAMS = (
-    "budget forcing cannot follow beam search or assisted decoding, where rows are reordered or tried; "
-    "use num_beams=1 and no assistant, and a new BudgetForcing for every call of generate"
+    "budget forcing does not support beam search or assisted decoding, and an object serves one call of generate; "
+    "use num_beams=1, no assistant, and a new BudgetForcing for every call"
 )

@@ -1,6 +1,6 @@
-"""A model and its tokenizer from what a user names: a run, a checkpoint, an export, a Hugging Face folder, a hub name.
+"""Load a model and its tokenizer from a run, a checkpoint, an export, a Hugging Face folder or a hub name.
 
-Weights are read from safetensors alone, never from a pickle.
+Weights are read only from safetensors, never from a pickle.
 """
 
 import re
@@ -29,11 +29,11 @@ from recurrent_depth.runs import CheckpointError, is_run, load_run_model, run_to
 T = TypeVar("T")
 _HUB_SECONDS = 5
 _OPTIONAL = re.compile(r"qk_bias$|^freqs_cis$")
-"""Tensors that a folder may lack: a bias that is zero, and the rotary table, which follows from the configuration."""
+"""Tensors that a folder may lack: the bias of q and k (zero then), and the rotary table (computed)."""
 
 
 class ModelError(ValueError):
-    """A model that cannot be loaded; the message names the cause and what to do."""
+    """A model that cannot be loaded; the message names the cause and the fix."""
 
 
 def load_model(
@@ -42,16 +42,16 @@ def load_model(
     device: str | torch.device = "cpu",
     kernels: Kernels = "auto",
 ) -> tuple[RecurrentDepthForCausalLM, Any]:
-    """Return the model, in evaluation mode, and its tokenizer (None where the folder has none).
+    """Return a model in evaluation mode and its tokenizer (None if the folder has none).
 
     Args:
         path: run folder, checkpoint, export, Hugging Face folder or hub name.
-        dtype: of the weights; None: float32.
+        dtype: dtype of the weights; None: float32.
         device: auto, cpu, cuda or cuda:N.
         kernels: implementation of the element-wise operations: auto, triton, torch.
 
     Raises:
-        ModelError: if there is no such model, or it is damaged; the message names the file and what to do.
+        ModelError: if the model does not exist or is damaged; the message names the file and the fix.
         CheckpointError: the same for a run.
     """
     chosen = choose_device(str(device))
@@ -65,14 +65,14 @@ def load_model(
         tokenizer = _load_tokenizer(path, options)
     _check_vocabulary(path, model, tokenizer)
     model = model.to(device=chosen, dtype=dtype).eval()
-    if isinstance(model, RecurrentDepthForCausalLM):  # difficulty of questions is measured with any model
+    if isinstance(model, RecurrentDepthForCausalLM):  # dense models are allowed, to measure difficulty with them
         set_generation_tokens(model, tokenizer)
         model.set_kernels(kernels)
     return model, tokenizer
 
 
 def wrap(model: RecurrentDepthModel) -> RecurrentDepthForCausalLM:
-    """The transformers class around the very modules of a training model."""
+    """Return the transformers class around the modules of a training model, without a copy."""
     with torch.device("meta"):
         wrapped = RecurrentDepthForCausalLM(RecurrentDepthConfig.from_model_config(model.config))
     wrapped.transformer, wrapped.lm_head = model.transformer, model.lm_head
@@ -93,32 +93,33 @@ def fast_tokenizer(file: Path | None) -> Any:
     tokenizer.add_special_tokens({role: token for role, token in names.items() if token in known})
     if all(token in known for token in CHAT_TOKENS):
         tokenizer.chat_template = CHAT_TEMPLATE
-    if tokenizer.eos_token is None:  # generated tasks have padding only; lm-eval wants an end of text
+    if tokenizer.eos_token is None:  # tokenizers of generated tasks have padding only; lm-eval needs an end of text
         tokenizer.eos_token = tokenizer.pad_token
     return tokenizer
 
 
 def _where(path: str | Path) -> dict[str, Any]:
-    """Options of `from_pretrained` for a folder or hub name, once it is known to be there.
+    """Return the options of `from_pretrained` for a folder or hub name, after checking that it exists.
 
-    One short request tells whether the hub has the model; `from_pretrained` itself would try for over a minute.
+    One short request shows whether the hub has the model; `from_pretrained` would retry for over a minute.
     """
     name = str(path)
     check_folder_or_hub_name(name)
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
             raise ModelError(
-                f"model: {name} holds neither config.json nor checkpoints; name a run, a checkpoint, an export or a "
+                f"model: {name} holds neither config.json nor checkpoints; give a run, a checkpoint, an export or a "
                 "Hugging Face folder"
             )
         return {"local_files_only": True}
     try:
         HfApi().model_info(name, timeout=_HUB_SECONDS)
-    except Exception as error:  # offline, unreachable or unknown: each library version has its own classes for it
+    except Exception as error:  # offline, unreachable or unknown: the classes differ between library versions
         if in_hub_cache(name):
             return {"local_files_only": True}
         raise ModelError(
-            f"model: there is no folder {name!r}; as a hub name it cannot be loaded either ({_first_line(error)})"
+            f"model: there is no folder {name!r}, and it cannot be loaded from the hub ({_first_line(error)}); correct "
+            "the path or the name"
         ) from error
     return {}
 
@@ -147,8 +148,8 @@ def _load_weights(path: str | Path, dtype: torch.dtype, options: dict[str, Any])
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 raise ModelError(
-                    f"model: the weights of {path} {kind} {', '.join(names[:3])}{more}; config.json and weights do "
-                    "not belong together, take both from one folder"
+                    f"model: the weights of {path} {kind} {', '.join(names[:3])}{more}; config.json and weights are of "
+                    "different models, take both from one folder"
                 )
     return model
 
@@ -167,7 +168,7 @@ def _load_tokenizer(path: str | Path, options: dict[str, Any]) -> Any:
 
 
 def _check_vocabulary(path: str | Path, model: Any, tokenizer: Any) -> None:
-    """Raise if the tokenizer has ids for which the model has no embedding."""
+    """Raise if the model has no embedding for some ids of the tokenizer."""
     if tokenizer is None:
         return
     rows, largest = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
@@ -179,7 +180,7 @@ def _check_vocabulary(path: str | Path, model: Any, tokenizer: Any) -> None:
 
 
 def _explained(message: str, load: Callable[[], T]) -> T:
-    """Return load(); what the libraries raise for a damaged file becomes a ModelError that starts with `message`."""
+    """Return load(); turn an error of the libraries into a ModelError that starts with `message`."""
     try:
         return load()
     except CheckpointError:

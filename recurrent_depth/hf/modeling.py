@@ -1,4 +1,4 @@
-"""The transformers class: the same modules that training uses, with transformers' masks, caches and generation.
+"""The transformers class: the modules of the training model, with masks, caches and generation of transformers.
 
 Shapes: B batch, T tokens, D width, V vocabulary.
 """
@@ -32,9 +32,9 @@ from recurrent_depth.model.transformer import Transformer, initial_value
 
 @dataclass
 class RecurrentDepthOutput(CausalLMOutputWithPast):
-    """With `last_state` [B, T, D], before ln_f, and `latent_states`, ln_f of it.
+    """The output with `last_state` [B, T, D], before ln_f, and `latent_states`, after ln_f.
 
-    (A field called `state` would be taken for a cache by transformers' beam search.)
+    There is no field `state`: beam search of transformers would take it for a cache.
     """
 
     last_state: Tensor | None = None
@@ -64,8 +64,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     gradient_checkpointing = False
     freqs_cis: Tensor
     write_code: ClassVar[Callable[[Any, Path], None] | None] = None
-    """Writes the modelling code into a saved folder. `recurrent_depth.hf` sets it; for the copy of this code that such
-    a folder carries, transformers copies the files itself."""
+    """Function that writes the modelling code into a saved folder; set by `recurrent_depth.hf`. In the copy of this
+    code in an exported folder it is not set: there transformers copies the files itself."""
 
     def __init__(self, config: RecurrentDepthConfig) -> None:
         super().__init__(config)
@@ -79,14 +79,14 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def base_model(self) -> Callable[..., "BackboneOutput"]:
-        """Everything before the head, with the arguments of `forward`; libraries with their own head (TRL) call it."""
+        """The model without the head, with the arguments of `forward`, for libraries with their own head (TRL)."""
         return self.backbone
 
     def set_kernels(self, kernels: Kernels, released_rounding: bool = False) -> None:
-        """Choose who computes the element-wise operations, for the device the model is on now.
+        """Choose the implementation of the element-wise operations, for the current device of the model.
 
         Args:
-            kernels: `triton` (fused kernels), `torch` (what a new model has), `auto` (triton on a GPU).
+            kernels: `triton` (fused kernels), `torch` (the default of a new model), `auto` (triton on a GPU).
             released_rounding: in bfloat16, round inside the norms as the released code does.
         """
         use_ops(self, choose_ops(kernels, self.device, released_rounding))
@@ -107,7 +107,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initial values of parameters that a folder does not hold."""
+        """Initialise parameters that a folder does not hold."""
         if module is self:
             init.copy_(self.freqs_cis, rotary_table(self.model_config))
         prefix = next((name for name, m in self.named_modules() if m is module), "")
@@ -137,14 +137,15 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         """Run the model.
 
         Args:
-            num_steps: core iterations, an int (all carry gradient) or (without, with) gradient. Default: the config's
-                num_steps, of which the last mean_backprop_depth carry gradient in training. Where the config has none:
-                in training a sampled depth (see `DepthClock`), otherwise mean_recurrence.
-            input_states: initial state [B, T, D]; default: in training the config's state_init, otherwise zeros.
-                Training means training mode with gradients enabled; under no_grad a pass is deterministic.
-            state_seed: draw the initial state from (seed, position, channel) instead; default: the config's.
+            num_steps: core iterations, an int (all carry gradient) or (without, with) gradient. Default:
+                config.num_steps, of which the last mean_backprop_depth carry gradient in training. If that is None: a
+                sampled depth in training (see `DepthClock`), otherwise mean_recurrence.
+            input_states: initial state [B, T, D]; default: config.state_init in training, otherwise zeros. Training
+                means training mode with gradients enabled; under no_grad a pass is deterministic.
+            state_seed: seed of a random initial state, a function of (seed, position, channel); default:
+                config.state_seed.
             output_hidden_states: return the embeddings and the output of every layer in the order of computation,
-                1 + unrolled layers tensors [B, T, D]; `core_states` arranges them by (step, layer).
+                1 + unrolled layers tensors [B, T, D]; `core_states` arranges them by (iteration, layer).
         """
         backbone = self.backbone(
             input_ids,
@@ -189,9 +190,9 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         state_seed: int | None = None,
         **kwargs: Any,
     ) -> "BackboneOutput":
-        """Everything before the head; arguments as in `forward`."""
+        """Run everything before the head; arguments as in `forward`."""
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+            raise ValueError("both or neither of input_ids and inputs_embeds were given; pass exactly one of them")
         x = inputs_embeds if input_ids is None else self.transformer.embed(input_ids)
         assert x is not None
         if use_cache and past_key_values is None and not self.training:
@@ -213,9 +214,9 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         return BackboneOutput(hidden, past_key_values, recorded, last_state=state)
 
     def core_states(self, hidden_states: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-        """Outputs of the core's layers by step: result[i][j] [B, T, D] is layer j of step i + 1.
+        """Return the outputs of the core's layers: result[i][j] [B, T, D] is layer j of iteration i, from 0.
 
-        The state after step i + 1 is the last layer's, result[i][-1].
+        The state after iteration i is result[i][-1].
         """
         first = 1 + self.config.n_layers_in_prelude
         core = hidden_states[first : len(hidden_states) - self.config.n_layers_in_coda]
@@ -225,7 +226,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     def decode_state(
         self, state: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
-        """Logits [B, T, V] that the coda reads off a state [B, T, D] of any step (before ln_f, whole sequences)."""
+        """Return the logits [B, T, V] for a state [B, T, D] after any iteration (before ln_f, whole sequences)."""
         position_ids = self._positions(state, None, attention_mask, position_ids)
         mask = self._mask(state, attention_mask, None, position_ids)
         hidden = self.transformer.run_coda(
@@ -243,7 +244,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def _positions(self, x: Tensor, layers: CacheLayers | None, mask: Tensor | None, given: Tensor | None) -> Tensor:
-        """Position ids [B or 1, T]: as given, else counted in the mask, else counted on from the cache."""
+        """Return position ids [B or 1, T]: as given, else counted over the mask, else continued from the cache."""
         T = x.shape[1]
         past = 0 if layers is None else layers.past
         if given is not None:
@@ -263,10 +264,10 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     def _depth_and_state(
         self, x: Tensor, positions: Tensor, steps: NumSteps | None, state: Tensor | None, state_seed: int | None
     ) -> tuple[NumSteps, Tensor]:
-        """How many iterations this pass takes, and the state [B, T, D] it starts from.
+        """Return the number of iterations and the initial state [B, T, D] of this pass.
 
-        A pass without gradient is deterministic in training mode as well: trainers generate and compute reference
-        log-probabilities there.
+        A pass without gradient is deterministic in training mode too, because trainers use it to generate and to
+        compute reference log-probabilities.
         """
         training = self.training and torch.is_grad_enabled()
         seed, step, micro_step = self.clock.read() if training else (0, 0, 0)
@@ -290,7 +291,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         return self.config.mean_recurrence if self.config.num_steps is None else self.config.num_steps
 
     def _training_depth(self, seed: int, step: int, micro_step: int) -> NumSteps:
-        """Sampled, or the config's num_steps; the last mean_backprop_depth iterations carry gradient."""
+        """Return config.num_steps or a sampled depth; the last mean_backprop_depth iterations carry gradient."""
         if self.config.num_steps is None:
             return sample_depth(self.model_config, seed=seed, step=step, micro_step=micro_step)
         total, k = self.config.num_steps, self.config.mean_backprop_depth
@@ -298,12 +299,12 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         return total - with_gradient, with_gradient
 
     def _attention(self, mask: Any, layers: CacheLayers | None, kwargs: dict[str, Any]) -> AttentionFunction:
-        """transformers' attention function and cache, in the form the blocks call."""
+        """Return the attention function of transformers, with its cache, in the form that blocks call."""
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         scaling = self.model_config.head_dim**-0.5
 
         def attend(q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
-            self.layer_idx = layer_index  # paged attention reads it
+            self.layer_idx = layer_index  # read by paged attention
             if layers is not None:
                 k, v = layers.update(k, v, layer_index)
             y, _ = function(self, q, k, v, mask, scaling=scaling, dropout=0.0, **kwargs)
@@ -312,7 +313,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         return on_heads(attend)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """transformers' inputs, with the number of steps and the seed of the state of the generation config."""
+        """Return the inputs of transformers, with num_steps and state_seed of the generation config."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         for name in ("num_steps", "state_seed"):
             value = kwargs.get(name, getattr(self.generation_config, name, None))
@@ -321,7 +322,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         return inputs
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
-        """Caches of as many layers as this call takes steps, whatever the configuration says."""
+        """Make a cache with the layers of the iterations of this call, which may differ from the configuration."""
         for name in ("num_steps", "state_seed"):
             if model_kwargs.get(name) is None and getattr(generation_config, name, None) is not None:
                 model_kwargs[name] = getattr(generation_config, name)
@@ -338,12 +339,12 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
-        """Recompute the core's blocks in the backward pass; depth and noise are drawn outside of them."""
+        """Recompute the core's blocks in the backward pass. Depth and noise are drawn outside of them."""
         self.gradient_checkpointing = enable
         self.transformer.core_block.activation_checkpointing = "block" if enable else "none"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RecurrentDepthForCausalLM":
-        """Moves the rotary table with the model, but never rounds it."""
+        """Move the rotary table with the model, but never change its dtype."""
         table = self.freqs_cis
         super()._apply(fn, recurse)
         if self.freqs_cis.dtype != table.dtype:
@@ -353,7 +354,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 
 @contextmanager
 def _recorded(transformer: Transformer, x: Tensor, wanted: bool) -> Iterator[list[Tensor]]:
-    """Collects x and the output of every block that runs meanwhile."""
+    """Yield a list that collects x and the output of every block that runs inside the context."""
     outputs = [x]
     blocks = [*transformer.prelude, *transformer.core_block, *transformer.coda] if wanted else []
     hooks = [block.register_forward_hook(lambda module, args, y: outputs.append(y)) for block in blocks]
@@ -367,7 +368,7 @@ def _recorded(transformer: Transformer, x: Tensor, wanted: bool) -> Iterator[lis
 def eager_attention(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """Attention by hand, for `attn_implementation="eager"`: returns [B, T, H, K] and the weights [B, H, T, S]."""
+    """Compute attention for `attn_implementation="eager"`; return [B, T, H, K] and the weights [B, H, T, S]."""
     scores = q @ k.transpose(-1, -2) * scaling
     if mask is not None:
         scores = scores + mask

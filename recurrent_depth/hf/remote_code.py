@@ -1,4 +1,4 @@
-"""The copy of the model's code that a saved folder carries, so that it loads where this package is absent."""
+"""Write a copy of the model's code into a saved folder, so that it loads without this package."""
 
 import re
 import shutil
@@ -16,14 +16,14 @@ _CODE = {
     "model": ("attention", "config", "layers", "loss", "ops", "random", "recurrence", "transformer"),
     "hf": ("caches", "clock", "configuration", "modeling"),
 }
-"""The files of a copy, by the part of this package they come from."""
+"""The files to copy, by package."""
 
 _BELOW = {"config": "ModelConfig", "random": "philox"}
-"""Files (and a name in each) that modeling.py imports through others only; older transformers copy no such file."""
+"""Files (and a name in each) that modeling.py imports only indirectly; older transformers do not copy such files."""
 
 
 def write_code(model: RecurrentDepthForCausalLM, folder: Path) -> None:
-    """Write a flat copy of the code into `folder`, and where it is into the model's configuration."""
+    """Write a flat copy of the code into `folder`, and its location into the model's configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     package = Path(recurrent_depth.__file__).parent
     for part, names in _CODE.items():

@@ -1,8 +1,8 @@
-"""Which tokens see which: the attention functions of a forward pass.
+"""The attention functions of a forward pass: causal, padded, and within packed documents.
 
-A block calls `attention(projection, layer_index)` and knows nothing of masks or caches. The layer index names the
-layer's place in a cache: [prelude, coda, core iteration 0, core iteration 1, ...], so that the number of iterations may
-vary without moving the coda.
+A block calls `attention(projection, layer_index)` and knows nothing of masks or caches. The layer index is the place of
+the layer in a cache, [prelude, coda, core iteration 0, core iteration 1, ...], so that the coda has the same index at
+any number of iterations. Attention over the cache of the decoding engine is in recurrent_depth/generation/attention.py.
 
 Shapes: B batch, T tokens, H heads, K head size.
 """
@@ -23,12 +23,12 @@ Rotary = tuple[Tensor, Tensor]
 
 @dataclass
 class Projection:
-    """Queries, keys and values of a block as its projection leaves them: not split, without bias, not rotated.
+    """Queries, keys and values of a block before they are split, biased and rotated.
 
     Attributes:
         qkv: [B, T, 3 H K].
         qk_bias: [2, 1, H, K], or None.
-        rotary: of the T tokens.
+        rotary: cos and sin of the T tokens.
     """
 
     qkv: Tensor
@@ -47,17 +47,17 @@ AttentionFunction = Callable[[Projection, int], Tensor]
 
 
 def merge_heads(y: Tensor) -> Tensor:
-    """[B, H, T, K] -> [B, T, H K]"""
+    """Return the heads [B, H, T, K] joined: [B, T, H K]."""
     return y.transpose(1, 2).flatten(2)
 
 
 def on_heads(attend: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> AttentionFunction:
-    """Return the attention function that calls attend(q, k, v, layer_index), all of them [B, H, T, K]."""
+    """Return the attention function that calls attend(q, k, v, layer_index) on heads, each [B, H, T, K]."""
     return lambda projection, layer_index: merge_heads(attend(*projection.heads(), layer_index))
 
 
 def causal(projection: Projection, layer_index: int) -> Tensor:
-    """Plain causal attention over one sequence, no padding, no cache."""
+    """Compute causal attention over whole sequences, without padding or cache."""
     return merge_heads(F.scaled_dot_product_attention(*projection.heads(), is_causal=True))
 
 
@@ -71,25 +71,28 @@ def attention_for(
 
     Args:
         attention_mask: [B, T], nonzero where a token is real.
-        document_ids: [B, T], equal where two tokens share a document; not together with a mask.
+        document_ids: [B, T], equal for tokens of the same document; not together with attention_mask.
     """
     if document_ids is not None:
         if attention_mask is not None:
-            raise ValueError("document_ids are for training on packed rows: pass no attention_mask")
+            raise ValueError("document_ids and attention_mask were both given; packed rows need no attention_mask")
         return _documents(document_ids)
     if attention_mask is not None and attention_mask.shape[-1] != query_length:
-        raise ValueError(f"attention_mask covers {attention_mask.shape[-1]} tokens, but input_ids have {query_length}")
+        raise ValueError(
+            f"attention_mask covers {attention_mask.shape[-1]} tokens, but input_ids have {query_length}; pass a mask "
+            "of the same length"
+        )
     if attention_mask is None or bool(attention_mask.all()):
         return causal
     order = torch.arange(query_length, device=attention_mask.device)
     visible, itself = order[None, :] <= order[:, None], order[None, :] == order[:, None]  # [T, T]
-    # A padded query would see nothing and turn to NaN: it may see itself.
+    # A padded query sees itself: without any key its softmax would be NaN.
     mask = (visible & attention_mask[:, None, :].bool() | itself)[:, None]  # [B, 1, T, T]
     return lambda projection, _: merge_heads(F.scaled_dot_product_attention(*projection.heads(), attn_mask=mask))
 
 
 def _documents(document_ids: Tensor) -> AttentionFunction:
-    """Causal attention within documents: flex on a GPU; a dense mask on a CPU, where flex has no backward."""
+    """Return causal attention within documents: flex on a GPU; a dense mask on a CPU, where flex has no backward."""
     if document_ids.is_cuda:
         return _flex_documents(document_ids)
     T = document_ids.shape[1]
@@ -120,7 +123,7 @@ def _flex_documents(document_ids: Tensor) -> AttentionFunction:
 
 @cache
 def _compiled_flex() -> Callable[..., Tensor]:
-    """flex_attention, compiled once: eagerly it would materialise the scores."""
+    """Return flex_attention, compiled once: without compilation it would materialise the scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)

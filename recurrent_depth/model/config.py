@@ -1,4 +1,4 @@
-"""The architecture, as small numbers. Field names are those of the released config.json (arXiv 2502.05171)."""
+"""The configuration of the architecture. Field names are those of the released config.json (arXiv 2502.05171)."""
 
 import math
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ SamplingScheme = Literal["poisson-lognormal-filling", "fixed"]
 Checkpointing = Literal["none", "step", "block"]
 
 MAX_NUM_STEPS = 4096
-"""Most core iterations that an option may ask for; a typing error must not occupy a machine for hours."""
+"""Largest number of core iterations that an option accepts, so that a typing error does not block a machine."""
 
 Kernels = Literal["auto", "triton", "torch"]
-"""Who computes the element-wise operations: `auto` is triton on a GPU (CUDA or ROCm) and torch elsewhere."""
+"""Implementation of the element-wise operations: `auto` is triton on a GPU (CUDA or ROCm) and torch elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,17 @@ class ModelConfig:
         n_heads: attention heads H; the head size K = n_embd / n_heads must be even.
         intermediate_size: inner width of the gated MLP.
         n_layers_in_prelude, n_layers_in_recurrent_block, n_layers_in_coda: blocks of each part.
-        vocab_size: rows of the embedding V.
+        vocab_size: rows V of the embedding.
         block_size: longest sequence the rotary table covers, in tokens.
         mean_recurrence: mean of the iterations sampled in training; the default number of iterations at test time.
         mean_backprop_depth: last iterations that carry gradient (k); null trains through all of them.
         sampling_scheme: `poisson-lognormal-filling` samples the depth, `fixed` always runs `mean_recurrence`.
-        state_init: `like-init` draws the initial state in training, `zero` starts from zeros.
-        norm: class of the norms, by its name in `recurrent_depth.model.layers.NORMS`.
+        state_init: `like-init` draws a random initial state in training, `zero` starts from zeros.
+        norm: name of the class of the norms in `recurrent_depth.model.layers.NORMS`.
         norm_eps: epsilon of the norms.
         rope_base: base of the rotary embedding.
-        qk_bias: queries and keys have a bias.
-        tie_embeddings: the output projection is the embedding.
+        qk_bias: add a learned bias to queries and keys.
+        tie_embeddings: use the embedding as output projection.
     """
 
     n_embd: int = 64
@@ -70,7 +70,7 @@ class ModelConfig:
         if self.n_embd % self.n_heads or (self.n_embd // self.n_heads) % 2:
             raise ValueError(
                 f"n_embd is {self.n_embd} and n_heads is {self.n_heads}; the head size n_embd / n_heads must be even "
-                "(rotary embedding turns pairs): change one of them"
+                "(rotary embedding rotates pairs): change one of them"
             )
         if not 0 < self.norm_eps < math.inf:
             raise ValueError(f"norm_eps is {self.norm_eps}; it must be a finite number above 0")
@@ -83,7 +83,7 @@ class ModelConfig:
 
     @property
     def effective_depth(self) -> int:
-        """Layers a token passes at the mean depth; sets the scale of the output projections at initialisation."""
+        """Number of layers at the mean depth; sets the scale of the output projections at initialisation."""
         return self.unrolled_layers(self.mean_recurrence)
 
     @property
@@ -101,7 +101,7 @@ class ModelConfig:
 
     @property
     def state_std(self) -> float:
-        """Standard deviation of the initial state: variance 2/5 whatever the width."""
+        """Standard deviation of the initial state: the variance is 2/5 at any width."""
         return self.init_std * self.embed_scale
 
     def unrolled_layers(self, num_steps: int) -> int:

@@ -1,7 +1,7 @@
-"""Floating-point operations of a model in closed form: matrix products only, two per multiply-add.
+"""FLOPs of a model in closed form: matrix products only, two per multiply-add.
 
-Per sequence of T tokens. Attention is counted either causal (what must be computed) or full (what torch's counter
-reports); MFU uses the causal count and leaves recomputation out, HFU includes it.
+All counts are per sequence of T tokens. Attention is counted either causal (the operations needed) or full (as torch's
+counter reports); MFU uses the causal count without recomputation, HFU includes recomputation.
 """
 
 from functools import lru_cache
@@ -23,32 +23,32 @@ PEAK_FLOPS = {
 
 
 def attention_flops(config: ModelConfig, tokens: int, causal: bool = True) -> int:
-    """Scores and weighted values of one layer over a sequence."""
+    """Return the FLOPs of scores and weighted values of one layer."""
     pairs = tokens * (tokens + 1) // 2 if causal else tokens * tokens
     return 4 * pairs * config.n_embd
 
 
 def block_flops(config: ModelConfig, tokens: int, causal: bool = True) -> int:
-    """One block, forward."""
+    """Return the forward FLOPs of one block."""
     projections = 8 * config.n_embd**2 + 6 * config.n_embd * config.intermediate_size
     return tokens * projections + attention_flops(config, tokens, causal)
 
 
-def step_flops(config: ModelConfig, tokens: int, causal: bool = True) -> int:
-    """One step of the core, forward: the state's half of the adapter and the core blocks."""
+def iteration_flops(config: ModelConfig, tokens: int, causal: bool = True) -> int:
+    """Return the forward FLOPs of one core iteration: the core blocks, and the half of the adapter for the state."""
     return 2 * tokens * config.n_embd**2 + config.n_layers_in_recurrent_block * block_flops(config, tokens, causal)
 
 
 def outer_flops(config: ModelConfig, tokens: int, causal: bool = True) -> int:
-    """Forward of everything outside the loop: prelude, coda, the input's half of the adapter, the head."""
+    """Return the forward FLOPs outside the loop: prelude, coda, head, and the half of the adapter for the input."""
     outer = config.n_layers_in_prelude + config.n_layers_in_coda
     linear = 2 * tokens * config.n_embd * (config.n_embd + config.vocab_size)
     return outer * block_flops(config, tokens, causal) + linear
 
 
 def forward_flops(config: ModelConfig, tokens: int, num_steps: int, causal: bool = True) -> int:
-    """A forward pass."""
-    return outer_flops(config, tokens, causal) + num_steps * step_flops(config, tokens, causal)
+    """Return the FLOPs of a forward pass."""
+    return outer_flops(config, tokens, causal) + num_steps * iteration_flops(config, tokens, causal)
 
 
 def training_flops(
@@ -59,17 +59,21 @@ def training_flops(
     recompute: Recompute = "none",
     causal: bool = True,
 ) -> int:
-    """Forward and backward of a micro-step: `without` steps carry no gradient, `with_gradient` do.
+    """Return the forward and backward FLOPs of a micro-step.
 
-    A backward pass makes two products for each of the forward's (that flash attention makes its scores again is not
-    counted). The state that enters the first step with gradient needs none itself.
+    A backward pass computes two products for each product of the forward pass (the scores that flash attention
+    recomputes are not counted). The state before the first iteration with gradient needs no gradient itself.
+
+    Args:
+        without: iterations without gradient.
+        with_gradient: iterations with gradient.
     """
     forward = forward_flops(config, tokens, without + with_gradient, causal)
     differentiated = forward_flops(config, tokens, with_gradient, causal)
     backward = 2 * differentiated - 2 * tokens * config.n_embd**2
     again = 0
     if recompute == "step":
-        again = with_gradient * step_flops(config, tokens, causal)
+        again = with_gradient * iteration_flops(config, tokens, causal)
     elif recompute == "block":
         again = with_gradient * config.n_layers_in_recurrent_block * block_flops(config, tokens, causal)
     return forward + backward + again
@@ -77,6 +81,6 @@ def training_flops(
 
 @lru_cache
 def mean_training_flops(config: ModelConfig, tokens: int, recompute: Recompute = "none", draws: int = 4096) -> float:
-    """Mean of `training_flops` over the sampled depths."""
+    """Return the mean of `training_flops` over `draws` sampled depths."""
     depths = [sample_depth(config, seed=0, step=step, micro_step=0) for step in range(draws)]
     return sum(training_flops(config, tokens, n, k, recompute) for n, k in depths) / draws

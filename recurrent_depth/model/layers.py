@@ -1,6 +1,6 @@
-"""The blocks: norms, rotary attention, gated MLP, and the sandwich that joins them (arXiv 2502.05171, section 3).
+"""The modules of a block: norms, rotary attention, gated MLP, and the sandwich block (arXiv 2502.05171, section 3).
 
-A block's modules run when it calls them; a fused kernel is how a module is implemented, chosen by its `ops`.
+Every module runs when its block calls it; a fused kernel is an implementation of a module, chosen by its `ops`.
 
 Shapes: B batch, T tokens, D width, H heads, K head size, I inner width.
 """
@@ -41,7 +41,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
-"""By `ModelConfig.norm`. A norm is a class with `__init__(width, eps)` and `forward(x, branch=None)`."""
+"""Norms by the name in `ModelConfig.norm`: classes with `__init__(width, eps)` and `forward(x, branch=None)`."""
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -67,7 +67,7 @@ class Attention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """proj(silu(gate) * up), gate and up from one projection."""
+    """proj(silu(gate) * up), with gate and up from one projection."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class GatedMLP(nn.Module):
 
 
 class SandwichBlock(nn.Module):
-    """x = norm_2(x + attn(norm_1(x))), then x = norm_4(x + mlp(norm_3(x))): norms wrap the residual sums."""
+    """x = norm_2(x + attn(norm_1(x))), then x = norm_4(x + mlp(norm_3(x))): norms before a part and after its sum."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -92,19 +92,19 @@ class SandwichBlock(nn.Module):
         self.norm_4 = make_norm(config)
 
     def forward(self, x: Tensor, rotary: Rotary, attention: AttentionFunction, layer_index: int) -> Tensor:
-        """x [B, T, D] -> [B, T, D]."""
+        """Return the output [B, T, D] for x [B, T, D]."""
         x = self.norm_2(x, self.attn(self.norm_1(x), rotary, attention, layer_index))
         return self.norm_4(x, self.mlp(self.norm_3(x)))
 
 
 def rotary_table(config: ModelConfig) -> Tensor:
-    """cos and sin by position: [1, block_size, 1, K/2, 2] in fp32, the buffer `freqs_cis` of released checkpoints."""
+    """Return cos and sin by position, [1, block_size, 1, K/2, 2] in fp32: the buffer `freqs_cis` of released models."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     angles = torch.outer(torch.arange(config.block_size).float(), 1.0 / config.rope_base**exponents)
     return torch.stack([angles.cos(), angles.sin()], dim=-1)[None, :, None]
 
 
 def rotary_at(table: Tensor, position_ids: Tensor) -> Rotary:
-    """Rows of the table for position_ids [B or 1, T], laid out for p*cos + flip(p)*sin: each [B or 1, T, K]."""
+    """Return cos and sin [B or 1, T, K] of position_ids [B or 1, T], in the layout of p*cos + flip(p)*sin."""
     cos, sin = table[0, :, 0][position_ids].unbind(-1)  # [B, T, K/2]
     return cos.repeat_interleave(2, dim=-1), torch.stack([-sin, sin], dim=-1).flatten(-2)

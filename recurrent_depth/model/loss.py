@@ -1,4 +1,7 @@
-"""Cross-entropy over a linear head, summed over valid targets. Shapes: B batch, T tokens, D width, V vocabulary."""
+"""Cross-entropy over a linear head, summed over valid targets.
+
+Shapes: B batch, T tokens, D width, V vocabulary.
+"""
 
 from typing import Any
 
@@ -8,18 +11,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
+"""Target of positions without a loss, as in torch and transformers."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int | None = None) -> Tensor:
-    """Sum of -log softmax(hidden @ weightᵀ)[target] over targets that are not -100.
+    """Return the sum of -log softmax(hidden @ weightᵀ)[target] over targets that are not IGNORE_INDEX.
 
     Args:
         hidden: [B, T, D].
         weight: [V, D].
-        targets: [B, T], aligned with `hidden` (nothing is shifted here).
-        chunk_size: tokens whose logits exist at one time; None: all.
+        targets: [B, T], aligned with `hidden` (not shifted here).
+        chunk_size: tokens whose logits are computed at a time, to save memory; None: all.
 
-    Returns a scalar in fp32 (fp64 for fp64 input). For a mean divide by `valid_targets`, summed over ranks.
+    Returns:
+        A scalar in fp32 (fp64 for fp64 input). For a mean divide by `valid_targets`, summed over ranks.
     """
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
     if chunk_size is None or len(targets) <= chunk_size:
@@ -28,7 +33,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_
 
 
 class _Chunked(torch.autograd.Function):
-    """Gradients are made in the forward pass, while a chunk's logits exist: nothing is computed twice."""
+    """The loss in chunks. Gradients are computed in the forward pass, while the logits of a chunk exist."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
@@ -65,15 +70,15 @@ def _summed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def to_float32(x: Tensor) -> Tensor:
-    """Return x in fp32, or as it is in fp32 and fp64."""
+    """Return x in fp32; fp64 stays fp64."""
     return x if x.element_size() >= 4 else x.float()
 
 
 def valid_targets(targets: Tensor) -> Tensor:
-    """How many targets count, as a scalar tensor."""
+    """Return the number of targets that are not IGNORE_INDEX, as a scalar tensor."""
     return (targets != IGNORE_INDEX).sum()
 
 
 def shift_labels(labels: Tensor) -> Tensor:
-    """Targets [B, T] of labels [B, T] in the Hugging Face convention: the target of position t is label t + 1."""
+    """Return the targets [B, T] of labels [B, T] in the convention of transformers: target t is label t + 1."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)

@@ -1,8 +1,8 @@
-"""The element-wise operations of a block, behind one dispatch.
+"""The element-wise operations of a block in torch, and the choice between them and the Triton kernels.
 
-A block never asks which implementation runs: it holds an `Ops`, set by `use_ops`. Each function accumulates in fp32
-and rounds once, to the dtype of its input; with `released_rounding` the norms round before the weight as well, as the
-code of released checkpoints does (in fp32 both are the same).
+A module holds an `Ops`, set by `use_ops`, and does not know which implementation it calls. Each function accumulates in
+fp32 and rounds once, to the dtype of its input; with `released_rounding` the norms also round before the weight, as the
+released code does (in fp32 both are the same).
 """
 
 import warnings
@@ -19,7 +19,7 @@ from recurrent_depth.model.random import truncated_normal
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, released_rounding: bool = False) -> Tensor:
-    """x [..., D], weight [D] -> [..., D]: x / sqrt(mean(x²) + eps) * weight, computed in fp32 (or fp64)."""
+    """Return x / sqrt(mean(x²) + eps) * weight for x [..., D] and weight [D], computed in fp32 (or fp64)."""
     h = x if x.dtype == torch.float64 else x.float()
     normal = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     if released_rounding:
@@ -28,18 +28,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, released_rounding: bool = Fa
 
 
 def add_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: float, released_rounding: bool = False) -> Tensor:
-    """rms_norm(residual + branch): the sandwich norm wraps the residual sum (arXiv 2502.05171, section 3.2)."""
+    """Return rms_norm(residual + branch), the norm after a residual sum (arXiv 2502.05171, section 3.2)."""
     return rms_norm(residual + branch, weight, eps, released_rounding)
 
 
 def bias_rope(
     qkv: Tensor, qk_bias: Tensor | None, cos: Tensor, sin: Tensor, n_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split, add the q/k bias, rotate interleaved pairs.
+    """Split a projection into q, k and v, add the bias of q and k, and rotate their interleaved pairs.
 
-    qkv [B, T, 3*H*K], qk_bias [2, 1, H, K] or None, cos and sin [B or 1, T, K] in fp32, where `sin` carries the
-    sign of its pair (-, +, -, +, ...). Returns q, k, v, each [B, H, T, K]. Written as p*cos + flip(p)*sin, which a
-    compiler fuses into one kernel.
+    Written as p*cos + flip(p)*sin, which a compiler fuses into one kernel.
+
+    Args:
+        qkv: [B, T, 3 H K].
+        qk_bias: [2, 1, H, K], or None.
+        cos, sin: [B or 1, T, K] in fp32; `sin` carries the sign of its pair (-, +, -, +, ...).
+
+    Returns:
+        q, k, v, each [B, H, T, K].
     """
     B, T, _ = qkv.shape
     q, k, v = qkv.view(B, T, 3, n_heads, -1).unbind(2)
@@ -56,7 +62,7 @@ def _rotate(p: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """gate_up [..., 2I] -> [..., I]: silu(first half) * second half."""
+    """Return silu(first half) * second half of gate_up [..., 2 I]: [..., I]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -65,10 +71,14 @@ def rope_into_cache(
     qkv: Tensor, q_bias: Tensor | None, k_bias: Tensor | None, cos: Tensor, sin: Tensor, entries: Tensor,
     steps: Tensor, columns: Tensor, active: Tensor, n_heads: int,
 ) -> Tensor:  # fmt: skip
-    """`bias_rope` at decode: return q [B, H, T, K] and store k, v in the cache, without host synchronisation.
+    """Apply `bias_rope` to new tokens: return q [B, H, T, K] and store k, v in the cache, without host synchronisation.
 
-    entries [R, 2, B, H, S, K], a layer's part of a cache with a budget of R iterations, is changed in place: the active
-    tokens [B, T] of row b go to place steps[b] mod R, from column columns[b] on. Biases [H, K].
+    Args:
+        q_bias, k_bias: [H, K], or None.
+        entries: [R, 2, B, H, S, K], a layer's part of a cache with a budget of R iterations; changed in place.
+        steps: [B], the iteration of each row; its tokens go to place steps mod R.
+        columns: [B], the column of each row's first new token.
+        active: [B, T], whether k, v of a token are stored.
     """
     bias = None if q_bias is None or k_bias is None else torch.stack([q_bias, k_bias])[:, None]
     q, k, v = bias_rope(qkv, bias, cos, sin, n_heads)
@@ -82,15 +92,18 @@ def rope_into_cache(
 
 
 def read_place(steps: Tensor, depths: Tensor, budget: int, released: bool = False) -> Tensor:
-    """Return the place where an iteration reads a token, of a cache that keeps `budget` iterations.
+    """Return the place at which an iteration reads a token in a cache that keeps `budget` iterations.
 
-    Iteration i writes place i mod b (arXiv 2502.05171, section 6.2). A token that took d iterations is read at its last
-    one from there on, min(i, d - 1), so at place min(i, d - 1) mod b. The released code reads place i mod b as long as
-    the token has written there, min(i mod b, d - 1). Both are the same without a budget, with a budget of one, and
-    where every token takes all iterations.
+    Iteration i writes place i mod b (arXiv 2502.05171, section 6.2). A token that stopped after d iterations is read at
+    min(i, d - 1), its last iteration if it stopped before i: at place min(i, d - 1) mod b. The released code reads
+    place i mod b if the token has written it, min(i mod b, d - 1). Both rules agree without a budget, with a budget of
+    one, and where every token takes all iterations.
 
     Args:
-        steps: the iteration i that reads, from 0; broadcasts with `depths`, the iterations d that a token took.
+        steps: the iteration i that reads, from 0; broadcasts with `depths`.
+        depths: the iterations d that a token took.
+        budget: the iterations b that the cache keeps.
+        released: use the rule of the released code.
     """
     if released:
         return torch.minimum(steps % budget, depths - 1)
@@ -101,10 +114,17 @@ def decode_attention(
     q: Tensor, entries: Tensor, depths: Tensor, lanes: Tensor | None, starts: Tensor, lengths: Tensor, steps: Tensor,
     released: bool,
 ) -> Tensor:  # fmt: skip
-    """Attention of q [N, H, T, K], the last T of each row's lengths[n] columns, over lane lanes[n] (or n) of a cache.
+    """Compute attention of new tokens over a cache, whose entries are read by the rule of `read_place`.
 
-    entries [R, 2, B, H, S, K] and depths [B, S] are read by the rule of `read_place`, from column starts[n] on. Copies
-    the entries it reads, where R is above 1; the kernel reads them in place.
+    Copies the entries it reads if R is above 1; the kernel reads them in place.
+
+    Args:
+        q: [N, H, T, K], the queries of the last T of each row's columns.
+        entries: [R, 2, B, H, S, K], a layer's part of the cache.
+        depths: [B, S], the iterations each token took.
+        lanes: [N], the lane of the cache that each row reads; None: row n reads lane n.
+        starts, lengths: [N], the first column of each row, and its number of columns.
+        steps: [N], the iteration of each row, from 0.
     """
     T, S = q.shape[2], entries.shape[4]
     column = torch.arange(S, device=q.device)
@@ -121,7 +141,7 @@ def decode_attention(
 
 @dataclass(frozen=True)
 class Ops:
-    """One implementation of every operation that a block calls, and of the noise an initial state is made of."""
+    """One implementation of the operations that a block calls, and of the noise of an initial state."""
 
     rms_norm: Callable[..., Tensor] = rms_norm
     add_norm: Callable[..., Tensor] = add_norm
@@ -133,7 +153,7 @@ class Ops:
 
     @property
     def reads_in_place(self) -> bool:
-        """Whether `decode_attention` reads the cache where it lies."""
+        """Whether `decode_attention` reads the cache in place, without copying entries."""
         return self.decode_attention is not decode_attention
 
 
@@ -141,9 +161,10 @@ TORCH_OPS = Ops()
 
 
 def choose_ops(kernels: Kernels, device: torch.device, released_rounding: bool = False) -> Ops:
-    """The implementation for tensors on `device`.
+    """Return the implementation for tensors on `device`. `auto` on a GPU without Triton warns and uses torch.
 
-    `triton` where it cannot run is an error; `auto` on a GPU without Triton warns and takes torch's.
+    Raises:
+        ValueError: if `kernels` is `triton` and Triton cannot run there.
     """
     if kernels == "torch" or (kernels == "auto" and device.type != "cuda"):
         return _rounding(Ops(), released_rounding)
@@ -157,8 +178,8 @@ def choose_ops(kernels: Kernels, device: torch.device, released_rounding: bool =
         return _rounding(Ops(), released_rounding)
     if device.type != "cuda" and not fused.INTERPRETED:
         raise ValueError(
-            f"kernels: triton needs a CUDA or ROCm device, and the model is on {device.type}; set kernels: auto or "
-            "torch (for tests on a CPU, set TRITON_INTERPRET=1 before the start)"
+            f"kernels: triton needs a CUDA or ROCm device, but the model is on {device.type}; set kernels: auto or "
+            "torch (for tests on a CPU, set TRITON_INTERPRET=1 before the process starts)"
         )
     return _rounding(Ops(**{field.name: getattr(fused, field.name) for field in fields(Ops)}), released_rounding)
 
@@ -174,7 +195,7 @@ def _rounding(ops: Ops, released: bool) -> Ops:
 
 
 def use_ops(model: nn.Module, ops: Ops) -> None:
-    """Let every module of a model compute by `ops`."""
+    """Set the implementation of every module of a model."""
     for module in model.modules():
         if isinstance(getattr(module, "ops", None), Ops):
             setattr(module, "ops", ops)  # noqa: B010 (a Module's attributes have no types)

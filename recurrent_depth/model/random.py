@@ -1,7 +1,7 @@
-"""Stateless randomness: every number is a function of names, never of what was drawn before.
+"""Stateless random numbers: each is a function of its key and counter, not of earlier draws.
 
-Philox4x32-10 (Salmon et al., 2011) maps a key and a counter to four 32-bit words. With the counter made of
-(channel, position, row, step), any rank, any batch layout and any resumed run sees the same noise.
+Philox4x32-10 (Salmon et al., 2011) maps a key and a counter to four 32-bit words. The counter is (channel, position,
+row, step), so that the noise is the same on any rank, in any batch layout, and in a resumed run.
 """
 
 import hashlib
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 STATE_STREAM = 1  # initial states
-DEPTH_STREAM = 2  # how many recurrences a micro-step runs
-SAMPLE_STREAM = 3  # which token is drawn
-NOTE_STREAM = 4  # where a task's visible notes stand
+DEPTH_STREAM = 2  # iterations of a micro-step
+SAMPLE_STREAM = 3  # tokens
+NOTE_STREAM = 4  # positions of a task's visible notes
 THINKING_STREAM = 5  # questions with traces
-LENGTH_STREAM = 6  # how long a task's rows are at a step
+LENGTH_STREAM = 6  # lengths of a task's rows
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -26,7 +26,7 @@ _ERF_BOUND = math.erf(_TRUNCATION / math.sqrt(2))
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """Philox4x32-10: four int64 counters that broadcast, holding 32-bit words -> four words of 32 random bits."""
+    """Return four words of 32 random bits from four counters: int64 tensors that hold 32-bit words and broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -38,7 +38,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """Low and high 32 bits of a 32 x 32 bit product; int64 wraps, which leaves all 64 bits intact."""
+    """Return the low and high 32 bits of a 32 x 32 bit product. int64 may overflow; all 64 bits are still right."""
     product = a * b
     return product & _MASK, (product >> 32) & _MASK
 
@@ -46,10 +46,16 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 def uniform(
     rows: Tensor, positions: Tensor, channels: int, *, seed: int, step: int = 0, stream: int = STATE_STREAM
 ) -> Tensor:
-    """Uniform numbers in (0, 1), a pure function of (seed, stream, step, row, position, channel).
+    """Return uniform numbers in (0, 1), a function of (seed, stream, step, row, position, channel).
 
-    rows [B] and positions [B or 1, T] are int64; returns [B, T, channels] in fp32 on their device. The four words
-    of one counter serve four neighbouring channels.
+    The four words of one counter are used for four neighbouring channels.
+
+    Args:
+        rows: [B] int64.
+        positions: [B or 1, T] int64.
+
+    Returns:
+        [B, T, channels] in fp32, on the device of `rows`.
     """
     blocks = torch.arange((channels + 3) // 4, device=positions.device)
     c0 = blocks[None, None, :]
@@ -65,7 +71,7 @@ def uniform(
 def truncated_normal(
     rows: Tensor, positions: Tensor, channels: int, *, seed: int, step: int = 0, stream: int = STATE_STREAM
 ) -> Tensor:
-    """Standard normal numbers truncated at 3 sigma, named and shaped as those of `uniform`."""
+    """Return standard normal numbers truncated at 3 sigma; arguments and shapes as in `uniform`."""
     u = uniform(rows, positions, channels, seed=seed, step=step, stream=stream)
     return torch.erfinv((2 * u - 1) * _ERF_BOUND) * math.sqrt(2)
 
@@ -75,12 +81,12 @@ def _key(seed: int, stream: int) -> tuple[int, int]:
 
 
 def generator(seed: int, stream: int, *counters: int) -> np.random.Generator:
-    """A numpy generator that depends on (seed, stream, counters) alone; for draws on the host."""
+    """Return a numpy generator that depends on (seed, stream, counters) only, for draws on the host."""
     digest = hashlib.sha256(repr((seed, stream, *counters)).encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator for the initial values of one parameter: equal on every rank and at every world size."""
+    """Return a CPU generator for the initial values of one parameter, the same on every rank and at any world size."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,4 +1,4 @@
-"""The loop over the core blocks, how many iterations it runs, and the state it starts from.
+"""The loop over the core blocks, the sampling of its depth, and the initial state.
 
 Shapes: B batch, T tokens, D width, R iterations.
 """
@@ -31,7 +31,7 @@ DEPTH_SIGMA = 0.5
 
 
 def split_steps(num_steps: NumSteps) -> tuple[int, int]:
-    """(without, with) gradient, checked."""
+    """Return the iterations (without gradient, with gradient) of `num_steps`, checked."""
     without, with_gradient = (0, num_steps) if isinstance(num_steps, int) else num_steps
     if without < 0 or with_gradient < 0 or without + with_gradient < 1:
         raise ValueError(
@@ -41,10 +41,10 @@ def split_steps(num_steps: NumSteps) -> tuple[int, int]:
 
 
 def sample_depth(config: ModelConfig, *, seed: int, step: int, micro_step: int) -> tuple[int, int]:
-    """Return the iterations (without gradient, with gradient) of a micro-step: a pure function, equal on all ranks.
+    """Return the iterations (without gradient, with gradient) of a micro-step. They are the same on all ranks.
 
-    Log-normal Poisson (arXiv 2502.05171, section 3.3): tau ~ Normal(log m - sigma²/2, sigma), m = max(mean, k),
-    r ~ Poisson(exp tau) + 1; the last k iterations carry gradient.
+    Log-normal Poisson distribution (arXiv 2502.05171, section 3.3): tau ~ Normal(log m - sigma²/2, sigma) with
+    m = max(mean, k), r ~ Poisson(exp tau) + 1; the last k iterations carry gradient.
     """
     mean = config.mean_recurrence
     k = config.mean_backprop_depth
@@ -61,16 +61,19 @@ def sample_depth(config: ModelConfig, *, seed: int, step: int, micro_step: int) 
 def random_state(
     config: ModelConfig, rows: Tensor, positions: Tensor, *, seed: int, step: int = 0, ops: Ops = TORCH_OPS
 ) -> Tensor:
-    """An initial state of variance 2/5: rows [B], positions [B or 1, T] -> [B, T, D] in fp32.
+    """Return an initial state [B, T, D] of variance 2/5 in fp32, a function of (seed, step, row, position, channel).
 
-    In training a function of (seed, step, row, position, channel); at test time pass row 0 for every row, so that
-    neither the batch nor its padding matters.
+    At test time pass row 0 for every row, so that the state depends neither on the batch nor on its padding.
+
+    Args:
+        rows: [B].
+        positions: [B or 1, T].
     """
     return ops.truncated_normal(rows, positions, config.n_embd, seed=seed, step=step) * config.state_std
 
 
 class RecurrentCore(nn.ModuleList):
-    """The core blocks and the loop over them. One module, so that sharding gathers its weights once for the whole loop.
+    """The core blocks and the loop over them, in one module, so that sharding gathers its weights once for the loop.
 
     `activation_checkpointing` recomputes whole iterations or single blocks in the backward pass.
     """
@@ -91,9 +94,14 @@ class RecurrentCore(nn.ModuleList):
         attention: AttentionFunction,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Run the loop from `state` [B, T, D]; `injection` [B, T, D] enters at every iteration. Return the last state.
+        """Run the loop and return the last state [B, T, D].
 
-        Memory does not grow with the iterations without gradient.
+        Memory does not grow with the number of iterations without gradient.
+
+        Args:
+            state: initial state [B, T, D].
+            injection: [B, T, D], added to the state at every iteration by `adapt`.
+            on_step: called after every iteration (see `OnStep`).
         """
         without, with_gradient = split_steps(num_steps)
         for iteration in range(without + with_gradient):
@@ -117,7 +125,7 @@ class RecurrentCore(nn.ModuleList):
         attention: AttentionFunction,
         iteration: int,
     ) -> Tensor:
-        """Run an iteration, counted from 0: s_{i+1} = core(adapter([s_i; e])). [B, T, D] -> [B, T, D]."""
+        """Return the state [B, T, D] after iteration `iteration`, counted from 0: s_{i+1} = core(adapter([s_i; e]))."""
         x = adapt(state, injection)
         for layer_index, block in enumerate(self, start=self.first_layer + iteration * len(self)):
             if self.activation_checkpointing == "block" and torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""The model: prelude, recurrent core, coda (arXiv 2502.05171). Free of transformers, files and processes.
+"""The model: prelude, recurrent core, coda (arXiv 2502.05171). The transformers class is in recurrent_depth/hf.
 
 Shapes: B batch, T tokens, D width, R iterations, V vocabulary.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recurrent_depth.model.attention import AttentionFunction, Rotary, attention_for
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.layers import SandwichBlock, make_norm, rotary_at, rotary_table
-from recurrent_depth.model.loss import linear_cross_entropy, shift_labels, to_float32, valid_targets
+from recurrent_depth.model.loss import IGNORE_INDEX, linear_cross_entropy, shift_labels, to_float32, valid_targets
 from recurrent_depth.model.random import named_generator
 from recurrent_depth.model.recurrence import Adapt, NumSteps, OnStep, RecurrentCore
 
@@ -31,20 +31,21 @@ class Transformer(nn.Module):
         self.ln_f = make_norm(config)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """input_ids [B, T] -> scaled embeddings [B, T, D]."""
+        """Return the scaled embeddings [B, T, D] of input_ids [B, T]."""
         return self.wte(input_ids) * self.embed_scale
 
     def run_prelude(self, x: Tensor, rotary: Rotary, attention: AttentionFunction) -> Tensor:
-        """Embeddings [B, T, D] -> e [B, T, D]."""
+        """Return the output e [B, T, D] of the prelude for embeddings [B, T, D]."""
         for layer_index, block in enumerate(self.prelude):
             x = block(x, rotary, attention, layer_index)
         return x
 
     def injection(self, e: Tensor) -> tuple[Tensor, Adapt]:
-        """Return what enters the core at every iteration, and the function that adds it to the state.
+        """Return the injection of every core iteration, and the function that combines it with the state.
 
-        adapter([s; e]) = s W_sᵀ + e W_eᵀ, and e does not change: the second product is made once. An adapter that was
-        replaced, wrapped or quantised (LoRA, torchao, hooks) keeps the concatenation, so that its own forward runs.
+        adapter([s; e]) = s W_sᵀ + e W_eᵀ, and e does not change, so the second product is computed once. An adapter
+        that was replaced, wrapped or quantised (LoRA, torchao, hooks) is called with the concatenation, so that its own
+        forward runs.
         """
         if not _computes_a_plain_product(self.adapter):
             return e, self._concatenate
@@ -68,7 +69,7 @@ class Transformer(nn.Module):
         return self.core_block(state, injected, adapt, num_steps, rotary, attention, on_step)
 
     def run_coda(self, state: Tensor, rotary: Rotary, attention: AttentionFunction) -> Tensor:
-        """State [B, T, D] -> hidden [B, T, D] for the head. `ln_f` is used on both sides of the coda."""
+        """Return the hidden states [B, T, D] for the head. `ln_f` is applied before and after the coda."""
         x = self.ln_f(state)
         for offset, block in enumerate(self.coda):
             x = block(x, rotary, attention, len(self.prelude) + offset)
@@ -76,30 +77,30 @@ class Transformer(nn.Module):
 
 
 def _computes_a_plain_product(linear: nn.Module) -> bool:
-    """Return whether calling the module is x Wᵀ and nothing else, decided by exact types."""
+    """Return whether the module computes x Wᵀ and nothing else. Subclasses count as something else."""
     if type(linear) is not nn.Linear or linear.bias is not None or "forward" in vars(linear):
         return False
     return not linear._forward_hooks and not linear._forward_pre_hooks and _is_plain(linear.weight)
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """Return whether a tensor holds its values itself; quantised weights are subclasses that may not be sliced."""
+    """Return whether a tensor is a plain one; quantised weights are subclasses that may not support slicing."""
     if type(weight) in (Tensor, nn.Parameter):
         return True
-    from torch.distributed.tensor import DTensor  # not at the top: it takes a fifth of a second to import
+    from torch.distributed.tensor import DTensor  # imported here because it takes 0.2 s
 
     return type(weight) is DTensor and _is_plain(weight.to_local())
 
 
 @dataclass
 class ModelOutput:
-    """What a forward pass returns.
+    """The output of a forward pass.
 
     Attributes:
-        logits: [B, T, V] in fp32; None where only the loss was asked for.
+        logits: [B, T, V] in fp32; None with `targets`.
         loss: mean over valid labels (`labels`), or sum over valid targets (`targets`); None without either.
         state: s_R [B, T, D], before ln_f.
-        states: the state after every iteration, R tensors [B, T, D], if asked for.
+        states: with return_states, the state after every iteration: R tensors [B, T, D].
     """
 
     logits: Tensor | None
@@ -124,7 +125,7 @@ class RecurrentDepthModel(nn.Module):
 
     @property
     def model_config(self) -> ModelConfig:
-        """The configuration, by the name it has in the transformers class as well."""
+        """The configuration; the transformers class has this property too."""
         return self.config
 
     def forward(
@@ -147,13 +148,14 @@ class RecurrentDepthModel(nn.Module):
             input_ids: [B, T].
             num_steps: core iterations, an int, or (without, with) gradient; default: the config's mean_recurrence.
             input_states: initial state [B, T, D]; default zeros.
-            labels: [B, T], shifted here, -100 ignored; the loss is their mean.
-            targets: [B, T], aligned already, -100 ignored; the loss is their sum and no logits are returned.
+            labels: [B, T], shifted here; the loss is the mean over those that are not IGNORE_INDEX.
+            targets: [B, T], already aligned; the loss is the sum over those that are not IGNORE_INDEX, and no logits
+                are returned.
             attention_mask: [B, T], nonzero where a token is real.
-            position_ids: [B or 1, T]; default: counted, in the mask where there is one.
+            position_ids: [B or 1, T]; default: 0, 1, ..., counted over real tokens if there is a mask.
             document_ids: [B, T]; tokens see only their own document.
-            return_states: keep the state after every iteration.
-            loss_chunk_size: with `targets`, tokens whose logits exist at one time.
+            return_states: return the state after every iteration.
+            loss_chunk_size: with `targets`, tokens whose logits are computed at a time.
         """
         if input_ids.shape[1] > self.config.block_size and position_ids is None:
             raise ValueError(
@@ -185,7 +187,7 @@ class RecurrentDepthModel(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Draw every weight from (seed, its name), so that sharded and whole models begin equal."""
+        """Initialise every weight from (seed, its name), so that sharded and whole models start equal."""
         for name, parameter in self.named_parameters():
             parameter.copy_(initial_value(name, parameter.shape, self.config, seed))
 
@@ -195,7 +197,7 @@ class RecurrentDepthModel(nn.Module):
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    """The initial value of one parameter, whole, on the CPU in fp32 (arXiv 2502.05171, section 4.2)."""
+    """Return the initial value of one whole parameter, on the CPU in fp32 (arXiv 2502.05171, section 4.2)."""
     if "norm_" in name or "ln_f" in name:
         return torch.ones(shape)
     if name.endswith("bias"):
@@ -209,5 +211,5 @@ def _labels_loss(logits: Tensor, labels: Tensor | None) -> Tensor | None:
     if labels is None:
         return None
     targets = shift_labels(labels)
-    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     return total / valid_targets(targets).clamp(min=1)

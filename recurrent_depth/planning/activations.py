@@ -1,6 +1,6 @@
 """Bytes of activations that autograd keeps for the backward pass of a training step.
 
-The model runs on torch's meta device, which allocates nothing, and every tensor that autograd would keep is counted.
+The model runs on the meta device, which allocates nothing, and every tensor that autograd would keep is counted.
 Shapes: B batch, T tokens, H heads, K head size.
 """
 
@@ -17,7 +17,7 @@ from recurrent_depth.model.transformer import RecurrentDepthModel
 
 
 class _Flash(torch.autograd.Function):
-    """Attention's output shape, and what a fused kernel keeps: q, k, v, the output, one number per query."""
+    """Attention without computation: keeps what a fused kernel keeps (q, k, v, the output, one number per query)."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

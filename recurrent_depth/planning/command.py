@@ -7,13 +7,13 @@ from recurrent_depth.planning.pretraining import Job, communication, fits, memor
 
 
 def plan(config: PlanConfig) -> None:
-    """Print the memory and time of a pretraining run, or the table of fine-tuning."""
+    """Print the memory and time of a pretraining run, or the memory of fine-tuning."""
     if config.run is None or config.num_gpus is None:
         print(finetuning_table(config.finetuning))
         return
     job = Job(config.run, config.num_gpus, config.tokens or config.run.model.block_size)
     device = DEVICES[config.device]
-    print(f"{config.num_gpus} x {config.device}; nothing here is measured on such a device\n")
+    print(f"{config.num_gpus} x {config.device}; all numbers are computed, not measured\n")
     print(memory_table(job, device))
     print(time_table(job, device, config.utilisation))
 
@@ -29,7 +29,7 @@ def memory_table(job: Job, device: Device) -> str:
         return "\n".join([*lines, "", "It fits.", ""])
     changes = remedies(job, device)
     advice = (
-        f"It fits with {', '.join(changes)}." if changes else "No option under runtime is enough: raise micro_steps."
+        f"It fits with {', '.join(changes)}." if changes else "No option of runtime is sufficient: raise micro_steps."
     )
     return "\n".join([*lines, "", f"It does not fit. {advice}", ""])
 

@@ -18,7 +18,7 @@ class FinetuningConfig:
         shape: shape of the model: tiny, small, huginn-3.5b.
         backprop_depth: iterations with gradient (k).
         checkpointing: what the backward pass recomputes: nothing, each iteration (`step`), or each block.
-        lora_rank: rank of LoRA on every linear layer.
+        lora_rank: rank of LoRA, applied to every linear layer.
     """
 
     shape: str = "huginn-3.5b"
@@ -38,12 +38,12 @@ class PlanConfig:
     """Plan the memory and time of a pretraining run (`--run FILE --num-gpus N`), or of fine-tuning (without `--run`).
 
     Args:
-        run: file of `recurrent-depth train`; single fields are changed by --run.batch_size 64.
+        run: configuration file of `recurrent-depth train`; --run.batch_size 64 changes a single field.
         num_gpus: GPUs of the run.
         device: GPU of the run; mi250x is one die.
-        utilisation: share of the dense bfloat16 peak at which executed FLOPs (recomputation included) run.
+        utilisation: executed FLOP/s (recomputation included) as a share of the dense bfloat16 peak.
         tokens: tokens of a row; null takes run.model.block_size.
-        finetuning: which fine-tuning methods fit which card; not with `run`.
+        finetuning: the fine-tuning to plan; not with `run`.
     """
 
     run: RunConfig | None = field(default=None, metadata={"file": True})

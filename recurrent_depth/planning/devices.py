@@ -16,14 +16,14 @@ LINK_EFFICIENCY = 0.7
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator in the node it is usually sold in.
+    """One accelerator in its usual node.
 
     Attributes:
         memory: bytes.
         peak: dense bfloat16 FLOP/s.
-        link: bandwidth to the other GPUs of the node.
-        network: this GPU's share of the bandwidth to other nodes.
-        per_node: GPUs in a node.
+        link: bandwidth to the other GPUs of the node, in bytes/s.
+        network: share of one GPU in the bandwidth to other nodes, in bytes/s.
+        per_node: GPUs per node.
     """
 
     memory: float
@@ -34,8 +34,8 @@ class Device:
 
 
 DEVICES: dict[DeviceName, Device] = {
-    "a100": Device(80 * GB, PEAK_FLOPS["A100"], 300 * GB, 25 * GB),  # NVLink 3, 200 Gb/s a GPU
-    "h100": Device(80 * GB, PEAK_FLOPS["H100"], 450 * GB, 50 * GB),  # NVLink 4, 400 Gb/s a GPU
+    "a100": Device(80 * GB, PEAK_FLOPS["A100"], 300 * GB, 25 * GB),  # NVLink 3, 200 Gb/s per GPU
+    "h100": Device(80 * GB, PEAK_FLOPS["H100"], 450 * GB, 50 * GB),  # NVLink 4, 400 Gb/s per GPU
     "h200": Device(141 * GB, PEAK_FLOPS["H200"], 450 * GB, 50 * GB),
     "mi300x": Device(192 * GB, PEAK_FLOPS["MI300X"], 448 * GB, 50 * GB),  # 7 Infinity Fabric links of 64 GB/s
     "mi250x": Device(64 * GB, PEAK_FLOPS["MI250X"], 50 * GB, 12.5 * GB),  # one die; Frontier: 4 x 200 Gb/s for 8 dies

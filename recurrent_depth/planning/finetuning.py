@@ -18,7 +18,7 @@ BYTES_PER_PARAMETER: dict[Method, tuple[int, int, int]] = {
     "full-bf16-8bit": (2, 2, 2),
     "lora": (2, 0, 0),
 }
-"""Bytes of weights, gradients and optimizer: fp32 with bf16 copies for autocast; bf16; bf16 with 8-bit Adam; frozen."""
+"""Bytes per parameter of weights, gradients and optimizer. full-fp32 includes the bf16 copies of autocast."""
 
 _LORA_BYTES = 16  # per added parameter: weight, gradient and two moments in fp32
 CARDS = (24, 48, 80, 141)
@@ -58,7 +58,7 @@ def finetuning_bytes(
 
 
 def finetuning_table(options: FinetuningConfig) -> str:
-    """Return Markdown: a row per method and sequence length, the peak in GB, and the cards it fits."""
+    """Return a Markdown table of peak memory in GB and the cards it fits, by method and sequence length."""
     config = SHAPES[options.shape]
     lines = ["| method | tokens | weights + gradients + optimizer, GB | activations, GB | peak, GB | fits, GB |"]
     lines.append("|---|---|---|---|---|---|")

@@ -1,8 +1,8 @@
 """Memory, communication and time of a pretraining run, from its configuration.
 
-Memory is that of FSDP2 with the core as one unit (training/parallel.py): what is kept throughout, plus the largest
-moment of a training step. Communication is counted in whole tensors; tests/training/test_collectives.py compares it
-with real ranks.
+Memory is that of FSDP2 with the core as one unit (training/parallel.py): what is kept throughout a training step, plus
+the largest of its temporary parts. Communication is counted in whole tensors; tests/training/test_collectives.py
+compares it with real ranks.
 """
 
 import dataclasses
@@ -63,10 +63,10 @@ class Sizes:
     """Parameters of the FSDP units, and the values that the optimizer keeps.
 
     Attributes:
-        total: of the whole model.
-        core: of the core.
-        outer: of all blocks of prelude and coda.
-        block: of one such block.
+        total: parameters of the whole model.
+        core: parameters of the core.
+        outer: parameters of all blocks of prelude and coda.
+        block: parameters of one such block.
         moments: values of the optimizer's moments.
     """
 
@@ -104,7 +104,7 @@ def _count(module: nn.Module) -> int:
 
 
 def memory(job: Job) -> dict[str, int]:
-    """Return the bytes of one GPU by part, at the moment of a training step that needs most. Their sum is the peak."""
+    """Return the peak memory of one GPU in a training step, in bytes by part."""
     size, width = sizes(job), job.compute_dtype.itemsize
     always = {
         "weights (fp32)": _MASTER * size.total // job.shards,
@@ -127,11 +127,11 @@ def memory(job: Job) -> dict[str, int]:
 
 
 def _activations(job: Job) -> tuple[int, int, int]:
-    """Return the bytes kept for the backward pass, those of a part that is recomputed, and those of the head."""
+    """Return the bytes kept for the backward pass, of a recomputed part, and of the head."""
     run, runtime, config, dtype = job.run, job.run.runtime, job.run.model, job.compute_dtype
     rows, recompute = run.rows_per_rank(job.gpus), runtime.activation_checkpointing
     one, two = (activation_bytes(config, rows, job.tokens, (0, k), recompute, dtype) for k in (1, 2))
-    kept = one + (_deepest(job) - 1) * (two - one)  # every iteration keeps the same
+    kept = one + (_deepest(job) - 1) * (two - one)  # every iteration keeps the same number of bytes
     again = recomputed_bytes(config, rows, job.tokens, recompute, dtype)
     at_once = min(rows * job.tokens, runtime.loss_chunk_size or rows * job.tokens)
     return kept, again, head_bytes(config, 1, at_once)
@@ -146,7 +146,7 @@ def _gathered(job: Job, size: Sizes) -> int:
 
 
 def _deepest(job: Job) -> int:
-    """Return the most iterations with gradient; with full backpropagation, among the run's first 4096 depths."""
+    """Return the largest number of iterations with gradient (full backpropagation: of the first 4096 depths)."""
     run = job.run
     if run.model.mean_backprop_depth is not None and run.model.sampling_scheme != "fixed":
         return run.model.mean_backprop_depth
@@ -155,7 +155,7 @@ def _deepest(job: Job) -> int:
 
 
 def communication(job: Job) -> dict[str, int]:
-    """Return the bytes of the whole tensors that one GPU helps to send in a training step, by collective.
+    """Return the bytes of the collectives of one training step, by kind, counted in whole tensors.
 
     They do not depend on the depth.
     """
@@ -172,7 +172,7 @@ def communication(job: Job) -> dict[str, int]:
 
 
 def communication_seconds(job: Job, device: Device) -> float:
-    """Return the seconds of a training step's communication without overlap: rings at LINK_EFFICIENCY of the links."""
+    """Return the communication time of a training step in seconds: rings at LINK_EFFICIENCY, without overlap."""
     whole, shards, replicas = communication(job), job.shards, job.replicas
     one_node = shards <= device.per_node
     # A ring over several nodes leaves each node once, over all network ports of the node.
@@ -190,9 +190,9 @@ class Throughput:
     Attributes:
         useful: FLOPs per token without recomputation, as MFU counts them.
         executed: FLOPs per token with recomputation, as HFU counts them.
-        compute_seconds: of a training step.
-        communication_seconds: of a training step, without overlap.
-        tokens_per_second: over all GPUs.
+        compute_seconds: compute time of a training step.
+        communication_seconds: communication time of a training step, without overlap.
+        tokens_per_second: tokens/s over all GPUs.
     """
 
     useful: float
@@ -212,7 +212,7 @@ def throughput(job: Job, device: Device, utilisation: float) -> Throughput:
 
 
 def _mean_flops(job: Job, recompute: Recompute) -> float:
-    """Return the mean FLOPs of a row over the run; a depth ramp counts by the share of the run that it takes."""
+    """Return the mean FLOPs of a row over the run, its depth ramp included."""
     run, flops = job.run, mean_training_flops(job.run.model, job.tokens, recompute)
     if run.depth_ramp is None:
         return flops
@@ -225,12 +225,12 @@ def _mean_flops(job: Job, recompute: Recompute) -> float:
 
 
 def fits(job: Job, device: Device) -> bool:
-    """Whether the peak memory fits the device, RESERVE left free."""
+    """Return whether the peak memory fits the device with RESERVE left free."""
     return sum(memory(job).values()) <= device.memory * (1 - RESERVE)
 
 
 def remedies(job: Job, device: Device) -> list[str]:
-    """Return options that, changed one after the other, make the run fit; none if it fits or cannot be made to."""
+    """Return the options to change, in order, to make the run fit; none if it already fits or never fits."""
     taken: list[str] = []
     if fits(job, device):
         return taken

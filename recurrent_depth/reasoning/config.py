@@ -92,11 +92,11 @@ class ThinkingFormat:
         return self.begin_think, self.end_think, self.begin_answer, self.end_answer
 
     def prompt_text(self, question: str) -> str:
-        """The prompt of a question."""
+        """Return the prompt of a question."""
         return self.prompt.replace("{question}", question.strip())
 
     def reply_parts(self, trace: str, answer: str) -> tuple[str, str, str]:
-        """The reply up to the trace, the trace, and what follows it."""
+        """Return the reply in three parts: up to the trace, the trace, and the rest."""
         closing = f"{self.end_think}{self.begin_answer}{self.answer_prefix}{answer.strip()}{self.end_answer}"
         return self.begin_think, trace.strip(), closing + self.end_turn
 

@@ -1,5 +1,5 @@
-"""An OpenAI-compatible server for recurrent-depth models, a chat on the terminal, and text from prompts.
+"""An OpenAI-compatible server for recurrent-depth models, a chat on the terminal, and `recurrent-depth generate`.
 
-The protocol, its limits and its errors (protocol.py, guard.py, app.py) know nothing of how tokens are made; engine.py
-is the part that another engine replaces.
+The protocol with its limits and errors (protocol.py, guard.py, app.py) does not depend on the engine that generates
+tokens; another engine replaces engine.py.
 """

@@ -30,21 +30,21 @@ from recurrent_depth.serving.protocol import (
 )
 
 _COLDEST = 1e-5
-"""Logits divided by a smaller temperature overflow; below it the likeliest token is taken."""
+"""Below this temperature the most probable token is taken: logits divided by it would overflow."""
 
 
 @dataclass
 class Service:
-    """The one model that is served.
+    """The served model.
 
     Args:
-        engine: makes the tokens.
+        engine: generates the tokens.
         tokenizer: transformers tokenizer.
-        name: what clients call the model.
-        limits: of requests.
-        created: time of the start, in seconds since 1970.
+        name: name of the model for clients.
+        limits: limits of requests.
+        created: start time, in seconds since 1970.
         counts: tokens of prompts and answers so far.
-        tokenizing: one thread, so that long prompts do not add up in memory.
+        tokenizing: executor with one thread, to limit the memory that tokenizing long prompts takes.
     """
 
     engine: Engine
@@ -65,7 +65,7 @@ class Service:
             )
 
     async def chat_ids(self, request: ChatRequest) -> list[int]:
-        """Return the ids of a conversation, up to where the answer begins."""
+        """Return the ids of a conversation, up to the beginning of the answer."""
         if not self.tokenizer.chat_template:
             raise ApiError(400, f"{self.name} has no chat template; use /v1/completions", param="messages")
         messages = [message.for_template() for message in request.messages]
@@ -87,12 +87,12 @@ class Service:
     async def _tokenized(self, param: str, tokenize: Callable[[], Any]) -> list[int]:
         try:
             return (await asyncio.get_running_loop().run_in_executor(self.tokenizing, tokenize))["input_ids"]
-        except Exception as error:  # lone surrogates, a chat template that refuses the order of roles, ...
+        except Exception as error:  # for example lone surrogates, or an order of roles that the template refuses
             cause = f"{type(error).__name__}: {error}"
             raise ApiError(400, f"{param} cannot be tokenized ({cause})", param=param) from error
 
     def generation(self, request: GenerationRequest, ids: Sequence[int], new_tokens: int | None) -> Generation:
-        """Return what the engine is asked for, within the limits."""
+        """Return the generation for the engine; raise an ApiError if it exceeds a limit."""
         limits, engine = self.limits, self.engine
         num_steps = request.num_steps or engine.default_num_steps
         if num_steps > limits.num_steps:
@@ -111,7 +111,7 @@ class Service:
         for name, total in room.items():
             if len(ids) + (new_tokens or 1) > total:
                 raise ApiError(
-                    400, f"the prompt has {len(ids)} tokens and {new_tokens or 1} or more are to be written, which "
+                    400, f"a prompt of {len(ids)} tokens with an answer of {new_tokens or 1} or more "
                     f"exceeds the {name} of {total} tokens; shorten the prompt or lower max_tokens",
                     code="context_length_exceeded",
                 )  # fmt: skip
@@ -123,7 +123,7 @@ class Service:
 
 
 class Run:
-    """One request, from its submission to the last piece of its text. `close` it once `pieces` has been entered."""
+    """One request, from its submission to the last piece of its text. Call `close` after starting `pieces`."""
 
     def __init__(self, service: Service, generation: Generation, stops: Sequence[str]) -> None:
         decode = partial(service.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -134,7 +134,7 @@ class Run:
         self.tokens: Tokens | None = None
 
     async def pieces(self) -> AsyncIterator[str]:
-        """Submit the request and yield its text as it comes."""
+        """Submit the request and yield its text as it is generated."""
         while not self.answer.stopped and (token := await self._next_token()) is not None:
             if token in self.service.engine.stop_ids:
                 self.finish_reason = "stop"
@@ -156,7 +156,7 @@ class Run:
             raise ApiError(503, str(error)) from error
 
     def close(self) -> None:
-        """End the request where it has not ended: its client has left, or has what it wants."""
+        """Cancel the request if it has not ended: the client has disconnected, or a stop text was found."""
         if self.tokens is not None:
             self.tokens.cancel()
         self.service.counts["prompt_tokens"] += len(self.generation.prompt)
@@ -167,7 +167,7 @@ class Run:
 
 
 class EventStream(StreamingResponse):
-    """The answer of a run as server-sent events; the run is closed with it, at its end or at any error."""
+    """Send the answer of a run as server-sent events; close the run at the end or after an error."""
 
     def __init__(self, run: Run, reply: Reply, with_usage: bool) -> None:
         super().__init__(_events(run, reply, with_usage), media_type="text/event-stream")
@@ -181,14 +181,14 @@ class EventStream(StreamingResponse):
 
 
 def build_app(service: Service, api_key: str | None) -> Guard:
-    """Return the application, behind its limits."""
+    """Return the application inside its `Guard`."""
     app = FastAPI(title="recurrent-depth", description=f"Serves {service.name}. Depth: the field num_steps.")
     guard = Guard(app, service.limits, api_key)
     _add_errors(app)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: ChatRequest) -> Response:
-        """Answer a conversation. Beside OpenAI's fields: num_steps, top_k."""
+        """Answer a conversation. Fields in addition to OpenAI's: num_steps, top_k."""
         service.check_model(request.model)
         request.check_fields()
         ids = await service.chat_ids(request)
@@ -196,7 +196,7 @@ def build_app(service: Service, api_key: str | None) -> Guard:
 
     @app.post("/v1/completions")
     async def completions(request: CompletionRequest) -> Response:
-        """Continue a prompt. Beside OpenAI's fields: num_steps, top_k."""
+        """Continue a prompt. Fields in addition to OpenAI's: num_steps, top_k."""
         service.check_model(request.model)
         request.check_fields()
         ids = await service.prompt_ids(request)
@@ -218,7 +218,7 @@ def build_app(service: Service, api_key: str | None) -> Guard:
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
-        """Counters and gauges in the text format of Prometheus."""
+        """Return counters and gauges in the text format of Prometheus."""
         return PlainTextResponse(_metrics(service, guard), media_type="text/plain; version=0.0.4")
 
     return guard
@@ -240,7 +240,7 @@ async def _respond(
 
 
 async def _events(run: Run, reply: Reply, with_usage: bool) -> AsyncIterator[str]:
-    """Yield server-sent events. An error after the first one is an event as well: the status has been sent."""
+    """Yield server-sent events. An error after the first event is sent as an event: the status is already sent."""
     try:
         if reply.chat:
             yield _event(reply.chunk("", first=True))
@@ -288,7 +288,7 @@ def _metrics(service: Service, guard: Guard) -> str:
 
 
 def _add_errors(app: FastAPI) -> None:
-    """Give every error OpenAI's form."""
+    """Register handlers that send every error in OpenAI's format."""
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""`recurrent-depth chat`: talk to a model on a terminal, through the server that others would use."""
+"""`recurrent-depth chat`: talk to a model on a terminal, through a server of `recurrent-depth serve`."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ _CONNECT_SECONDS, _ANSWER_SECONDS = 10, 600
 
 
 def chat(config: ChatConfig) -> None:
-    """Read questions from standard input and write answers as they come."""
+    """Read questions from standard input and print the answers as they are generated."""
     if config.url is not None:
         _converse(config, _client(config, config.url))
         return
@@ -24,7 +24,7 @@ def chat(config: ChatConfig) -> None:
 
 @contextmanager
 def _own_server(config: ChatConfig) -> Iterator[str]:
-    """Start a server for this conversation alone, without limits and without logs; yield its URL."""
+    """Start a server for this conversation, without limits and logs; yield its URL."""
     from transformers.utils import logging
 
     from recurrent_depth.serving.serve import Server, listen, load
@@ -53,7 +53,7 @@ def _served_name(config: ChatConfig, client: OpenAI) -> str:
 
     Raises:
         OSError: if no server answers.
-        ValueError: if the server wants another key, or has another model.
+        ValueError: if the server requires another key, or serves another model.
     """
     try:
         names = [model.id for model in client.models.list(timeout=_CONNECT_SECONDS)]
@@ -63,7 +63,7 @@ def _served_name(config: ChatConfig, client: OpenAI) -> str:
             "recurrent-depth serve, or fix the address"
         ) from error
     except AuthenticationError as error:
-        raise ValueError(f"api_key: the server at {client.base_url} wants another one (--api-key)") from error
+        raise ValueError(f"api_key: the server at {client.base_url} refused it; give its key with --api-key") from error
     except APIError as error:
         raise ValueError(
             f"url: {client.base_url} is not an OpenAI-compatible server ({error}); it usually ends in /v1"
@@ -93,7 +93,7 @@ def _converse(config: ChatConfig, client: OpenAI) -> None:
         if answer:
             messages.append({"role": "assistant", "content": answer})
         else:
-            messages.pop()  # a question that has no answer is not part of the conversation
+            messages.pop()  # a question without an answer is not part of the conversation
 
 
 def _ask() -> str:
@@ -104,7 +104,7 @@ def _ask() -> str:
 
 
 def _answer(config: ChatConfig, client: OpenAI, model: str, messages: list[Any]) -> Iterator[str]:
-    """Yield the answer as it comes; the oldest messages are dropped where the conversation exceeds the context."""
+    """Yield the answer as it is generated. Drop the oldest messages if the conversation exceeds the context."""
     depth = None if config.num_steps is None else {"num_steps": config.num_steps}
     while True:
         try:
@@ -117,14 +117,14 @@ def _answer(config: ChatConfig, client: OpenAI, model: str, messages: list[Any])
             if error.code != "context_length_exceeded" or not _forget_oldest(messages):
                 raise
             print("(the context is full: the oldest question and answer are forgotten)", file=sys.stderr, flush=True)
-    with stream:  # closing it tells the server that nobody listens any more
+    with stream:  # closing the stream cancels the request at the server
         for event in stream:
             if event.choices and event.choices[0].delta.content:
                 yield event.choices[0].delta.content
 
 
 def _forget_oldest(messages: list[Any]) -> bool:
-    """Remove the oldest question and its answer. Return False where there is only the last question."""
+    """Remove the oldest question and its answer. Return False if there is only the last question."""
     first = 1 if messages[0]["role"] == "system" else 0
     if len(messages) - first < 3:
         return False
@@ -134,7 +134,7 @@ def _forget_oldest(messages: list[Any]) -> bool:
 
 def _explained(error: APIError, client: OpenAI) -> str:
     if isinstance(error, APIConnectionError):
-        return f"no server answers at {client.base_url}; ask again once it is back"
+        return f"no server answers at {client.base_url}; ask again when it is back"
     if isinstance(error, APIStatusError) and isinstance(error.body, dict):
         return str(error.body.get("message", error))
     return str(error)

@@ -6,23 +6,23 @@ from typing import Literal
 from recurrent_depth.checks import check_at_least, check_between, check_positive
 
 KEY_VARIABLE = "RECURRENT_DEPTH_API_KEY"
-"""The environment variable that holds the key of a server, for the server and for the chat."""
+"""Environment variable with the key of a server, read by serve and chat."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What requests may ask of a server. A request beyond a limit gets a 4xx status and a message that names it.
+    """Limits of requests. A request beyond a limit gets a 4xx status and a message that names the limit.
 
     Args:
         num_steps: largest num_steps of a request (core iterations per token).
-        new_tokens: most tokens of an answer, and what a request gets that names no number, as far as the context goes.
-        body_bytes: largest body of a request; tokenizing a text takes far more memory than the text.
-        requests: requests in progress, decoding or waiting; further ones get status 429.
-        batch: requests decoded together.
-        cache_gib: memory of the keys and values of the requests decoded together, in GiB.
-        seconds: time of a request from its arrival to its last token, waiting included.
-        body_seconds: time a client may take to send a body.
-        shutdown_seconds: time that requests in progress have to finish after SIGTERM or Ctrl-C.
+        new_tokens: most tokens of an answer; also the default of max_tokens, as far as the context allows.
+        body_bytes: largest body of a request, in bytes; tokenizing a text takes far more memory than the text.
+        requests: most requests in progress, decoding or waiting; further ones get status 429.
+        batch: most requests decoded together.
+        cache_gib: memory for the keys and values of the requests decoded together, in GiB.
+        seconds: seconds from the arrival of a request to its last token, waiting included.
+        body_seconds: seconds a client may take to send a body.
+        shutdown_seconds: seconds that requests in progress have to finish after SIGTERM or Ctrl-C.
     """
 
     num_steps: int = 64
@@ -47,8 +47,8 @@ class Limits:
 class ServeConfig:
     """Serve a model over the OpenAI protocol: chat completions, completions, models, health, metrics.
 
-    A request sets its number of core iterations by `num_steps`; with the openai package
-    `extra_body={"num_steps": 8}`. Only this model is served: no request loads another one.
+    A request sets its number of core iterations with `num_steps`; with the openai package
+    `extra_body={"num_steps": 8}`. Only this model is served; requests cannot load another one.
 
     Args:
         model: run folder, checkpoint, export, Hugging Face folder or hub name.
@@ -56,11 +56,11 @@ class ServeConfig:
         host: address to listen on; 0.0.0.0 accepts other machines (set api_key then).
         port: port to listen on, 1 to 65535; 0 takes a free one and prints it.
         device: auto, cpu, cuda or cuda:N.
-        dtype: of the weights; auto is bfloat16 on a GPU and float32 on a CPU.
+        dtype: dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU.
         kernels: implementation of the element-wise operations; auto is triton on a GPU.
         api_key: key that clients must send (Authorization: Bearer KEY); null takes the environment variable
-            RECURRENT_DEPTH_API_KEY, and asks for none where that is not set either.
-        limits: what requests may ask for.
+            RECURRENT_DEPTH_API_KEY; without it no key is required.
+        limits: limits of requests.
     """
 
     model: str
@@ -77,26 +77,26 @@ class ServeConfig:
         check_between("port", self.port, 0, 65535)
         for name in ("model", "host"):
             if not getattr(self, name):
-                raise ValueError(f"{name} is empty; give a {name}")
+                raise ValueError(f"{name} is empty; give a value")
         for name in ("served_name", "api_key"):
             if getattr(self, name) == "":
-                raise ValueError(f"{name} is empty; give one, or leave the option out")
+                raise ValueError(f"{name} is empty; give a value, or leave the option out")
 
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """Talk to a model; an empty line or the end of the input ends the conversation, Ctrl-C ends an answer.
+    """Talk to a model. An empty line or the end of the input ends the conversation; Ctrl-C ends an answer.
 
     Args:
-        model: run folder, checkpoint, export, Hugging Face folder or hub name; with a url the model's name there (null
-            takes the one that is served).
+        model: run folder, checkpoint, export, Hugging Face folder or hub name; with `url`, the name of the model on the
+            server (null takes the served one).
         url: address of a running server, for example http://localhost:8000/v1; null starts one for this chat.
         api_key: key of that server; null takes the environment variable RECURRENT_DEPTH_API_KEY.
-        num_steps: core iterations per token; null takes the model's.
+        num_steps: core iterations per token; null takes the model's default.
         max_new_tokens: longest answer, in tokens.
-        temperature: 0 takes the likeliest token; at most 2.
+        temperature: sampling temperature, at most 2; 0 takes the most probable token.
         system: system message; null for none.
-        device: auto, cpu, cuda or cuda:N; without a url.
+        device: auto, cpu, cuda or cuda:N; not with `url`.
     """
 
     model: str | None = None
@@ -110,7 +110,7 @@ class ChatConfig:
 
     def __post_init__(self) -> None:
         if not self.model and not self.url:
-            raise ValueError("give a model to start a server for, or the url of a running one")
+            raise ValueError("neither model nor url is given; give a model, or the url of a running server")
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url is {self.url!r}; it must start with http:// or https://")
         check_at_least("num_steps", self.num_steps, 1)

@@ -1,7 +1,7 @@
-"""What makes the tokens of a server: an interface, and this package's decoding behind it.
+"""The engine of a server: the interface `Engine`, and its implementation with the decoder of this package.
 
-`app.py` needs an `Engine` alone. Another engine (vLLM) replaces `DecoderEngine` by a class with the same attributes and
-a `submit` that returns an asynchronous iterator of tokens with a `cancel`.
+`app.py` uses only the interface. Another engine (vLLM) replaces `DecoderEngine` with a class that has the same
+attributes, and a `submit` that returns an asynchronous iterator of tokens with a method `cancel`.
 """
 
 import asyncio
@@ -23,19 +23,19 @@ _log = logging.getLogger(__name__)
 
 
 class EngineStopped(RuntimeError):
-    """The engine ends, or has failed, before the last token of a request."""
+    """The engine was closed or has failed before the last token of a request."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What one request asks of an engine: ids to continue, and how.
+    """The options of one request to an engine.
 
     Args:
-        prompt: ids; at least one.
+        prompt: ids to continue; at least one.
         max_new_tokens: most new tokens; a stop id of the engine ends the request earlier.
         num_steps: core iterations per token.
-        temperature, top_k, top_p: of sampling; temperature 0 takes the likeliest token.
-        seed: of sampling; None draws one.
+        temperature, top_k, top_p: options of sampling; temperature 0 takes the most probable token.
+        seed: seed of sampling; None draws one.
     """
 
     prompt: tuple[int, ...]
@@ -48,7 +48,7 @@ class Generation:
 
 
 class Tokens(Protocol):
-    """The tokens of a request as they come."""
+    """The tokens of a request as they are generated."""
 
     def __aiter__(self) -> AsyncIterator[int]: ...
 
@@ -59,13 +59,13 @@ class Tokens(Protocol):
 
 
 class Engine(Protocol):
-    """Makes tokens.
+    """Generate the tokens of requests.
 
     Attributes:
-        stop_ids: tokens that end a request; they are among its tokens.
-        context: tokens of prompt and answer together, at most.
-        vocab_size: ids are below it.
-        default_num_steps: core iterations where a request does not say.
+        stop_ids: tokens that end a request; they are returned too.
+        context: most tokens of prompt and answer together.
+        vocab_size: ids must be below it.
+        default_num_steps: core iterations of a request without num_steps.
     """
 
     stop_ids: frozenset[int]
@@ -74,24 +74,23 @@ class Engine(Protocol):
     default_num_steps: int
 
     def submit(self, generation: Generation) -> Tokens:
-        """Start a request; it is to be called in a running event loop."""
+        """Start a request. Must be called in a running event loop."""
 
     def cache_tokens(self, num_steps: int) -> int:
-        """Tokens, prompt and answer, that fit the memory for keys and values at a depth."""
+        """Return the number of tokens (prompt and answer) whose keys and values fit in memory at a depth."""
 
     def load(self) -> tuple[int, int]:
-        """Requests that are decoded now, and that wait."""
+        """Return the numbers of requests that are being decoded and that are waiting."""
 
     def healthy(self) -> bool:
-        """Whether requests are worked on."""
+        """Return whether requests are being processed."""
 
     def close(self, seconds: float) -> bool:
-        """End all requests, with an `EngineStopped` each, and refuse new ones. Return True once that is done, False
-        where it takes longer than `seconds`."""
+        """End all requests with an `EngineStopped` and refuse new ones. Return False if that takes over `seconds`."""
 
 
 class _Request:
-    """A request on its way between the event loop, which reads its tokens, and the decoding thread."""
+    """A request, shared by the decoding thread, which adds tokens, and the event loop, which reads them."""
 
     def __init__(self, generation: Generation, stop_ids: frozenset[int]) -> None:
         self.generation, self.stop_ids = generation, stop_ids
@@ -113,7 +112,7 @@ class _Request:
         self.cancelled = True
 
     def take(self, token: int) -> bool:
-        """Pass a token on, from the decoding thread. Return True where it was the last one."""
+        """Add a token, from the decoding thread. Return True if it was the last one."""
         if self.cancelled or self.done:
             return True
         self._put(token)
@@ -130,15 +129,15 @@ class _Request:
     def _put(self, item: int | Exception) -> None:
         try:
             self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
-        except RuntimeError:  # the event loop has ended, and its clients with it
+        except RuntimeError:  # the event loop has ended, so there is no reader
             self.cancelled = True
 
 
 class DecoderEngine:
-    """Decodes requests in batches, in a thread.
+    """Decode requests in batches, in a thread.
 
-    Requests that wait are decoded together as far as they fit: equal sampling, room in the context and in the cache.
-    A batch is decoded to its end before the next one starts.
+    Waiting requests form a batch if they have equal sampling options and fit the context and the cache together. A
+    batch is decoded to its end before the next one starts.
     """
 
     def __init__(self, model: RecurrentDepthForCausalLM, stop_ids: frozenset[int], limits: Limits) -> None:
@@ -147,8 +146,8 @@ class DecoderEngine:
         self.default_num_steps = config.num_steps or config.mean_recurrence
         if self.default_num_steps > limits.num_steps:
             raise ValueError(
-                f"limits.num_steps is {limits.num_steps}, but the model iterates {self.default_num_steps} times by "
-                "default; raise the limit"
+                f"limits.num_steps is {limits.num_steps}, but the default of the model is {self.default_num_steps} "
+                "iterations; raise the limit"
             )
         self.limits = limits
         self.decoder = Decoder(model)
@@ -185,7 +184,7 @@ class DecoderEngine:
             requests = [*self.batch, *self.waiting]
             self.waiting.clear()
             self.changed.notify()
-        self._end(requests, EngineStopped("the server is shutting down"))  # a pass that runs may take long to notice
+        self._end(requests, EngineStopped("the server is shutting down"))  # the running pass may end much later
         self.thread.join(timeout=seconds)
         return not self.thread.is_alive()
 
@@ -193,12 +192,12 @@ class DecoderEngine:
         while batch := self._next_batch():
             try:
                 self._decode(batch)
-            except Exception as error:  # one batch fails, the server goes on
+            except Exception as error:  # the server continues after a failed batch
                 _log.exception("decoding a batch of %d requests failed", len(batch))
                 self._end(batch, EngineStopped(f"decoding failed ({type(error).__name__}); see the server's log"))
 
     def _next_batch(self) -> list[_Request]:
-        """Wait for requests; return the first one and those that fit beside it, or none once the engine is closed."""
+        """Wait for requests; return the first one and those that fit in its batch, or [] after `close`."""
         with self.changed:
             self.batch = []
             while not self.closed:
@@ -245,5 +244,5 @@ class DecoderEngine:
 
 
 def _row_name(seed: int | None) -> int:
-    """The name (32 bits) that the draws of a request are a function of."""
+    """Return the number (32 bits) that the draws of a request are a function of."""
     return random.getrandbits(32) if seed is None else (seed ^ (seed >> 32)) & 0xFFFFFFFF

@@ -1,4 +1,4 @@
-"""`recurrent-depth generate`: continue prompts, with adaptive depth, shared caches and thinking limits."""
+"""`recurrent-depth generate`: continue prompts in any mode, with exit rules, cache budgets and thinking limits."""
 
 import json
 import sys
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(EngineOptions):
-    """Continue prompts; print one JSON object per prompt, and what it took at the end.
+    """Continue prompts; print one JSON object per prompt, then tokens, core iterations, FLOPs and cache size.
 
     Args:
         model: run folder, checkpoint, export, Hugging Face folder or hub name.
-        prompt: text to continue, taken as it is; give the option once for each prompt. Without it, every line of
+        prompt: text to continue, taken literally; give the option once for each prompt. Without it, every line of
             standard input is a prompt.
-        max_new_tokens: tokens written after each prompt, at most.
-        temperature: 0 takes the most probable token.
-        top_k: sample among that many tokens; null: all.
-        top_p: sample among the most probable tokens that have this probability together.
+        max_new_tokens: largest number of tokens written after each prompt.
+        temperature: sampling temperature; 0 takes the most probable token.
+        top_k: sample among this many tokens; null: all.
+        top_p: sample among the most probable tokens with this total probability.
         stop: text that ends a request; give the option once for each text.
-        chat: write each prompt as the message of a user.
-        stream: write the text of a single prompt to standard error as it is made.
+        chat: format each prompt as the message of a user.
+        stream: write the text of a single prompt to standard error as it is generated.
         device: auto, cpu, cuda or cuda:N.
-        dtype: of the weights; auto is bfloat16 on a GPU and float32 on a CPU.
+        dtype: dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU.
         kernels: implementation of the element-wise operations; auto is triton on a GPU.
     """
 
@@ -57,13 +57,13 @@ class GenerateConfig(EngineOptions):
         self.check_stream(self.prompt)
 
     def check_stream(self, prompts: list[str]) -> None:
-        """Raise if several prompts are to be streamed."""
+        """Raise if `stream` is set and there are several prompts."""
         if self.stream and len(prompts) > 1:
-            raise ValueError(f"stream follows one prompt, and {len(prompts)} were given; leave stream out")
+            raise ValueError(f"stream needs one prompt, but {len(prompts)} were given; leave stream out")
 
 
 def generate(config: GenerateConfig) -> None:
-    """Decode all prompts."""
+    """Continue all prompts and print the results."""
     from recurrent_depth.devices import choose_device, choose_dtype
     from recurrent_depth.generation.engine import Decoder
     from recurrent_depth.generation.exits import exit_rule
@@ -73,10 +73,10 @@ def generate(config: GenerateConfig) -> None:
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     if config.exit is not None:
-        exit_rule(config.exit, config.exit_threshold)  # an unknown rule is refused before the model is loaded
+        exit_rule(config.exit, config.exit_threshold)  # refuse an unknown rule before the model is loaded
     model, tokenizer = load_model(config.model, dtype, device, config.kernels)
     if tokenizer is None:
-        raise ValueError(f"model: {config.model} has no tokenizer; decode ids with recurrent_depth.generation")
+        raise ValueError(f"model: {config.model} has no tokenizer; generate from ids with recurrent_depth.generation")
     prompts = config.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise ValueError("no prompt was given; use --prompt TEXT, or write one per line to standard input")
@@ -100,7 +100,7 @@ def generate(config: GenerateConfig) -> None:
 
 
 def _printing(tokenizer: Any) -> "OnToken":
-    """Return a function that writes text to standard error as its tokens come."""
+    """Return an `on_token` that writes text to standard error."""
     from recurrent_depth.generation.text import TextStream
 
     text = TextStream(tokenizer.decode)

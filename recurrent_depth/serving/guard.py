@@ -1,6 +1,6 @@
-"""Limits that hold before a request is read: key, body size, number of requests, time; and clients that have left.
+"""Checks before a request is parsed (key, body size, number of requests, time), and cancellation after disconnects.
 
-A plain ASGI layer around any application, so that it serves every engine.
+An ASGI layer around the application; it does not depend on the engine.
 """
 
 import asyncio
@@ -19,12 +19,12 @@ _SLOW_READER_SECONDS = 10.0
 
 
 class Guard:
-    """Refuse what is beyond the limits, and cancel the work for a client that has left.
+    """Refuse requests beyond the limits, and cancel requests whose client has disconnected.
 
     Args:
-        app: the application, which finds the whole body at once.
+        app: the application; it gets the whole body in one message.
         limits: see `Limits`.
-        api_key: asked of every request but /health; None asks for none.
+        api_key: key required for every request except /health; None: no key.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None) -> None:
@@ -55,7 +55,7 @@ class Guard:
             raise ApiError(401, "send the server's key as Authorization: Bearer KEY", code="invalid_api_key")
 
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run a request that costs something: counted, its body in memory, its client watched."""
+        """Count a request, read its body, and run it until it is finished or its client has disconnected."""
         if self.in_progress >= self.limits.requests:
             raise ApiError(
                 429, f"{self.limits.requests} requests are in progress (limits.requests); try again", code="busy"
@@ -69,7 +69,7 @@ class Guard:
             self.in_progress -= 1
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """Return the body; None where the client left before its end."""
+        """Return the body; None if the client disconnected before its end."""
         limit = self.limits.body_bytes
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         body, too_large = bytearray(), declared.isdigit() and int(declared) > limit
@@ -78,7 +78,7 @@ class Guard:
         try:
             async with asyncio.timeout_at(deadline) as timeout:
                 while True:
-                    if too_large:  # read on for a while, keeping nothing: a client that still sends sees no answer
+                    if too_large:  # read on for a while without storing: a client that still sends does not read
                         body.clear()
                         deadline = min(deadline, now() + _DISCARD_SECONDS)
                         timeout.reschedule(deadline)
@@ -92,14 +92,14 @@ class Guard:
         except TimeoutError:
             if not too_large:
                 raise ApiError(
-                    408, f"the body did not come within {self.limits.body_seconds:g} s (limits.body_seconds)"
+                    408, f"the body did not arrive within {self.limits.body_seconds:g} s (limits.body_seconds)"
                 ) from None
         if too_large:
             raise ApiError(413, f"the body is larger than {limit} bytes (limits.body_bytes)", code="body_too_large")
         return bytes(body)
 
     async def _until_gone(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        """Run the application; cancel it when the client leaves or does not read what it is sent."""
+        """Run the application; cancel it when the client disconnects or does not read the answer."""
         messages = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:

@@ -1,7 +1,6 @@
-"""The requests, answers and errors of the OpenAI protocol, with `num_steps` beside its fields.
+"""The requests, answers and errors of the OpenAI protocol, with the additional field `num_steps`.
 
-What a request asks for is honoured or refused: a field that is not known, or asks for what is not done here, is an
-error, never ignored.
+No field is ignored: an unknown field, or a value that is not implemented, is an error.
 """
 
 import time
@@ -27,14 +26,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (None, ["text"]),
     "store": (None, False),
 }
-"""Fields of OpenAI's protocol that this server does not implement, and the values that ask for nothing."""
+"""Fields of OpenAI's protocol that this server does not implement, with the values that are accepted (no effect)."""
 
 _ABOUT_THE_CALLER = ("user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier")
 _SEED = 2**63
 
 
 class ApiError(Exception):
-    """An error that a client gets: an HTTP status and OpenAI's error object."""
+    """An error sent to a client, with an HTTP status and OpenAI's error object."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -50,15 +49,15 @@ class StreamOptions(BaseModel):
 
 
 class GenerationRequest(BaseModel):
-    """What chat completions and completions have in common."""
+    """The common fields of chat completions and completions."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     model: str = Field(description="Name of the served model, as GET /v1/models gives it.")
-    max_tokens: int | None = Field(None, ge=1, description="Most new tokens; default: what context and limits allow.")
+    max_tokens: int | None = Field(None, ge=1, description="Most new tokens; default: as context and limits allow.")
     num_steps: int | None = Field(None, ge=1, description="Core iterations per token; default: the model's.")
-    temperature: float = Field(1.0, ge=0, le=2, description="0 takes the likeliest token.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Sample among the likeliest tokens of this total probability.")
+    temperature: float = Field(1.0, ge=0, le=2, description="0 takes the most probable token.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample among the top tokens with this total probability.")
     top_k: int | None = Field(None, ge=1, description="Sample among this many tokens.")
     seed: int | None = Field(None, ge=-_SEED, lt=_SEED, description="Equal seeds give equal texts for equal requests.")
     stop: str | list[str] | None = Field(None, description="Texts that end the answer; they are not returned.")
@@ -72,7 +71,7 @@ class GenerationRequest(BaseModel):
         return tuple(texts)
 
     def check_fields(self) -> None:
-        """Raise an ApiError for a field that is unknown or asks for what this server does not do."""
+        """Raise an ApiError for a field that is unknown, or has a value that is not implemented."""
         for name, value in (self.model_extra or {}).items():
             if name in _ABOUT_THE_CALLER or (name in _NEUTRAL and value in _NEUTRAL[name]):
                 continue
@@ -122,7 +121,7 @@ class CompletionRequest(GenerationRequest):
 
 
 class Reply:
-    """The objects of one answer: whole, or in chunks. `kind` is chat.completion or text_completion."""
+    """Build the objects of one answer, whole or in chunks. `kind` is chat.completion or text_completion."""
 
     def __init__(self, kind: Literal["chat.completion", "text_completion"], model: str) -> None:
         self.chat = kind == "chat.completion"

@@ -1,4 +1,4 @@
-"""`recurrent-depth serve`: load a model, listen, stop on a signal."""
+"""`recurrent-depth serve`: load a model and serve it until a signal."""
 
 import os
 import resource
@@ -23,7 +23,7 @@ from recurrent_depth.serving.engine import DecoderEngine, Engine
 
 def serve(config: ServeConfig) -> None:
     """Serve until Ctrl-C or SIGTERM; requests in progress have limits.shutdown_seconds to finish."""
-    listener = listen(config.host, config.port)  # before the model is loaded: a port in use is told at once
+    listener = listen(config.host, config.port)  # before the model is loaded, to report a port in use at once
     with listener:
         print(f"loading {config.model}", flush=True)
         service = load(config)
@@ -38,11 +38,11 @@ def serve(config: ServeConfig) -> None:
         server.run(sockets=[listener])
     print("stopped", flush=True)
     if not service.engine.close(1.0):
-        os._exit(0)  # a pass over a long prompt cannot be interrupted, and nothing waits for its result
+        os._exit(0)  # a pass over a long prompt cannot be interrupted, and its result is not needed
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to an address.
+    """Return a socket bound to an address.
 
     Raises:
         OSError: if the address is in use or unknown; the message says what to change.
@@ -63,14 +63,14 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def load(config: ServeConfig) -> Service:
-    """Return the service of a model, on its device, with its engine started."""
+    """Load the model, start its engine, and return the service."""
     device = choose_device(config.device)
     transformers_logging.disable_progress_bar()
     model, tokenizer = load_model(config.model, choose_dtype(config.dtype, device), device, config.kernels)
     if not isinstance(model, RecurrentDepthForCausalLM):
         raise ModelError(f"model: {config.model} is not a recurrent-depth model; only those are served")
     if tokenizer is None:
-        raise ModelError(f"model: {config.model} has no tokenizer, so it cannot be served; add its tokenizer.json")
+        raise ModelError(f"model: {config.model} has no tokenizer and cannot be served; add its tokenizer.json")
     folder = Path(config.model)
     name = config.served_name or (folder.resolve().name if folder.is_dir() else config.model)
     engine: Engine = DecoderEngine(model, frozenset(stop_ids(model, tokenizer)), config.limits)
@@ -78,12 +78,12 @@ def load(config: ServeConfig) -> Service:
 
 
 class Server(uvicorn.Server):
-    """uvicorn with this package's application, and an end for requests that do not finish in time.
+    """uvicorn with the application of this package. At shutdown, requests that do not finish in time are ended.
 
     Args:
         config: key and limits.
-        service: the model.
-        log_level: of uvicorn: info logs requests, critical nothing.
+        service: the served model.
+        log_level: log level of uvicorn: info logs requests, critical logs nothing.
     """
 
     def __init__(self, config: ServeConfig, service: Service, log_level: str) -> None:
@@ -98,7 +98,7 @@ class Server(uvicorn.Server):
         )  # fmt: skip
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called by uvicorn for SIGINT and SIGTERM."""
+        """Start the shutdown. uvicorn calls this for SIGINT and SIGTERM."""
         super().handle_exit(sig, frame)
         self._end_requests_later()
 
@@ -108,7 +108,7 @@ class Server(uvicorn.Server):
         timer.start()
 
     def start(self, listener: socket.socket) -> None:
-        """Run in a thread; return once the server answers. `stop` ends it."""
+        """Run the server in a thread; return when it answers. `stop` ends it."""
         self.thread = threading.Thread(target=self.run, kwargs={"sockets": [listener]}, name="server", daemon=True)
         self.thread.start()
         while not self.started:
@@ -117,13 +117,13 @@ class Server(uvicorn.Server):
             time.sleep(0.01)
 
     def stop(self) -> None:
-        """End the server that `start` has started, and its engine, without waiting for requests in progress."""
+        """Stop the server started by `start` and its engine, without waiting for requests in progress."""
         self.service.engine.close(0.0)
         self.should_exit = True
         self.thread.join(timeout=10)
 
 
 def _allow_many_connections() -> None:
-    """Raise the limit of open files to what the system allows: idle connections must not use it up."""
+    """Raise the limit of open files to the maximum of the system, so that idle connections do not use it up."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,4 +1,4 @@
-"""`recurrent-depth average`: one set of weights from several checkpoints of a run (arXiv 2502.05171, section 5)."""
+"""`recurrent-depth average`: average the weights of several checkpoints of a run (arXiv 2502.05171, section 5)."""
 
 import shutil
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from recurrent_depth.training.parallel import Ranks
 
 
 def average(config: AverageConfig) -> Path:
-    """Write the merged run; return its folder."""
+    """Write a run folder with the averaged weights and return its path."""
     run, out = Path(config.model), Path(config.out)
     if not is_run(run):
         raise CheckpointError(f"model: {str(run)!r} is not a run folder; give the `out` of recurrent-depth train")
@@ -48,7 +48,10 @@ def average(config: AverageConfig) -> Path:
 
 
 def merged(paths: Sequence[Path], method: AverageMethod, decay: float) -> dict[str, Tensor]:
-    """Return the average over checkpoints, oldest first, in fp32. One checkpoint is in memory beside it."""
+    """Return the averaged weights of checkpoints, given oldest first, in fp32.
+
+    Memory: the average and one checkpoint.
+    """
     result: dict[str, Tensor] = {}
     for number, path in enumerate(paths):
         share = 1 - decay if method == "ema" else 1 / (number + 1)
@@ -57,7 +60,10 @@ def merged(paths: Sequence[Path], method: AverageMethod, decay: float) -> dict[s
                 if number == 0:
                     result[name] = p.detach().clone()
                 elif p.shape != result[name].shape:
-                    raise CheckpointError(f"{path} has another shape of {name} than {paths[0]}: not of one run")
+                    raise CheckpointError(
+                        f"{path}: {name} has the shape {tuple(p.shape)}, but {tuple(result[name].shape)} in "
+                        f"{paths[0]}; merge checkpoints of one run"
+                    )
                 else:
                     result[name].lerp_(p, share)
     return result

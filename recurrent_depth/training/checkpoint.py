@@ -1,8 +1,9 @@
-"""Checkpoints of a run: writing them beside training, what a resume may change, reading at any number of ranks.
+"""Write and read the checkpoints of a run, and check what a resume may change.
 
 A checkpoint is complete or absent, and a failed save ends the run on every rank. A save copies the state to the CPU and
 returns; a thread writes the files, hashes them, adds checkpoint.json last and renames the folder. Its collectives run
-in a separate process group, so that they never mix with training's.
+in a separate process group, so that they never mix with those of training. A checkpoint can be read at any number of
+ranks. The layout of the folder is in recurrent_depth/runs.py.
 """
 
 import json
@@ -41,7 +42,7 @@ from recurrent_depth.runs import (
     verify,
 )
 from recurrent_depth.training.config import CheckpointConfig, RunConfig
-from recurrent_depth.training.faults import flat
+from recurrent_depth.training.faults import flattened
 from recurrent_depth.training.optimizer import learning_rate
 from recurrent_depth.training.parallel import Ranks, reshard
 
@@ -49,22 +50,22 @@ MAY_CHANGE = frozenset(
     {
         "out", "log_every", "max_hours", "slurm_margin_minutes", "runtime", "checkpoint", "validation", "health",
         "init_from", "spikes.max_rewinds",
-        "steps",  # check_steps decides
-        # The fingerprint of the data decides.
+        "steps",  # checked by check_steps
+        # Checked by the fingerprint of the data.
         "data.packed.path", "data.packed.validation_path", "data.packed.revision",
     }
 )  # fmt: skip
-"""Options and sections that a resume may change. Every other one, a new one included, decides the numbers of a run."""
+"""Options and sections that a resume may change. All others, also new ones, are taken to affect the result."""
 
 
 def trajectory(config: RunConfig) -> dict[str, Any]:
-    """Return the options that decide the numbers of a run, as section.field; a resume must not change them."""
-    values = flat(json.loads(json.dumps(asdict(config))))
+    """Return the options that affect the result of a run, as section.field; a resume must not change them."""
+    values = flattened(json.loads(json.dumps(asdict(config))))
     return {name: value for name, value in values.items() if not MAY_CHANGE & {name, name.partition(".")[0]}}
 
 
 def read_resume_details(checkpoint: Path) -> dict[str, Any]:
-    """Return checkpoint.json with the fields that a resume needs."""
+    """Return the content of checkpoint.json, after checking the fields that a resume needs."""
     details = read_details(checkpoint)
     kinds = {"steps": int, "trajectory": dict, "data": str, "last_losses": list, "health": dict}
     check_fields(checkpoint / CHECKPOINT_FILE, details, kinds)
@@ -82,19 +83,19 @@ def check_resume(
     if changed:
         described = "; ".join(f"{name}: was {saved.get(name)}, is {current.get(name)}" for name in changed)
         raise CheckpointError(
-            f"this configuration is not the one of {checkpoint} ({described}); restore it to resume, or start a new "
+            f"this configuration differs from that of {checkpoint} ({described}); restore it to resume, or start a new "
             f"run from its weights: --init-from {config.out} --out NEW"
         )
     if details["data"] != fingerprint and not accept_changed_data:
         raise CheckpointError(
-            f"the data are not those {checkpoint} was trained on (fingerprints differ); restore them, "
+            f"{checkpoint} was trained on different data (the fingerprints differ); restore the data, "
             "or pass --accept-changed-data true"
         )
     check_steps(config, details["step"], details["steps"])
 
 
 def check_steps(config: RunConfig, done: int, planned: int) -> None:
-    """Raise unless the `done` training steps of a run of `planned` steps are those of a run of config.steps."""
+    """Raise if changing the length of a run from `planned` to config.steps would change its `done` training steps."""
     if config.steps == planned:
         return
     if config.steps < done:
@@ -108,8 +109,8 @@ def check_steps(config: RunConfig, done: int, planned: int) -> None:
         if reasons:
             older = f"continue from a checkpoint up to step {step} (move newer ones out of {config.out}/checkpoints); "
             raise CheckpointError(
-                f"steps was {planned}, is {config.steps}, but {' and '.join(reasons)} of the {done} steps already "
-                f"trained depends on it from step {step} on. Restore steps; or {older if step else ''}"
+                f"steps was {planned}, is {config.steps}, but {' and '.join(reasons)} of the {done} training steps "
+                f"done depends on it from step {step} on. Restore steps; or {older if step else ''}"
                 f"start a new run from these weights: --init-from {config.out} --out NEW"
             )
 
@@ -120,8 +121,8 @@ def _length(config: RunConfig, step: int, total_steps: int) -> int | None:
 
 
 def training_state(model: RecurrentDepthModel, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Return the parts of a checkpoint: weights by NAME, moments by NAME.MOMENT. The tensors are the live ones."""
-    reshard(model)  # a validation leaves gathered weights, which are not the optimizer's
+    """Return the parts of a checkpoint: weights by NAME, moments by NAME.MOMENT. The tensors are not copied."""
+    reshard(model)  # after a validation the parameters are gathered, but the moments belong to the sharded ones
     weights, moments = {}, {}
     for name, p in model.named_parameters():
         weights[name] = p.detach()
@@ -132,7 +133,7 @@ def training_state(model: RecurrentDepthModel, optimizer: torch.optim.Optimizer)
 
 @torch.no_grad()
 def create_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its moments, so that a checkpoint can be read into them: one step with learning rate 0."""
+    """Create the moments of every parameter, to read a checkpoint into: one training step with learning rate 0."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -145,11 +146,15 @@ def create_moments(optimizer: torch.optim.Optimizer) -> None:
 
 
 def verify_all(checkpoint: Path, details: dict[str, Any]) -> None:
-    """Compare every file with its checksum; an average, which has no moments, is an error."""
+    """Compare every file with its checksum.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, or the checkpoint is an average, which has no moments.
+    """
     if "average" in details:
         raise CheckpointError(
-            f"{checkpoint} holds averaged weights without moments and cannot be resumed; start a new run from it with "
-            "--init-from"
+            f"{checkpoint} holds averaged weights without moments, so it cannot be resumed; start a new run from it "
+            "with --init-from"
         )
     verify(checkpoint, details["files"])
 
@@ -166,7 +171,7 @@ def load_state(
             f"{checkpoint} holds a model of another shape ({described}); resume with the configuration it was trained "
             "with"
         )
-    # Without moments, every step so far was skipped, and the optimizer is as it was at the start.
+    # A checkpoint without moments: every training step so far was skipped, so the optimizer has no state yet.
     optimizer.state.clear()
     if any(name.startswith(f"{OPTIMIZER}/") for name in details["files"]):
         create_moments(optimizer)
@@ -176,11 +181,11 @@ def load_state(
 
 
 State = dict[str, dict[str, Tensor]]
-"""Tensors by part of the checkpoint and name."""
+"""part of the checkpoint -> name -> tensor"""
 
 
 class CheckpointWriter:
-    """Saves a run's checkpoints one after the other. All ranks call every method at the same point of the run."""
+    """Write the checkpoints of a run, one at a time. All ranks must call each method at the same point of the run."""
 
     def __init__(self, run: Path, config: CheckpointConfig, ranks: Ranks) -> None:
         self.run, self.config, self.ranks = run, config, ranks
@@ -189,7 +194,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
 
     def save(self, step: int, state: State, details: dict[str, Any]) -> None:
-        """Write `state` as RUN/checkpoints/step-N; wait for the save before, and raise its error."""
+        """Start to write `state` as RUN/checkpoints/step-N, after waiting for the previous save (see `wait`)."""
         self.wait()
         copy = BlockingAsyncStager().stage(state) if self.config.background else state
         self._thread = threading.Thread(target=self._write, args=(step, copy, details), name=f"save-{step}")
@@ -198,13 +203,13 @@ class CheckpointWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the current save is on disk; an error in it is raised here, on every rank."""
+        """Wait until the current save is on disk. An error of that save is raised here, on every rank."""
         self.finish()
         if self.error is not None:
             raise self.error
 
     def finish(self) -> None:
-        """Wait until the current save has ended, well or not."""
+        """Wait until the current save has ended, with or without an error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -229,7 +234,7 @@ class CheckpointWriter:
             dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
 
     def _hashes(self, final: Path, folder: Path) -> dict[str, str]:
-        """Return the SHA-256 of every file by its name in the checkpoint. The files are divided among the ranks."""
+        """Return the SHA-256 of every file, by its name in the checkpoint. Each rank hashes a part of the files."""
         listed: list[str] = []
         mine: dict[str, str] = {}
         self._together(final, lambda: self._on_main(lambda: listed.extend(_files(folder))))
@@ -250,7 +255,7 @@ class CheckpointWriter:
             action()
 
     def _together(self, final: Path, action: Callable[[], None]) -> None:
-        """Run `action`; if it fails on any rank, fail on every rank and name the cause."""
+        """Run `action` on every rank; if it fails on one, raise an error with its cause on all."""
         failure: BaseException | None = None
         try:
             action()
@@ -282,7 +287,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _prune(run: Path, config: CheckpointConfig) -> None:
-    """Remove checkpoints that are not to be kept, and what killed processes have left of others."""
+    """Remove the checkpoints that need not be kept, and unfinished ones of killed processes."""
     complete = checkpoints(run)
     for path in complete[: -config.keep_last]:
         if config.keep_every is None or step_of(path) % config.keep_every:

@@ -1,4 +1,4 @@
-"""Options of training: what `recurrent-depth train`, `train-dense` and `average` read. Imports no torch."""
+"""Options of `recurrent-depth train`, `train-dense` and `average`. Imports no torch."""
 
 import dataclasses
 import json
@@ -97,15 +97,15 @@ class RuntimeConfig:
         device: `auto` takes a GPU (CUDA or ROCm) if there is one.
         dtype: of the forward and backward pass; `auto` is bfloat16 on a GPU and float32 on a CPU. Weights, optimizer
             and gradient reductions stay float32.
-        shard_size: ranks that share one copy of the weights; null: all ranks (FSDP). 1 is plain replication, a
-            number between is hybrid sharding.
+        shard_size: ranks that share one copy of the weights; null: all ranks (FSDP). 1 is plain replication, values
+            in between are hybrid sharding.
         reshard_after_forward: free gathered weights after the forward pass (ZeRO-3) instead of keeping them (ZeRO-2).
         activation_checkpointing: recompute each `block` or each whole iteration (`step`) in the backward pass.
         compile: torch.compile each block (never the loop).
         kernels: implementation of the element-wise operations; `auto` is `triton` on a GPU and `torch` on a CPU.
-        loss_chunk_size: tokens whose logits exist at one time; null: all.
-        threads: CPU threads of each process; null leaves torch's choice.
-        timeout_minutes: minutes that a rank waits in a collective for the others before the run is ended.
+        loss_chunk_size: tokens whose logits are computed at a time, to save memory; null: all.
+        threads: CPU threads of each process; null keeps torch's default.
+        timeout_minutes: minutes that a rank waits for the others in a collective before the run is aborted.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -132,8 +132,8 @@ class CheckpointConfig:
     Args:
         every: training steps between checkpoints; the last step is always saved.
         keep_last: newest checkpoints kept.
-        keep_every: checkpoints whose step is a multiple of this are kept for good; null keeps none.
-        background: go on training while files are written; needs the state a second time in CPU memory.
+        keep_every: checkpoints whose step is a multiple of this are never removed; null: no such checkpoints.
+        background: continue training while files are written; needs a second copy of the state in CPU memory.
     """
 
     every: int = 1000
@@ -153,8 +153,8 @@ class ValidationConfig:
     Args:
         every: training steps between validations; the last step always has one.
         rows: held-out rows, over all ranks.
-        num_steps: iterations at which the loss is measured, for example 1,4,8; 1 and the mean depth are always among
-            them.
+        num_steps: iterations at which the loss is measured, for example 1,4,8; 1 and the mean depth are always
+            included.
     """
 
     every: int = 500
@@ -175,10 +175,10 @@ class HealthConfig:
     Args:
         collapse_correlation: token correlation (-1 to 1) above which the states count as collapsed.
         collapse_checks: checks in a row above that limit before the run is aborted.
-        ignored_state_gap: share of the loss; a smaller gain of the mean depth over one iteration means an ignored
-            state.
-        ignored_state_checks: checks in a row (after warm-up) below that share before the warning.
-        skipped_steps: training steps in a row with a loss or gradient that is not finite before the run is aborted.
+        ignored_state_gap: relative difference between the loss at one iteration and at the mean depth, below which the
+            state counts as ignored.
+        ignored_state_checks: checks in a row (after warm-up) below that difference before the warning.
+        skipped_steps: training steps in a row with a non-finite loss or gradient before the run is aborted.
     """
 
     collapse_correlation: float = 0.99
@@ -196,14 +196,14 @@ class HealthConfig:
 
 @dataclass(frozen=True)
 class SpikeConfig:
-    """When a loss counts as a spike, and how often a run goes back to an earlier checkpoint because of one.
+    """When a loss counts as a spike, and how often a run may go back to an earlier checkpoint.
 
     Args:
         factor: a loss above this multiple of the median of the last losses is a spike, for example 1.5; null turns the
             guard off.
-        window: how many losses the median is taken of; the guard waits until it has that many.
-        margin: training steps that must lie between the checkpoint and the spike, since a spike often begins before it
-            shows.
+        window: number of losses of the median; until there are that many, no loss counts as a spike.
+        margin: training steps that must lie between the checkpoint and the spike, since its cause is often earlier
+            than the spike itself.
         max_rewinds: how often one run may go back; another spike aborts it.
     """
 
@@ -229,13 +229,14 @@ class RunConfig:
         model: shape of the model; in a file also the name of another file, for example model/tiny.yaml.
         steps: training steps of the whole run.
         batch_size: rows of one training step, over all ranks.
-        micro_steps: parts into which a training step is split (gradient accumulation); each draws its own depth. Rows
-            of a part are shared among the ranks, so the number of ranks changes neither data nor depths.
-        seed: number that fixes weights, data order, depths and initial states.
+        micro_steps: parts into which a training step is split (gradient accumulation); each samples its own depth. The
+            rows of a part are divided among the ranks, so the number of ranks changes neither data nor depths.
+        seed: seed of weights, data order, depths and initial states.
         log_every: training steps between lines of metrics.jsonl.
-        max_hours: save and stop after so many hours; null for no limit.
-        slurm_margin_minutes: under Slurm, save and stop so many minutes before the job's end (SLURM_JOB_END_TIME).
-        depth_ramp: a curriculum on depth; null samples around model.mean_recurrence from the first step.
+        max_hours: hours after which the run saves and stops; null for no limit.
+        slurm_margin_minutes: under Slurm, minutes before the end of the job (SLURM_JOB_END_TIME) at which the run saves
+            and stops.
+        depth_ramp: a curriculum on depth; null samples around model.mean_recurrence from the first training step.
         init_from: a run, checkpoint, export, Huginn folder or hub name whose weights to start from; null starts from
             random weights.
         optimizer: the optimizer, its learning rate and its schedule.
@@ -299,7 +300,7 @@ class RunConfig:
 
 
 def as_yaml(config: RunConfig) -> str:
-    """Return the resolved configuration, every field of it, as YAML that `--config` reads back."""
+    """Return all fields of the configuration as YAML that `--config` can read."""
     return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
 
 
@@ -310,7 +311,7 @@ class TrainCommand(RunConfig):
     Args:
         resume: continue from the newest checkpoint in `out`, or start if there is none.
         accept_changed_data: resume although the data set has changed.
-        dry_run: print the resolved configuration and stop.
+        dry_run: print the resolved configuration and exit.
     """
 
     resume: bool = False
@@ -318,24 +319,24 @@ class TrainCommand(RunConfig):
     dry_run: bool = False
 
     def run_config(self) -> RunConfig:
-        """Return the configuration of the run, without the options of this call."""
+        """Return the configuration of the run, without resume, accept_changed_data and dry_run."""
         names = [field.name for field in dataclasses.fields(RunConfig)]
         return RunConfig(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig:
-    """Fine-tune a dense transformers model by the recipe of a recurrent run, as its control.
+    """Fine-tune a dense transformers model with the recipe of a recurrent run, as its control.
 
-    For several GPUs start it by torchrun; the rows of a micro-step are divided among the ranks.
+    For several GPUs start it with torchrun; the rows of a micro-step are divided among the ranks.
 
     Args:
-        run: file of `recurrent-depth train`. Of it are used data.packed, steps, batch_size, micro_steps, seed,
-            log_every, optimizer (adamw), checkpoint.every, and of runtime device, dtype and activation_checkpointing.
-            Single fields are changed by --run.steps 10.
+        run: configuration file of `recurrent-depth train`. The fields used are data.packed, steps, batch_size,
+            micro_steps, seed, log_every, optimizer (adamw), checkpoint.every, and runtime.device, runtime.dtype and
+            runtime.activation_checkpointing. --run.steps 10 changes a single field.
         model: folder or hub name of the dense model.
         out: folder to write; the model is saved in `out`/model.
-        data: packed rows that were prepared with the tokenizer of the dense model; null takes run.data.packed.
+        data: packed rows prepared with the tokenizer of the dense model; null takes run.data.packed.
         resume: continue from the newest checkpoint in `out`.
     """
 
@@ -352,16 +353,16 @@ class DenseConfig:
         rows = self.rows
         if rows.document_masking and not rows.restart_positions:
             raise ValueError(
-                "data.restart_positions is false; a dense model tells packed examples apart by their positions: set it "
+                "data.restart_positions is false; transformers separates packed examples by their positions: set it "
                 "to true, with document_masking"
             )
 
     @property
     def rows(self) -> PackedDataConfig:
-        """The packed rows to train on."""
+        """Return the packed rows to train on."""
         rows = self.data or self.run.data.packed
         if rows is None:
-            raise ValueError("data is null and run.data is not packed; give --data.path, a folder of packed rows")
+            raise ValueError("data is null and run.data is not packed; give a folder of packed rows with --data.path")
         return rows
 
 
@@ -370,13 +371,13 @@ class AverageConfig:
     """Merge checkpoints of a run into one.
 
     Args:
-        model: run folder; its checkpoint.keep_last and checkpoint.keep_every decide how many checkpoints there are.
-        out: new run folder with the merged weights; it evaluates, exports and starts other runs (init_from).
-        method: `ema` gives every checkpoint `decay` of the weight of the next newer one (the oldest one the rest),
-            `uniform` the mean.
+        model: run folder; its checkpoint.keep_last and checkpoint.keep_every determine how many checkpoints it has.
+        out: new run folder with the merged weights; it can be evaluated, exported, and used as init_from.
+        method: `ema` gives each checkpoint `decay` times the weight of the next newer one (the oldest gets the rest);
+            `uniform` is the mean.
         decay: weight of a checkpoint relative to the next newer one, for `ema`.
-        last: how many checkpoints are merged; null for all.
-        every: take every n-th checkpoint, counted back from the newest.
+        last: number of checkpoints to merge; null for all.
+        every: use every n-th checkpoint, counted back from the newest.
     """
 
     model: str

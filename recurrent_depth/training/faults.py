@@ -1,4 +1,4 @@
-"""Turn distributed failures into errors that name the cause and the fix: different files, a rank that hangs or died."""
+"""Turn distributed failures (different files, a rank that hangs or died) into errors that name cause and fix."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ def check_ranks_agree(ranks: Ranks, what: dict[str, dict[str, Any]]) -> None:
     """Raise on every rank unless all hold the same values.
 
     Args:
-        what: a thing (code, configuration, data) to its named values.
+        what: the values to compare, by kind (code, configuration, data) and name.
     """
     everyone = ranks.gather(what)
     complaints = []
@@ -35,26 +35,26 @@ def check_ranks_agree(ranks: Ranks, what: dict[str, dict[str, Any]]) -> None:
 
 
 def code_version() -> dict[str, str]:
-    """torch's version and a hash of every source file of this package."""
+    """Return the version of torch and a hash of every source file of this package."""
     root = Path(recurrent_depth.__file__).parent
     hashes = {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in root.rglob("*.py")}
     return {"torch": torch.__version__, **hashes}
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested fields as section.field."""
+def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested fields as section.field."""
     result: dict[str, Any] = {}
     for name, value in values.items():
-        result |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        result |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return result
 
 
 def flight_recorder(folder: Path) -> None:
-    """Let NCCL and RCCL keep their last collectives and write them to `folder` when one hangs, unless the user chose.
+    """Set the flight recorder of NCCL and RCCL to write the last collectives to `folder` when one hangs.
 
-    Must run before the process group exists. The folder must exist when something hangs, not yet now.
+    Variables that the user has set are kept. Call it before the process group exists; `folder` may be created later.
     """
-    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # its name before torch 2.9
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # the name before torch 2.9
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in os.environ and "TORCH_FR_DUMP_TEMP_FILE" not in os.environ:
@@ -63,10 +63,10 @@ def flight_recorder(folder: Path) -> None:
 
 @contextmanager
 def explained(ranks: Ranks, timeout_minutes: float, recorder: Path) -> Iterator[None]:
-    """Turn the errors of a collective into one that names the cause and what to do."""
+    """Turn errors of a collective into a `TrainingAborted` that names the cause and the fix."""
     try:
         yield
-    except (TrainingAborted, CheckpointError):  # these explain themselves
+    except (TrainingAborted, CheckpointError):  # their messages name the cause already
         raise
     except RuntimeError as error:
         text = str(error).lower()
@@ -75,11 +75,12 @@ def explained(ranks: Ranks, timeout_minutes: float, recorder: Path) -> Iterator[
         if "timed out" in text or "timeout" in text:
             raise TrainingAborted(
                 f"rank {ranks.rank} waited {timeout_minutes:g} minutes (runtime.timeout_minutes) for the other ranks: "
-                "one of them hangs or is far behind. Look for the rank whose log is silent and at its node (storage, "
-                f"GPU errors, network); on GPUs {recorder} tells which collective each rank was in (torchfrtrace). "
+                "one of them hangs or is far behind. Find the rank that has stopped logging and check its node "
+                f"(storage, GPU errors, network); on GPUs {recorder} shows which collective each rank was in "
+                f"(torchfrtrace). "
                 f"Restart with --resume true. ({error})"
             ) from error
         raise TrainingAborted(
-            f"rank {ranks.rank} lost another rank, which has died or was killed: its own error is in its log (no error "
-            f"at all: out of memory, or a node that went away). Restart with --resume true. ({error})"
+            f"rank {ranks.rank} lost the connection to another rank, which has died or was killed: see the log of that "
+            f"rank (without an error there: out of memory, or a lost node). Restart with --resume true. ({error})"
         ) from error

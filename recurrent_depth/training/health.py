@@ -1,6 +1,6 @@
-"""Validation at several depths, and the two failures of arXiv 2502.05171 (section 4.3) seen early.
+"""Validation at several depths, and checks for the two training failures of arXiv 2502.05171 (section 4.3).
 
-Collapse: the states of all tokens point the same way. Ignored state: the loss is the same whatever the depth.
+Collapse: the states of all tokens point in the same direction. Ignored state: the loss does not depend on the depth.
 """
 
 import math
@@ -20,10 +20,13 @@ from recurrent_depth.training.parallel import Ranks
 
 @torch.no_grad()
 def state_metrics(states: list[Tensor]) -> dict[str, float]:
-    """Of the states s_1 ... s_R, each [B, T, D]: token correlation, state norm and relative residual at the end.
+    """Return token correlation, state norm and relative residual of the last state.
 
-    Token correlation is the mean cosine between states of different tokens of a row; the residual is
+    Token correlation is the mean cosine between the states of different tokens of a row; the residual is
     |s_R - s_{R-1}| / |s_R|.
+
+    Args:
+        states: s_1 ... s_R, each [B, T, D].
     """
     last = states[-1].float()
     unit = F.normalize(last, dim=-1)  # [B, T, D]
@@ -39,23 +42,31 @@ def state_metrics(states: list[Tensor]) -> dict[str, float]:
 
 
 class TrainingAborted(UserError, RuntimeError):
-    """The run cannot succeed as it is configured."""
+    """The run cannot continue; the message names the cause and the fix."""
 
 
 @dataclass
 class HealthMonitor:
-    """Counts bad checks in a row; warns, and aborts where going on is pointless."""
+    """Count failed checks in a row; warn, or abort the run."""
 
     config: HealthConfig
     counts: dict[str, int] = field(default_factory=dict)
 
     def check(self, step: int, metrics: dict[str, float], *, warmed_up: bool) -> list[str]:
-        """Warnings for one validation. `metrics` holds token_correlation and the losses at one step and at the mean."""
+        """Return the warnings of one validation.
+
+        Args:
+            metrics: token_correlation, and the losses at one iteration and at the mean depth.
+            warmed_up: whether the warm-up of the learning rate is over; before, an ignored state is not counted.
+
+        Raises:
+            TrainingAborted: if the states have collapsed at `collapse_checks` validations in a row.
+        """
         collapsed = metrics["token_correlation"] > self.config.collapse_correlation
         if self._in_a_row("collapse", collapsed) >= self.config.collapse_checks:
             raise TrainingAborted(
                 f"step {step}: the states of all tokens have collapsed to one direction (token correlation "
-                f"{metrics['token_correlation']:.3f} at {self.config.collapse_checks} checks). Lower optimizer.lr."
+                f"{metrics['token_correlation']:.3f} at {self.config.collapse_checks} validations); lower optimizer.lr"
             )
         warnings = []
         if collapsed:
@@ -64,13 +75,17 @@ class HealthMonitor:
         ignored = warmed_up and gap < self.config.ignored_state_gap
         if self._in_a_row("ignored", ignored) >= self.config.ignored_state_checks:
             warnings.append(
-                f"ignored state: the mean depth gains {gap:.2%} of the loss over one step "
-                f"at {self.counts['ignored']} validations; lower optimizer.lr, or the data need no depth"
+                f"ignored state: the loss at the mean depth is only {gap:.2%} lower than at one iteration "
+                f"({self.counts['ignored']} validations in a row); lower optimizer.lr, or use data that need depth"
             )
         return warnings
 
     def skipped(self, step: int, skipped: bool) -> None:
-        """Called every step; aborts after too many skipped steps in a row."""
+        """Count a training step.
+
+        Raises:
+            TrainingAborted: after `skipped_steps` skipped steps in a row.
+        """
         if self._in_a_row("skipped", skipped) >= self.config.skipped_steps:
             raise TrainingAborted(
                 f"step {step}: loss or gradient was not finite for {self.config.skipped_steps} steps in a row; "
@@ -92,8 +107,8 @@ def validate(
 ) -> dict[str, float]:
     """Return the mean loss per target at each depth from a zero initial state, and state metrics at the mean depth.
 
-    The last batch is filled up with rows that do not count, so that the loss is that of config.rows rows on any number
-    of ranks.
+    The last batch is padded with rows that do not count, so that the loss is that of config.rows rows on any number of
+    ranks.
     """
     mean_depth = model.config.mean_recurrence
     depths = sorted({1, mean_depth, *config.num_steps})

@@ -1,4 +1,4 @@
-"""`recurrent-depth train` and train.py: checks first, then training."""
+"""`recurrent-depth train` and train.py: check the configuration and start or resume a run."""
 
 import os
 from contextlib import ExitStack
@@ -16,7 +16,7 @@ from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.runs import CheckpointError, checkpoints, is_run, load_run_model
 from recurrent_depth.training.checkpoint import check_resume, read_resume_details, verify_all
 from recurrent_depth.training.config import RunConfig, TrainCommand, as_yaml
-from recurrent_depth.training.faults import check_ranks_agree, code_version, explained, flat, flight_recorder
+from recurrent_depth.training.faults import check_ranks_agree, code_version, explained, flattened, flight_recorder
 from recurrent_depth.training.parallel import Ranks, start_processes
 from recurrent_depth.training.rewind import REWINDS_FILE, read_rewinds
 from recurrent_depth.training.trainer import Trainer
@@ -25,25 +25,25 @@ RECORDER = "flight-recorder"
 
 
 def run(command: TrainCommand) -> None:
-    """Train as the command says, or print the configuration (`dry_run`)."""
+    """Train, or print the configuration (`dry_run`)."""
     config = command.run_config()
     if command.dry_run:
         print(as_yaml(config))
         return
     if config.init_from is not None and not is_run(config.init_from):
         check_folder_or_hub_name(config.init_from, "init_from")
-        if find_spec("transformers") is None:  # before the model is built
+        if find_spec("transformers") is None:  # fail before the model is built
             raise ModuleNotFoundError("init_from reads a Hugging Face folder", name="transformers")
     train(config, resume=command.resume, accept_changed_data=command.accept_changed_data)
 
 
 def train(config: RunConfig, *, resume: bool = False, accept_changed_data: bool = False) -> Path:
-    """Train, or continue, the run of `config`; return its folder.
+    """Start or resume the run of `config` and return its folder.
 
     Args:
         resume: continue from the newest checkpoint of config.out, or start if there is none. A restart by
-            `torchrun --max-restarts` always continues.
-        accept_changed_data: resume although the data set is not the one the checkpoint was made with.
+            `torchrun --max-restarts` always resumes.
+        accept_changed_data: resume although the data set has changed since the checkpoint.
     """
     run = Path(config.out)
     resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -53,7 +53,7 @@ def train(config: RunConfig, *, resume: bool = False, accept_changed_data: bool 
     ranks = start_processes(config.runtime)
     try:
         with explained(ranks, config.runtime.timeout_minutes, recorder), ExitStack() as stack:
-            check_ranks_agree(ranks, {"code": code_version(), "configuration": flat(asdict(config))})
+            check_ranks_agree(ranks, {"code": code_version(), "configuration": flattened(asdict(config))})
             ranks.on_main(lambda: stack.enter_context(output_folder(run)))
             _prepare(config, run, ranks, resume, accept_changed_data).fit()
     finally:
@@ -63,7 +63,7 @@ def train(config: RunConfig, *, resume: bool = False, accept_changed_data: bool 
 
 
 def _prepare(config: RunConfig, run: Path, ranks: Ranks, resume: bool, accept_changed_data: bool) -> Trainer:
-    """Return a trainer at the first training step, or at that of the newest checkpoint; write the run's own files."""
+    """Return a trainer, new or resumed from the newest checkpoint, and write the files of the run folder."""
     found = ranks.on_main(lambda: _newest_checkpoint(run, resume))
     trainer = Trainer(config, ranks)
     check_ranks_agree(ranks, {"data": {"fingerprint": trainer.fingerprint}})
@@ -82,14 +82,14 @@ def _prepare(config: RunConfig, run: Path, ranks: Ranks, resume: bool, accept_ch
 def _newest_checkpoint(run: Path, resume: bool) -> Path | None:
     found = checkpoints(run)
     if found and not resume:
-        raise FileExistsError(f"{run} holds checkpoints already; continue with --resume true or choose another out")
+        raise FileExistsError(f"{run} already holds checkpoints; continue with --resume true or choose another --out")
     return found[-1] if found else None
 
 
 def _write_run_files(run: Path, config: RunConfig, trainer: Trainer, new: bool) -> None:
     if trainer.ranks.world_size > 1:
         (run / RECORDER).mkdir(exist_ok=True)
-    if new:  # rewinds of an earlier run whose checkpoints were deleted
+    if new:  # an earlier run whose checkpoints were deleted may have left its rewinds
         (run / REWINDS_FILE).unlink(missing_ok=True)
     write_text(run / "run.yaml", as_yaml(config))
     tokenizer = trainer.train_source.tokenizer_json()
@@ -105,7 +105,8 @@ def load_weights(model: RecurrentDepthModel, path: str) -> None:
         if name not in weights or weights[name].shape != p.shape:
             found = tuple(weights[name].shape) if name in weights else "nothing"
             raise CheckpointError(
-                f"{path} has {found} for {name}, the model wants {tuple(p.shape)}; use its configuration"
+                f"init_from: {path} has {found} for {name}, but this model needs {tuple(p.shape)}; use the model "
+                "configuration of that folder"
             )
         whole = weights[name].to(p.device, torch.float32)
         if isinstance(p, DTensor):

@@ -1,4 +1,4 @@
-"""Run logging: metrics.jsonl always, TensorBoard if it is installed, progress on the terminal. And when to stop."""
+"""Run logging (metrics.jsonl, TensorBoard if installed, progress on the terminal), and the time limit of a run."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from recurrent_depth.files import explain_full_disk, write_text
 
 
 class RunLog:
-    """Writes the records of a run. Only the main rank has one."""
+    """Write the records of a run. Only the main rank has one."""
 
     def __init__(self, run: Path, start_step: int, total_steps: int) -> None:
         self.path = run / "metrics.jsonl"
@@ -38,14 +38,14 @@ class RunLog:
                         self.tensorboard.add_scalar(name, value, step)
 
     def rewind(self, step: int, record: dict[str, Any]) -> None:
-        """Remove the records after `step`, which will be written again, and write why."""
+        """Remove the records after `step`, which will be written again, and append `record`."""
         self.file.close()
         _drop_records_from(self.path, step)
         self.file = _open(self.path)
         self.write(step, record)
 
     def show(self, step: int, total: int, text: str) -> None:
-        """Move the progress bar, or print a plain line every few seconds."""
+        """Update the progress bar, or without a terminal print a line every few seconds."""
         if self.progress is not None:
             self.progress.update(self.task, completed=step, description=text)
         elif time.monotonic() - self.last_line > 5 or step == total:
@@ -53,7 +53,7 @@ class RunLog:
             print(f"step {step}/{total} {text}", file=sys.stderr, flush=True)
 
     def say(self, text: str, warning: bool = False) -> None:
-        """Print a line that stays."""
+        """Print a line above the progress bar."""
         style = "bold yellow" if warning else None
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
@@ -68,7 +68,7 @@ class RunLog:
 
 
 def _open(path: Path) -> TextIO:
-    """Open metrics.jsonl to append. Each line is written at once: a buffer would be lost with the process."""
+    """Open metrics.jsonl to append, line buffered: a killed process must not lose records."""
     with explain_full_disk(path):
         return path.open("a", buffering=1)
 
@@ -101,7 +101,7 @@ def _progress(console: Console) -> Progress:
 
 
 class Deadline:
-    """`max_hours` after now, or `margin_minutes` before the Slurm job ends (SLURM_JOB_END_TIME), whichever is first."""
+    """The earlier of `max_hours` from now and `margin_minutes` before the Slurm job ends (SLURM_JOB_END_TIME)."""
 
     def __init__(self, max_hours: float | None, margin_minutes: float) -> None:
         ends = []

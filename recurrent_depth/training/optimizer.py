@@ -1,4 +1,4 @@
-"""Optimizers behind one configuration, and what is a function of the training step: learning rate and mean depth."""
+"""Optimizers (Huginn's Adam, Muon with AdamW), gradient clipping, and the schedules of learning rate and mean depth."""
 
 import dataclasses
 import math
@@ -15,10 +15,11 @@ from recurrent_depth.training.config import DepthRampConfig, OptimizerConfig
 
 
 class HuginnAdam(torch.optim.Optimizer):
-    """Adam as Huginn was trained with: the update is atan2(m, sqrt(v)), so it needs no epsilon and is scale-free.
+    """Huginn's Adam: the update is atan2(m, sqrt(v)), so it needs no epsilon and does not depend on the gradient scale.
 
-    Moments begin at the first gradient. The step of a tensor is divided by max(1, rms(g / sqrt(v))) (update clipping);
-    the mean runs over the whole tensor, also when it is sharded. Weights decay by (lr / peak lr) * weight_decay.
+    Moments are initialised with the first gradient. The update of a tensor is divided by max(1, rms(g / sqrt(v)))
+    (update clipping); the mean is over the whole tensor, also when it is sharded. Weights decay by
+    (lr / peak lr) * weight_decay.
     """
 
     def __init__(
@@ -47,12 +48,12 @@ class HuginnAdam(torch.optim.Optimizer):
         state["exp_avg_sq"].lerp_(grad.square(), 1 - betas[1])
 
     def _update_clips(self, params: list[Tensor]) -> Tensor:
-        """max(1, rms(g / sqrt(v))) of every tensor: local sums, then a single all-reduce."""
+        """Return max(1, rms(g / sqrt(v))) of every tensor, with a single all-reduce."""
         sums = torch.stack([_ratio_square_sum(local(p.grad), local(self.state[p]["exp_avg_sq"])) for p in params])
         sharded = [p for p in params if isinstance(p, DTensor)]
         if sharded:
             mesh = sharded[0].device_mesh
-            # the last dimension of the mesh is the one that shards; replicas hold equal sums
+            # The last dimension of the mesh shards; replicas hold equal sums.
             dist.all_reduce(sums, group=mesh.get_group(mesh.ndim - 1))
         sizes = torch.tensor([p.numel() for p in params], device=sums.device)
         return (sums / sizes).sqrt().clamp(min=1)
@@ -68,7 +69,7 @@ class HuginnAdam(torch.optim.Optimizer):
 
 
 def local(tensor: Tensor | None) -> Tensor:
-    """This rank's part of a tensor."""
+    """Return this rank's shard of a tensor, or the tensor if it is not sharded."""
     assert tensor is not None
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -78,7 +79,7 @@ def _ratio_square_sum(grad: Tensor, exp_avg_sq: Tensor) -> Tensor:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Matrices decay, norms and biases do not; for Muon the embedding is a group of its own."""
+    """Return the optimizer of `config`. Weight decay applies to matrices only; Muon leaves the embedding to AdamW."""
     named = list(model.named_parameters())
     matrices: dict[str, Any] = {
         "params": [p for name, p in named if not _is_norm_or_bias(name)],
@@ -115,7 +116,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 @torch.no_grad()
 def clip_gradients(parameters: list[nn.Parameter], largest_norm: float) -> Tensor:
-    """Scale gradients to at most `largest_norm`; returns the global norm before, as a plain scalar tensor."""
+    """Scale the gradients to a global norm of at most `largest_norm`; return the norm before, as a scalar tensor."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
@@ -129,15 +130,15 @@ _ITERATIONS = 5
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024) for the groups that say `muon: True`, AdamW for the others.
+    """Muon (Jordan et al., 2024) for parameter groups with `muon: True`, AdamW for the others.
 
-    The momentum of a matrix is orthogonalised before it moves the weights. torch.optim.Muon wants whole matrices; here
-    the momentum may be sharded, and one all-gather a matrix makes it whole for the orthogonalisation, which every rank
-    computes alike. On whole matrices both agree.
+    The momentum of a matrix is orthogonalised before the update. torch.optim.Muon needs whole matrices; here the
+    momentum may be sharded: one all-gather per matrix makes it whole, and every rank computes the same
+    orthogonalisation. On whole matrices both agree.
 
-    The step of a matrix is scaled by 0.2 sqrt(max(rows, columns)) (arXiv 2502.16982), so that its root mean square is
-    that of an AdamW step and both share one learning rate and weight decay. Matrices are orthogonalised in `dtype`;
-    float32 suits a CPU, where products in bfloat16 are several times slower.
+    The update of a matrix is scaled by 0.2 sqrt(max(rows, columns)) (arXiv 2502.16982), so that its root mean square is
+    that of an AdamW update and both share one learning rate and weight decay. Matrices are orthogonalised in `dtype`;
+    use float32 on a CPU, where products in bfloat16 are several times slower.
     """
 
     def __init__(
@@ -180,7 +181,10 @@ def _muon_step(p: Tensor, group: dict[str, Any], state: dict[str, Tensor], dtype
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """Near the closest orthogonal matrix (singular values between about 0.7 and 1.2), in the dtype of `matrix`."""
+    """Return an approximation of the closest orthogonal matrix, in the dtype of `matrix`.
+
+    Its singular values are between about 0.7 and 1.2.
+    """
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / x.norm().clamp(min=1e-7)
     a, b, c = _COEFFICIENTS
@@ -204,14 +208,14 @@ def _adamw_step(p: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> N
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """The rate of step `step`, counted from 0: linear warm-up, then the schedule down to `final_lr` of the peak."""
+    """Return the learning rate of training step `step`, counted from 0: linear warm-up, then the schedule."""
     warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     shape = _remaining(config, step, total_steps)
     return config.lr * min(warmup, config.final_lr + (1 - config.final_lr) * shape)
 
 
 def _remaining(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """1 at the peak, near 0 in the last step."""
+    """Return the position on the schedule: 1 at the peak, near 0 in the last training step."""
     left = total_steps - step
     if config.schedule == "trapezoid":
         return min(1.0, left / (config.cooldown_steps + 1)) if config.cooldown_steps else 1.0
@@ -222,7 +226,7 @@ def _remaining(config: OptimizerConfig, step: int, total_steps: int) -> float:
 
 
 def ramped(model: ModelConfig, ramp: DepthRampConfig | None, step: int) -> ModelConfig:
-    """The model with the mean recurrence of `step`."""
+    """Return the model configuration with the mean recurrence of training step `step`."""
     if ramp is None or step >= ramp.steps:
         return model
     mean = ramp.start + (model.mean_recurrence - ramp.start) * step / ramp.steps

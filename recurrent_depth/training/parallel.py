@@ -1,4 +1,4 @@
-"""Processes, devices and sharding."""
+"""Process groups, devices, and sharding with FSDP2."""
 
 import os
 from collections.abc import Callable
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of them."""
+    """The rank and device of this process, and collectives that also work for a single process."""
 
     rank: int
     world_size: int
@@ -36,7 +36,7 @@ class Ranks:
         return self.rank == 0
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks, in place."""
+        """Sum a tensor over all ranks, in place, and return it."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -47,7 +47,7 @@ class Ranks:
             dist.barrier()
 
     def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-        """Return the values of all ranks, in their order. Values are pickled: for small ones."""
+        """Return the values of all ranks, in the order of the ranks. Values are pickled, so they should be small."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -55,10 +55,10 @@ class Ranks:
         return values
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Return the result of `action`, which only the main rank runs; an error there is raised on every rank.
+        """Run `action` on the main rank only and return its result on all; an error is raised on every rank.
 
-        For what must be read once or may fail: ranks that read a file at different times may see different files, and
-        one that fails alone leaves the others waiting.
+        Use it to read files and for actions that may fail: ranks that read a file at different times may see different
+        content, and a rank that fails alone leaves the others waiting.
         """
         result: tuple[T | None, Exception | None] = (None, None)
         if self.is_main:
@@ -75,7 +75,7 @@ class Ranks:
 
 
 def start_processes(config: RuntimeConfig) -> Ranks:
-    """Join torchrun's process group (or be a single process) and pick the device."""
+    """Join the process group of torchrun, if there is one, and choose the device of this process."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -91,8 +91,10 @@ def start_processes(config: RuntimeConfig) -> Ranks:
 
 
 def _join(backend: str, timeout: timedelta) -> None:
-    """Join the process group. torchrun keeps its store over restarts, with the addresses of dead workers in it: on one
-    node every attempt gets keys of its own. (Over several nodes attempts are not counted alike; see docs/scaling.md.)
+    """Join the process group.
+
+    torchrun keeps its store over restarts, with the addresses of dead workers in it; on one node each attempt therefore
+    uses its own keys. On several nodes the attempt numbers can differ between nodes (docs/scaling.md).
     """
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
@@ -107,7 +109,7 @@ def compute_dtype(config: RuntimeConfig, device: torch.device) -> torch.dtype:
 
 
 def build_model(config: ModelConfig, runtime: RuntimeConfig, ranks: Ranks, seed: int) -> RecurrentDepthModel:
-    """A sharded (more than one rank, or bfloat16) or plain model, its weights drawn from (seed, name) alone."""
+    """Return the model, sharded unless there is one rank in float32. Initial weights depend on (seed, name) only."""
     dtype = compute_dtype(runtime, ranks.device)
     if ranks.world_size == 1 and dtype == torch.float32:
         model = RecurrentDepthModel(config).to(ranks.device)
@@ -132,14 +134,15 @@ def blocks(model: RecurrentDepthModel) -> list[nn.Module]:
 
 
 def _shard(model: RecurrentDepthModel, runtime: RuntimeConfig, ranks: Ranks, dtype: torch.dtype) -> None:
-    """One unit per prelude and coda block, one for the whole core (gathered once for all steps), the rest in the root.
+    """Shard the model in FSDP units: each prelude and coda block, the whole core, and the rest in the root.
 
-    The adapter stays in the root: the core uses slices of its weight and never calls it.
+    The core is one unit, so that its weights are gathered once for all iterations. The adapter is in the root, because
+    the core uses slices of its weight and never calls it.
     """
     shard = runtime.shard_size or ranks.world_size
     if ranks.world_size % shard:
         raise ValueError(f"runtime.shard_size {shard} does not divide the {ranks.world_size} ranks; choose a divisor")
-    if not dist.is_initialized():  # one rank in bfloat16 still wants fp32 master weights
+    if not dist.is_initialized():  # one rank in bfloat16: FSDP keeps its fp32 master weights
         dist.init_process_group(
             "nccl" if ranks.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
         )
@@ -158,7 +161,7 @@ def _shard(model: RecurrentDepthModel, runtime: RuntimeConfig, ranks: Ranks, dty
 
 @torch.no_grad()
 def _initialise_shards(model: RecurrentDepthModel, config: ModelConfig, seed: int) -> None:
-    if config.tie_embeddings:  # to_empty made two tensors of one
+    if config.tie_embeddings:  # to_empty has allocated two tensors
         model.lm_head.weight = model.transformer.wte.weight
     model.freqs_cis.copy_(rotary_table(config))
     for name, p in model.named_parameters():
@@ -168,14 +171,14 @@ def _initialise_shards(model: RecurrentDepthModel, config: ModelConfig, seed: in
 
 
 def reshard(model: nn.Module) -> None:
-    """Free gathered weights, so that parameters are the sharded ones again."""
+    """Free gathered weights, so that the parameters are the sharded ones again."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def set_last_micro_step(model: nn.Module, last: bool) -> None:
-    """Communicate gradients (and free gathered weights) only in the last micro-step of an optimizer step."""
+    """Reduce gradients (and free gathered weights) only in the last micro-step of a training step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)

@@ -1,8 +1,8 @@
-"""Loss spikes: go back to a checkpoint and leave out the data that led there (PaLM, arXiv 2204.02311, section 5.1).
+"""Loss spikes: go back to a checkpoint and skip the data that led to the spike (PaLM, arXiv 2204.02311, section 5.1).
 
 Data, depths and noise of a training step are functions of one number, its data step. Without rewinds that is the step
-itself. A rewind from step s to checkpoint c adds s - c to the data steps of all later steps: the rows between are not
-seen again.
+itself. A rewind from step s to checkpoint c adds s - c to the data steps of all later steps, which skips the rows in
+between.
 """
 
 import json
@@ -21,7 +21,7 @@ REWINDS_FILE = "rewinds.json"
 
 @dataclass(frozen=True)
 class Rewind:
-    """One rewind: from `step` on, data steps are `skipped` further on. `spike` is the step whose loss was `loss`."""
+    """A rewind to the checkpoint of `step`; later data steps are shifted by `skipped`. `spike`: the step of `loss`."""
 
     step: int
     skipped: int
@@ -42,7 +42,7 @@ def read_rewinds(run: Path) -> list[Rewind]:
 
 
 class SpikeGuard:
-    """Watches the losses of a run. All ranks see the same losses, so they decide alike."""
+    """Detect loss spikes and prepare rewinds. All ranks see the same losses, so they decide the same."""
 
     def __init__(self, config: SpikeConfig, run: Path) -> None:
         self.config, self.run = config, run
@@ -50,7 +50,7 @@ class SpikeGuard:
         self.rewinds: list[Rewind] = []
 
     def restore(self, losses: list[float]) -> None:
-        """Continue with the last losses of a checkpoint."""
+        """Continue with the last losses, as a checkpoint holds them."""
         self.losses = deque(losses, maxlen=self.config.window)
 
     def data_step(self, step: int) -> int:
@@ -58,7 +58,7 @@ class SpikeGuard:
         return step + sum(rewind.skipped for rewind in self.rewinds if rewind.step <= step)
 
     def is_spike(self, loss: float) -> bool:
-        """Return whether `loss` is a spike; if not, the next ones are compared with it too."""
+        """Return whether `loss` is a spike; if not, add it to the losses of the median."""
         full = len(self.losses) == self.config.window
         if self.config.factor is not None and full and loss > self.config.factor * statistics.median(self.losses):
             return True
@@ -66,21 +66,21 @@ class SpikeGuard:
         return False
 
     def prepare_rewind(self, spike: int, loss: float) -> tuple[Path, Rewind]:
-        """Choose the checkpoint to go back to, remove newer ones, and write the rewind down. For one rank.
+        """Choose the checkpoint to go back to, remove newer ones, and record the rewind. Call it on one rank.
 
-        A run that is killed at any point of this resumes from that checkpoint, and either knows of the rewind or sees
-        the same spike again.
+        A run that is killed at any point of this resumes from that checkpoint, and has either recorded the rewind or
+        sees the same spike again.
         """
         if len(self.rewinds) >= self.config.max_rewinds:
             raise TrainingAborted(
                 f"step {spike}: the loss spikes again after {len(self.rewinds)} rewinds (spikes.max_rewinds); "
-                "lower optimizer.lr, or look for broken data"
+                "lower optimizer.lr, or check the data"
             )
         complete = checkpoints(self.run)
         found = [path for path in complete if step_of(path) <= spike - self.config.margin]
         if not found:
             raise TrainingAborted(
-                f"step {spike}: the loss spikes and no checkpoint is {self.config.margin} steps older; "
+                f"step {spike}: the loss spikes and no checkpoint is {self.config.margin} steps older (spikes.margin); "
                 "lower checkpoint.every, or raise checkpoint.keep_last"
             )
         for newer in reversed(complete[len(found) :]):

@@ -1,4 +1,4 @@
-"""The training loop: `train_step`, and what happens between training steps."""
+"""The training loop: training steps, validation, logging, checkpoints, rewinds and signals."""
 
 import math
 import os
@@ -35,12 +35,12 @@ from recurrent_depth.training.rewind import Rewind, SpikeGuard
 
 
 class Trainer:
-    """A run in progress. Everything that a step needs is a function of (configuration, step) and the weights.
+    """A run in progress. A training step is a function of (configuration, step), the weights and the moments.
 
     Attributes:
         step: training steps done.
-        stop_wished: this process was asked to stop. Only ever reduced, never acted upon.
-        stopping: the ranks have agreed to stop after the current step.
+        stop_requested: this process was asked to stop. Reduced over the ranks before any of them acts on it.
+        stopping: the ranks have agreed to stop after the current training step.
     """
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
@@ -60,7 +60,7 @@ class Trainer:
         self.deadline = Deadline(config.max_hours, config.slurm_margin_minutes)
         self.step = 0
         self.log: RunLog | None = None
-        self.stop_wished = False
+        self.stop_requested = False
         self.stopping = False
 
     def _check_data(self) -> None:
@@ -68,7 +68,7 @@ class Trainer:
         for source in (self.train_source, self.validation_source):
             if source.vocab_size > model.vocab_size:
                 raise ValueError(
-                    f"the data use {source.vocab_size} token ids, model.vocab_size is {model.vocab_size}; "
+                    f"the data use {source.vocab_size} token ids, but model.vocab_size is {model.vocab_size}; "
                     "raise model.vocab_size or prepare the data with a smaller tokenizer"
                 )
             if source.sequence_length > model.block_size:
@@ -83,10 +83,10 @@ class Trainer:
                 "lower validation.rows, or prepare more of them"
             )
 
-    # -- one step ---------------------------------------------------------------------------------------------------
+    # -- one training step ------------------------------------------------------------------------------------------
 
     def train_step(self) -> dict[str, float]:
-        """Forward, backward and update for step `self.step`; every rank returns the same numbers."""
+        """Run forward, backward and update of training step `self.step`; return its metrics, equal on every rank."""
         config = self.config
         lr = learning_rate(config.optimizer, self.step, config.steps)
         set_learning_rate(self.optimizer, lr)
@@ -107,7 +107,7 @@ class Trainer:
                 position_ids=batch.position_ids,
                 loss_chunk_size=config.runtime.loss_chunk_size,
             )
-            # The data-parallel average divides by the number of ranks; the sum over all valid targets must not.
+            # Data parallelism averages gradients over ranks, but this loss is already divided by the global count.
             micro_loss = output.loss / count.clamp(min=1)
             (micro_loss * self.ranks.world_size).backward()
             loss += micro_loss.detach().float()
@@ -130,7 +130,7 @@ class Trainer:
         }
 
     def _executed_flops(self, tokens_in_row: int, depths: list[tuple[int, int]]) -> int:
-        """Of one optimizer step over all ranks, recomputation included."""
+        """Return the FLOPs of one training step over all ranks, recomputation included."""
         recompute = self.config.runtime.activation_checkpointing
         row = sum(training_flops(self.config.model, tokens_in_row, n, k, recompute) for n, k in depths)
         return row * self.config.batch_size // self.config.micro_steps
@@ -141,14 +141,14 @@ class Trainer:
         batch = self.train_source.batch(first_row, self.rows, self.step)
         if int(batch.input_ids.max()) >= config.model.vocab_size:
             raise ValueError(
-                f"row(s) {first_row} to {first_row + self.rows - 1} hold token id {int(batch.input_ids.max())}, "
-                f"model.vocab_size is {config.model.vocab_size}; were the data made with another tokenizer?"
+                f"rows {first_row} to {first_row + self.rows - 1} hold token id {int(batch.input_ids.max())}, but "
+                f"model.vocab_size is {config.model.vocab_size}; prepare the data with the tokenizer of the model"
             )
         return batch.to(ranks.device)
 
     @property
     def data_step(self) -> int:
-        """The number that data, depths and noise of this step are functions of: the step, plus what rewinds skipped."""
+        """The number that data, depths and noise of this step are functions of: the step plus skipped steps."""
         return self.spikes.data_step(self.step)
 
     def _row_in_step(self, micro: int) -> int:
@@ -169,12 +169,13 @@ class Trainer:
     def _agree(self, loss: Tensor, norm: Tensor) -> tuple[float, float, bool]:
         """Return the loss over all ranks, the gradient norm, and whether both are finite on every rank.
 
-        Whatever the ranks must do alike is decided here, from reduced values: to skip the update, to stop after this
-        step, and to end the run because a background save has failed on some rank. One collective, one host sync.
+        All decisions that the ranks must share are made here, from reduced values: to skip the update, to stop after
+        this training step, and to end the run because a background save failed on some rank. One collective, one host
+        synchronisation.
         """
-        wishes = torch.tensor([self.stop_wished or self.deadline.passed(), self.writer.error is not None])
-        wishes = wishes.to(loss.device, loss.dtype)
-        numbers = torch.stack([loss, *wishes, (~torch.isfinite(norm)).to(loss.dtype)])
+        requests = torch.tensor([self.stop_requested or self.deadline.passed(), self.writer.error is not None])
+        requests = requests.to(loss.device, loss.dtype)
+        numbers = torch.stack([loss, *requests, (~torch.isfinite(norm)).to(loss.dtype)])
         self.ranks.all_reduce(numbers)
         loss_value, stops, failed, bad_norms, norm_value = torch.cat([numbers, norm.float()[None]]).tolist()
         if failed:
@@ -185,7 +186,7 @@ class Trainer:
     # -- the run ----------------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Train to the last step, or until asked to stop; the state is saved in either case."""
+        """Train until the last training step or until asked to stop; the state is saved in either case."""
         config = self.config
         with self._signals(), self._logging():
             if self.step >= config.steps:
@@ -228,7 +229,7 @@ class Trainer:
         )
 
     def _rewind(self, loss: float) -> None:
-        """Go back to a checkpoint from before the spike; the data since then are left out."""
+        """Go back to a checkpoint from before the spike and skip the data since then."""
         self.writer.wait()
         spike = self.step - 1
         checkpoint, rewind, details = self.ranks.on_main(lambda: self._prepare_rewind(spike, loss))
@@ -238,7 +239,7 @@ class Trainer:
             self.log.rewind(self.step, {"type": "rewind", **asdict(rewind)})
         self._say(
             f"spike at step {spike}: loss {loss:.4f}, median before {rewind.median:.4f}; back to step {self.step}, "
-            f"leaving out the data of {rewind.skipped} steps",
+            f"skipping the data of {rewind.skipped} steps",
             warning=True,
         )
 
@@ -271,7 +272,7 @@ class Trainer:
             self.log.say(text, warning)
 
     def save(self) -> None:
-        """Begin to write a checkpoint of the current step; `writer.wait()` until it is on disk."""
+        """Start to write a checkpoint of the current step; `writer.wait()` returns when it is on disk."""
         details = {
             "model": asdict(self.config.model),
             "steps": self.config.steps,
@@ -293,7 +294,7 @@ class Trainer:
 
     @contextmanager
     def _logging(self) -> Iterator[None]:
-        """Open the log of the main rank; at the end wait for the save under way and close it."""
+        """Open the log on the main rank; at the end wait for the current save and close the log."""
         self.log = RunLog(self.run, self.step, self.config.steps) if self.ranks.is_main else None
         try:
             yield
@@ -304,18 +305,18 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Let SIGTERM, SIGUSR1 and Ctrl-C end the run after the current step, saved.
+        """Make SIGTERM, SIGUSR1 and Ctrl-C save and end the run after the current training step.
 
-        A second Ctrl-C ends it at once, but not under torchrun, which sends every rank a SIGINT after the terminal's.
+        A second Ctrl-C ends it at once, but not under torchrun, which sends each rank a SIGINT after the terminal's.
         """
 
-        def wish_to_stop(number: int, frame: Any) -> None:
-            if self.stop_wished and number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
+        def request_stop(number: int, frame: Any) -> None:
+            if self.stop_requested and number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
                 raise KeyboardInterrupt
-            self.stop_wished = True
+            self.stop_requested = True
 
         numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        previous = {number: signal.signal(number, wish_to_stop) for number in numbers}
+        previous = {number: signal.signal(number, request_stop) for number in numbers}
         try:
             yield
         finally:
@@ -330,13 +331,13 @@ class Window:
         self.sums = {"seconds": 0.0, "tokens": 0.0, "flops": 0.0}
 
     def add(self, seconds: float, record: dict[str, float]) -> None:
-        """Count one step."""
+        """Add a training step."""
         self.sums["seconds"] += seconds
         for name in ("tokens", "flops"):
             self.sums[name] += record[name]
 
     def take(self) -> dict[str, float]:
-        """Return the sums and their rates, and count from zero again."""
+        """Return the sums and their rates, and reset them to zero."""
         sums, self.sums = self.sums, dict.fromkeys(self.sums, 0.0)
         seconds = max(sums["seconds"], 1e-9)
         rates = {"tokens_per_second": sums["tokens"] / seconds, "flops_per_second": sums["flops"] / seconds}

@@ -1,4 +1,4 @@
-"""A small trained run of the shell game."""
+"""A fixture with a small trained run of the shell game."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Control, Scaling, Performance by hand, on published values; the frontier by brute force."""
+"""Control, Scaling and Performance against published values, and the frontier against brute force."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Questions under budgets: what is counted is what was written, and budgets are kept."""
+"""Questions under thinking budgets: counts equal the written tokens, and budgets are kept."""
 
 import csv
 import dataclasses
@@ -78,7 +78,7 @@ def test_cells_average_what_replies_say(examiner):
 
 
 class AlwaysEndsThinking(torch.nn.Linear):
-    """A head that gives the end of thinking the largest logit, whatever the hidden state."""
+    """A head that always gives the end of thinking the largest logit."""
 
     def forward(self, x):
         logits = x.new_zeros(*x.shape[:-1], self.out_features)
@@ -87,7 +87,7 @@ class AlwaysEndsThinking(torch.nn.Linear):
 
 
 def test_examiner_forces_waits_within_the_budget(examiner):
-    """A model that wants to stop at once is made to go on `waits` times, with one word "Wait" each."""
+    """The thinking of a model that always ends it at once is continued `waits` times, with one "Wait" each."""
     model = lively_model(vocab_size=128, block_size=48)
     model.lm_head = AlwaysEndsThinking(32, 128, bias=False, dtype=torch.float64)
     impatient = dataclasses.replace(examiner, model=model)
@@ -116,7 +116,7 @@ def test_majority_and_oracle_choose_among_samples():
 
 
 class Lengths(Examiner):
-    """Traces of given lengths: `model` maps a seed to the length of every question's trace, by its text."""
+    """An examiner with traces of given lengths: `model` maps a seed to the trace length of each question."""
 
     def ask(self, num_steps, at_most, waits=0, *, forced=True, hint="", temperature=0.0, seed=0):
         lengths = [self.model(question.text, hint, seed) for question in self.questions]

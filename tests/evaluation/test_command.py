@@ -1,4 +1,4 @@
-"""`recurrent-depth eval` as a user calls it: what it accepts, refuses, writes and leaves alone."""
+"""`recurrent-depth eval` on the command line: what it accepts, refuses, writes and leaves unchanged."""
 
 import csv
 import json
@@ -60,7 +60,7 @@ def test_run_checkpoint_and_export_give_the_same_values(run, exported, tmp_path,
 
 
 def test_released_format_is_evaluated_like_a_run(tmp_path, capsys):
-    """A Hugging Face folder with the released spellings: accuracy is what counting on its logits gives."""
+    """A Hugging Face folder in the released format; the accuracy equals that of its argmax logits."""
     folder = shutil.copytree(FIXTURE, tmp_path / "huginn")
     task = TASKS["shell_game"]
     task.tokenizer().save(str(folder / "tokenizer.json"))
@@ -75,7 +75,7 @@ def test_released_format_is_evaluated_like_a_run(tmp_path, capsys):
         assert found["shell_game", "5-8", "parallel", r] == pytest.approx(right[:, 5:9].double().mean().item())
 
 
-def test_eval_says_what_runs_and_how_far_it_is(run, tmp_path, capsys):
+def test_eval_prints_what_runs_and_its_progress(run, tmp_path, capsys):
     assert generated(run, tmp_path / "out") == 0
     text = capsys.readouterr().err
     assert "eval: run on cpu in float32, 2 evaluations" in text
@@ -99,7 +99,7 @@ def test_dtype_of_eval_is_that_of_the_computation(run, tmp_path, capsys):
     ],
 )
 def test_eval_runs_on_the_accelerator_unless_told_otherwise(gpus, options, expected, tmp_path, monkeypatch, capsys):
-    """The model is loaded once, on the device, in the dtype and with the kernels that were asked for."""
+    """The model is loaded once, with the chosen device, dtype and kernels."""
     asked = []
 
     def load_model(path, dtype, device, kernels):
@@ -114,8 +114,8 @@ def test_eval_runs_on_the_accelerator_unless_told_otherwise(gpus, options, expec
     assert asked == [expected]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_eval_on_a_gpu_that_is_not_there_is_refused(run, tmp_path, capsys):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_eval_on_a_missing_gpu_is_refused(run, tmp_path, capsys):
     assert generated(run, tmp_path / "out", "--device", "cuda") == 1
     assert "torch sees 0 CUDA or ROCm device(s)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -206,7 +206,7 @@ def test_names_with_special_characters_are_written_and_reported(run, tmp_path, c
 
 @pytest.mark.slow
 def test_three_sections_run_in_one_call_on_one_model(run, exported, tmp_path, capsys):
-    """lm-eval tasks, generated tasks and questions together; the values are those that counting gives."""
+    """lm-eval tasks, generated tasks and questions in one call; the values equal those of a direct computation."""
     (tmp_path / "q.jsonl").write_text('{"question": "cup0 swap01", "answer": "cup1"}\n')
     spares = {f"{end}_{part}": f"swap{n}" for n, (end, part) in zip(("01", "02", "03", "04"), (
         ("begin", "think"), ("end", "think"), ("begin", "answer"), ("end", "answer")), strict=True)}  # fmt: skip

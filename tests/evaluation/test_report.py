@@ -1,4 +1,4 @@
-"""The report of small runs and evaluations: one page, every number labelled, claims computed from the runs."""
+"""The report of small runs and evaluations: one page, labelled numbers, statements computed from the runs."""
 
 import base64
 import dataclasses
@@ -46,7 +46,7 @@ def test_report_is_one_page_without_references_that_names_date_and_seed(run, tmp
 
 
 def test_pictures_are_narrow_enough_for_a_phone(tmp_path):
-    """At a width of 360 CSS pixels, text of 10 points in a figure of 6 inches is drawn 8 pixels high or more."""
+    """At a width of 360 CSS pixels, text of 10 points in a figure of 6 inches is at least 8 pixels high."""
     write_csv(swept(), tmp_path / "results.csv")
     encoded = re.search(r"base64,([^\"]+)", page(tmp_path, "--results", str(tmp_path / "results.csv"))).group(1)
     (tmp_path / "chart.png").write_bytes(base64.b64decode(encoded))
@@ -73,7 +73,7 @@ def test_model_and_baselines_are_in_one_chart():
     assert [line for line, _ in section["groups"]["ours (parallel)"]] == ["1-2", "9-12", "all"]
 
 
-def test_chart_of_single_dots_is_left_out():
+def test_chart_without_curves_is_left_out():
     (section,) = sections([result("a"), result("b")])
     assert section["chart"] is None
 

@@ -1,4 +1,4 @@
-"""Tables and plots of results: units, labels, and files that are not ours."""
+"""Tables and plots of results: units, labels, and files that `eval` has not written."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""In these tests, memory that nobody has written is NaN, so that reading it cannot pass unseen."""
+"""Fill uninitialised memory with NaN in these tests, so that reading it is detected."""
 
 import pytest
 import torch

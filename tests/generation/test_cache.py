@@ -31,7 +31,7 @@ def tokens_of(model, rows, length, num_steps):
 
 
 @pytest.mark.parametrize("r", [1, 2, 5])
-def test_cached_logits_equal_the_released_implementation(model, r):
+def test_cached_logits_equal_the_reference(model, r):
     expected = load_file(FIXTURE / "expected.safetensors")
     ids, tokens = expected["input_ids"], tokens_of(model, 2, 16, r)
     with torch.no_grad():
@@ -47,8 +47,8 @@ def test_decoding_with_a_full_cache_equals_one_parallel_pass(model):
     model.float()
 
 
-def test_columns_may_be_written_again(model):
-    """As after a draft that was wrong: what stood behind them is not seen any more."""
+def test_cache_columns_can_be_overwritten(model):
+    """As after a rejected draft: the old entries of later columns are not read."""
     model = model.double()
     ids, wrong = torch.randint(0, 160, (2, 3, 14), generator=torch.Generator().manual_seed(0))
     tokens = tokens_of(model, 3, 14, 4)
@@ -62,7 +62,7 @@ def test_columns_may_be_written_again(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("budget", [None, 1, 3, 9])
-def test_bytes_are_known_beforehand(budget, dtype):
+def test_cache_bytes_equals_the_allocated_size(budget, dtype):
     config = ModelConfig(n_layers_in_recurrent_block=2)
     shape = {"batch_size": 3, "max_length": 7, "num_steps": 5, "budget": budget, "dtype": dtype}
     assert cache_bytes(config, **shape) == RecurrentCache(config, **shape).num_bytes

@@ -1,4 +1,4 @@
-"""Decoding with static buffers: the tokens and depths of plain decoding, and no decision on the host within a step."""
+"""Captured decoding: tokens and depths of plain decoding, without decisions on the host within an iteration."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def same(model, options, prompts=PROMPTS):
 
 @pytest.mark.parametrize("budget", [None, 1, 3])
 @pytest.mark.parametrize("rule", [None, *RULES])
-def test_equals_plain_decoding(model, rule, budget):
+def test_captured_decoding_equals_plain_decoding(model, rule, budget):
     chosen = None if rule is None else exit_rule(rule, THRESHOLDS[rule])
     result = same(model, Decoding(max_new_tokens=10, num_steps=8, min_steps=2, exit=chosen, cache_budget=budget))
     taken = {steps for row in result.steps for steps in row[1:]}
@@ -43,7 +43,7 @@ def test_equals_plain_decoding(model, rule, budget):
 
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_equals_plain_decoding_for_any_prompts(model, data):
+def test_captured_decoding_equals_plain_decoding_for_any_prompts(model, data):
     prompts = data.draw(st.lists(st.lists(st.integers(0, 49), min_size=1, max_size=6), min_size=1, max_size=3))
     steps = data.draw(st.integers(1, 6))
     options = Decoding(
@@ -54,7 +54,7 @@ def test_equals_plain_decoding_for_any_prompts(model, data):
     same(model, options, prompts)
 
 
-def test_equals_plain_decoding_with_sampling_warm_starts_stops_and_thinking(model):
+def test_captured_decoding_equals_plain_decoding_with_all_options(model):
     same(model, Decoding(max_new_tokens=12, num_steps=5, temperature=1.0, top_k=20, top_p=0.9, seed=4))
     same(model, Decoding(max_new_tokens=8, num_steps=6, exit=StateChange(0.3), warm_start=True))
     stop = decode(model, PROMPTS, Decoding(max_new_tokens=6, num_steps=4)).tokens[1][2]
@@ -64,8 +64,8 @@ def test_equals_plain_decoding_with_sampling_warm_starts_stops_and_thinking(mode
     same(model, Decoding(max_new_tokens=12, num_steps=4, thinking=budget))
 
 
-def test_stops_one_iteration_after_the_last_request_has_stopped(model):
-    """That all have stopped is read one iteration late: that iteration changes nothing."""
+def test_captured_decoding_runs_one_iteration_after_the_last_stop(model):
+    """The host reads one iteration late that all have stopped; that iteration changes nothing."""
     options = Decoding(max_new_tokens=6, num_steps=12, exit=StateChange(0.3))
     result = decode(model, [[5, 6, 7]], options, Captured())
     plain = decode(model, [[5, 6, 7]], options)
@@ -75,7 +75,7 @@ def test_stops_one_iteration_after_the_last_request_has_stopped(model):
 
 
 def captured_token(model, rule, budget=None):
-    """One new token for each of two requests behind prompts of three tokens; both run, and iterate three times."""
+    """Return a CapturedToken for two requests, after three iterations of the first new token."""
     options = Decoding(max_new_tokens=3, num_steps=3, exit=rule, cache_budget=budget)
     requests = Requests(model, [[1, 2, 3], [4, 5]], options)
     token = CapturedToken(model, requests, requests.stopping[0])
@@ -84,8 +84,8 @@ def captured_token(model, rule, budget=None):
 
 
 @pytest.mark.parametrize("rule", [None, *RULES])
-def test_no_region_reads_a_value_on_the_host(model, rule):
-    """Fake tensors have no values: any .item(), if or index by a value raises."""
+def test_captured_regions_read_no_value_on_the_host(model, rule):
+    """Fake tensors have no values, so any .item(), if, or index by a value raises."""
     chosen = None if rule is None else exit_rule(rule, THRESHOLDS[rule])
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         token = captured_token(model, chosen)
@@ -95,8 +95,8 @@ def test_no_region_reads_a_value_on_the_host(model, rule):
             bool(token.going[0])
 
 
-def test_an_iteration_is_one_graph_without_breaks(model):
-    """What torch.compile(mode="reduce-overhead") would capture; here traced by dynamo and run eagerly."""
+def test_captured_iteration_is_one_graph_without_breaks(model):
+    """The graph that torch.compile(mode="reduce-overhead") would capture, traced by dynamo and run eagerly."""
     expected, token = captured_token(model, OutputKL(0.02)), captured_token(model, OutputKL(0.02))
     rng = torch.Generator().manual_seed(0)
     for static in (expected, token):
@@ -114,8 +114,8 @@ def test_an_iteration_is_one_graph_without_breaks(model):
     assert torch.equal(token.taken, expected.taken)
 
 
-def test_a_rehearsal_leaves_no_trace(model):
-    """Before capturing, all regions run once; the prompts in the cache and what follows stay as they are."""
+def test_rehearsal_does_not_change_the_result(model):
+    """All regions run once before capturing; the cached prompts and the following tokens do not change."""
     fresh, rehearsed = (captured_token(model, StateChange(0.3), budget=2) for _ in range(2))
     entries = torch.randn(fresh.cache.entries.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for token in (fresh, rehearsed):
@@ -133,8 +133,8 @@ def test_a_rehearsal_leaves_no_trace(model):
     assert torch.equal(rehearsed.cache.depths[:, :5], fresh.cache.depths[:, :5])
 
 
-def test_buffers_do_not_move(model):
-    """A captured graph works on addresses."""
+def test_captured_buffers_keep_their_addresses(model):
+    """A captured graph contains addresses."""
     token = captured_token(model, OutputKL(0.02), budget=2)
     tensors = {name: value for name, value in vars(token).items() if isinstance(value, torch.Tensor)}
     tensors |= {"entries": token.cache.entries, "depths": token.cache.depths}
@@ -146,7 +146,7 @@ def test_buffers_do_not_move(model):
     assert after == before
 
 
-def test_is_one_of_the_modes(model):
+def test_captured_is_one_of_the_modes(model):
     mode = EngineOptions(captured=True).mode()
     assert mode == Captured()
     options = Decoding(max_new_tokens=4, num_steps=3)
@@ -155,15 +155,15 @@ def test_is_one_of_the_modes(model):
         EngineOptions(refill=Refill(2), captured=True)
 
 
-def test_one_rule_and_one_depth_for_all(model):
+def test_captured_decoding_needs_one_rule_and_one_depth(model):
     with pytest.raises(ValueError, match="one exit rule"):
         decode(model, PROMPTS, Decoding(max_new_tokens=4, exit=[None, StateChange(), None]), Captured())
     with pytest.raises(ValueError, match="one num_steps"):
         decode(model, PROMPTS, Decoding(max_new_tokens=4, num_steps=[1, 2, 3]), Captured())
 
 
-def test_a_decoder_captures_once_for_calls_that_fit(model):
-    """Buffers are used again while shape and rule are the same, by name as well; what is written does not change."""
+def test_decoder_captures_once_for_calls_that_fit(model):
+    """Buffers are reused for calls with the same shape and rule, also given by name; the tokens do not change."""
     decoder = Decoder(model, Captured())
     rule = exit_rule("state-change", 0.3)
     options = Decoding(max_new_tokens=8, num_steps=6, exit=rule)

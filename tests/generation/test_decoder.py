@@ -1,4 +1,4 @@
-"""Decoding in batches against decoding alone, sampling against its distribution, and budgets of thinking."""
+"""Decoding in batches against single requests, sampling against its distribution, and thinking budgets."""
 
 import math
 
@@ -29,7 +29,7 @@ def uncached_greedy(model, prompt, steps, n):
     return ids[len(prompt) :]
 
 
-def test_greedy_equals_the_model_without_a_cache(model):
+def test_greedy_decoding_equals_the_model_without_a_cache(model):
     prompts = [[5, 6, 7, 8], [9], [1, 2]]
     decoded = decode(model, prompts, Decoding(max_new_tokens=10, num_steps=4))
     assert decoded.tokens == [uncached_greedy(model, prompt, 4, 10) for prompt in prompts]
@@ -39,7 +39,7 @@ def test_greedy_equals_the_model_without_a_cache(model):
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_a_request_does_not_depend_on_its_batch(model, data):
+def test_request_does_not_depend_on_its_batch(model, data):
     lengths = data.draw(st.lists(st.integers(1, 7), min_size=2, max_size=4))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     prompts = [torch.randint(50, (n,), generator=generator).tolist() for n in lengths]
@@ -65,7 +65,7 @@ def test_a_request_does_not_depend_on_its_batch(model, data):
     assert all(not set(written[:-1]) & {3, 4, 5} for written in together.tokens)
 
 
-def test_budgets_of_the_cache_change_bytes_and_a_full_one_nothing(model):
+def test_cache_budget_changes_bytes_and_a_full_one_no_tokens(model):
     options = {"max_new_tokens": 6, "num_steps": 4}
     full = decode(model, [[5, 6, 7]], Decoding(**options))
     assert decode(model, [[5, 6, 7]], Decoding(cache_budget=9, **options)).tokens == full.tokens
@@ -73,7 +73,7 @@ def test_budgets_of_the_cache_change_bytes_and_a_full_one_nothing(model):
     assert one.cache_bytes * (2 + 2 * 4) == full.cache_bytes * (2 + 2 * 1)
 
 
-def test_samples_follow_the_distribution(model):
+def test_sampling_follows_the_distribution(model):
     n, prompt = 4000, [5, 6, 7]
     options = Decoding(max_new_tokens=1, num_steps=2, temperature=1.5, top_k=8, seed=11)
     counts = torch.zeros(50)
@@ -93,7 +93,7 @@ def test_samples_follow_the_distribution(model):
     assert {tokens[0] for tokens in nucleus.tokens} == {int(logits.argmax())}
 
 
-def test_streaming_gives_the_same_tokens(model):
+def test_streaming_returns_the_same_tokens(model):
     seen = [[], []]
     decoded = decode(
         model, [[5, 6], [7]], Decoding(max_new_tokens=5), on_token=lambda row, token: seen[row].append(token)
@@ -105,7 +105,7 @@ BUDGET = {"begin": (40,), "end": (41,), "wait": (42, 43)}
 
 
 def test_thinking_stops_at_its_budget_and_waits_are_written(model):
-    """A model that always writes 7 is closed at the budget; one that would stop is made to wait."""
+    """The thinking of a model that always writes 7 ends at the budget; early ends of thinking become waits."""
     closed = decode(
         model, [[5, 6]], Decoding(max_new_tokens=12, num_steps=2, thinking=ThinkingBudget(**BUDGET, at_most=4))
     ).tokens[0]
@@ -116,13 +116,13 @@ def test_thinking_stops_at_its_budget_and_waits_are_written(model):
     written = []
     for wanted in (8, 41, 9, 9, 41, 9, 41, 41, 9):
         written.append(request.choose(wanted))
-    # 8; the end becomes two tokens (the second over a 9); 9; a second wait; then the end is let through
+    # 8; the end is replaced by two tokens (the second replaces a 9); 9; a second wait; then the end is accepted
     assert written == [8, 42, 43, 9, 42, 43, 41, 41, 9]
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_stream_keeps_its_budget(data):
+def test_thinking_budget_holds_for_any_stream(data):
     at_most = data.draw(st.integers(0, 12))
     budget = ThinkingBudget(
         **BUDGET, at_most=at_most, at_least=data.draw(st.integers(0, at_most)), rounds=data.draw(st.integers(0, 3))
@@ -148,7 +148,7 @@ def test_any_stream_keeps_its_budget(data):
     assert thought >= budget.at_least or not room
 
 
-def test_a_stop_while_thinking_counts_as_the_end_of_thinking():
+def test_stop_id_during_thinking_ends_the_thinking():
     request = Forcing(ThinkingBudget(**BUDGET, at_most=9, rounds=1), [40], stop=(3,))
     written = []
     for wanted in (8, 3, 9, 9, 3, 5, 3):
@@ -156,7 +156,7 @@ def test_a_stop_while_thinking_counts_as_the_end_of_thinking():
     assert written == [8, 42, 43, 9, 41, 5, 3]
 
 
-def test_steps_exits_and_budgets_of_every_request(model):
+def test_steps_exits_and_budgets_can_differ_by_request(model):
     prompts = [[5, 6, 7], [8], [9, 10]]
     each = {
         "num_steps": [6, 2, 5],
@@ -174,7 +174,7 @@ def test_steps_exits_and_budgets_of_every_request(model):
     assert set(together.steps[2]) == {5.0}
 
 
-def test_bad_options_say_what_to_change(model):
+def test_decoding_errors_say_what_to_change(model):
     with pytest.raises(ValueError, match="num_steps is 0"):
         Decoding(num_steps=[4, 0])
     with pytest.raises(ValueError, match="num_steps is 0"):
@@ -189,7 +189,7 @@ def test_bad_options_say_what_to_change(model):
         ThinkingBudget(begin=(1,), end=(2,), rounds=1)
 
 
-def test_flops_are_those_of_the_closed_form(model):
+def test_decoded_flops_equal_the_closed_form(model):
     decoded = decode(model, [[5, 6, 7, 8]], Decoding(max_new_tokens=1, num_steps=3))
     assert decoded.flops == forward_flops(model.config, 4, 3)
 
@@ -215,8 +215,8 @@ def test_exit_rules_refuse_impossible_thresholds(rule, threshold):
         rule(threshold)
 
 
-def test_exits_after_the_prompt_only(model):
-    """The prompt takes all iterations; written tokens stop as they do after such a prompt."""
+def test_exit_prompt_false_runs_the_prompt_at_full_depth(model):
+    """The prompt takes all iterations; new tokens stop as they do after such a prompt."""
     prompts, common = [[5, 6, 7], [8]], {"max_new_tokens": 6, "num_steps": 8}
     found = decode(model, prompts, Decoding(exit=StateChange(0.3), exit_prompt=False, **common))
     assert [steps[0] for steps in found.steps] == [8, 8]

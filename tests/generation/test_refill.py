@@ -1,4 +1,4 @@
-"""Depth-refilled batching writes what one request at a time writes, at the same depths; fp64."""
+"""Refilled batches equal one request at a time, in tokens and depths; fp64."""
 
 from unittest.mock import patch
 
@@ -26,7 +26,7 @@ def random_prompts(lengths, seed, vocab_size=50):
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_tokens_and_depths_equal_one_at_a_time(model, data):
+def test_refilled_batch_equals_one_request_at_a_time(model, data):
     lengths = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=6), "lengths")
     prompts = random_prompts(lengths, data.draw(st.integers(0, 99), "prompt seed"))
     rules = [None, StateChange(0.6), OutputKL(0.2), StableArgmax(2)]
@@ -53,7 +53,7 @@ def test_tokens_and_depths_equal_one_at_a_time(model, data):
 
 
 @pytest.mark.parametrize("budget", [None, 1, 2, 4])
-def test_tokens_that_left_early_are_seen_by_those_that_go_deeper(model, budget):
+def test_refilled_batch_reads_entries_of_tokens_that_stopped_early(model, budget):
     prompts = random_prompts([3, 1, 4], seed=1)
     options = Decoding(max_new_tokens=8, num_steps=6, exit=StateChange(0.6), cache_budget=budget)
     found = decode(model, prompts, options, Refill(2))
@@ -64,8 +64,8 @@ def test_tokens_that_left_early_are_seen_by_those_that_go_deeper(model, budget):
     assert len({steps for row in found.steps for steps in row[1:]}) > 2
 
 
-def test_the_batch_stays_full(model):
-    """Requests of 2 and of 12 steps a token: refilled, the short ones do not wait for the long ones."""
+def test_refilled_batch_stays_full(model):
+    """Requests with 2 and with 12 iterations per token: in a refilled batch the short ones do not wait."""
     prompts = random_prompts([3] * 12, seed=1)
     steps = [2, 12] * 6
     options = Decoding(max_new_tokens=6, num_steps=steps)
@@ -74,11 +74,11 @@ def test_the_batch_stays_full(model):
     found = decode(model, prompts, options, Refill(lanes=4))
     assert found.core_steps == padded
     longest = 12 * 6  # passes of one long request
-    assert found.passes < 3 * longest  # padded batches of four take as long as their longest, three times
+    assert found.passes < 3 * longest  # three lockstep batches of four would take three times the longest request
     assert found.passes >= 6 * longest / 4
 
 
-def test_thinking_budgets_streams_and_stops(model):
+def test_refilled_batch_honours_thinking_streaming_and_stops(model):
     prompts = random_prompts([4, 2, 6, 1, 3], seed=2)
     thinking = [ThinkingBudget((40,), (41,), at_most=n) if n else None for n in (3, 0, 1, 5, 0)]
     options = Decoding(max_new_tokens=10, num_steps=4, exit=StateChange(0.3), thinking=thinking)
@@ -94,7 +94,7 @@ def test_thinking_budgets_streams_and_stops(model):
     assert found.tokens == [*plain.tokens[:2], plain.tokens[2][:4], *plain.tokens[3:]]
 
 
-def test_what_it_cannot_do_is_refused(model):
+def test_refill_refuses_invalid_options(model):
     with pytest.raises(ValueError, match="lanes is 0"):
         Refill(0)
     with pytest.raises(ValueError, match="together is 5"):

@@ -1,4 +1,4 @@
-"""Self-speculation writes what plain decoding writes, whatever the draft, the batch and the sampling; fp64."""
+"""Self-speculation equals plain decoding, for any draft, batch and sampling; fp64."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def model():
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_the_same_tokens_as_plain_decoding(model, data):
+def test_speculation_equals_plain_decoding(model, data):
     lengths = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=4))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     prompts = [torch.randint(20, (n,), generator=generator).tolist() for n in lengths]
@@ -38,7 +38,7 @@ def test_the_same_tokens_as_plain_decoding(model, data):
     assert 0 <= found.accepted <= found.drafted
 
 
-def test_drafts_are_accepted_and_rounds_compact_the_cache(model):
+def test_speculation_accepts_drafts(model):
     prompts = [[5, 6, 7], [8], [9, 10]]
     options = Decoding(max_new_tokens=60, num_steps=6)
     found = decode(model, prompts, options, Speculation(steps=3, tokens=5))
@@ -46,14 +46,14 @@ def test_drafts_are_accepted_and_rounds_compact_the_cache(model):
     assert 0 < found.accepted < found.drafted
 
 
-def test_prompts_and_new_tokens_may_fill_the_whole_block():
+def test_speculation_can_fill_the_whole_block():
     short = lively_model(vocab_size=20, block_size=16)
     options = Decoding(max_new_tokens=11, num_steps=6)
     prompts = [[5, 6, 7, 8, 9], [3]]
     assert decode(short, prompts, options, Speculation(2, 4)).tokens == decode(short, prompts, options).tokens
 
 
-def test_streaming_can_end_a_request(model):
+def test_speculation_stops_when_streaming_ends_a_request(model):
     options = Decoding(max_new_tokens=20, num_steps=4)
     whole = decode(model, [[5, 6, 7]], options).tokens[0]
     seen = []
@@ -66,7 +66,7 @@ def test_streaming_can_end_a_request(model):
     assert found.tokens[0] == seen == whole[:3]
 
 
-def test_what_does_not_go_together_is_refused(model):
+def test_speculation_refuses_invalid_combinations(model):
     with pytest.raises(ValueError, match="fewer than num_steps 4"):
         decode(model, [[1]], Decoding(num_steps=4), Speculation(4, 2))
     with pytest.raises(ValueError, match="cache_budget 2"):
@@ -77,8 +77,8 @@ def test_what_does_not_go_together_is_refused(model):
         Speculation(0, 2)
 
 
-def test_samples_follow_the_distribution(model):
-    """The third token, given the two before it, where drafts are often wrong."""
+def test_speculative_sampling_follows_the_distribution(model):
+    """Check the third token given the two before it, with drafts that are often wrong."""
     n, prompt = 3000, [5, 6, 7]
     options = Decoding(max_new_tokens=3, num_steps=4, temperature=1.5, top_k=4, seed=5)
     found = decode(model, [prompt] * n, options, Speculation(1, 2))
@@ -100,7 +100,7 @@ def test_samples_follow_the_distribution(model):
     assert chi_square < freedom + 3.3 * (2 * freedom) ** 0.5 + 4  # beyond p = 0.001; the seed is fixed
 
 
-def test_stop_strings_end_a_request(model):
+def test_speculation_stops_at_stop_strings(model):
     letters = "abcdefghijklmnopqrst"
     options = Decoding(max_new_tokens=30, num_steps=4)
     plain = "".join(letters[i] for i in decode(model, [[5, 6, 7]], options).tokens[0])

@@ -24,7 +24,7 @@ def model():
 
 
 class AtDepth:
-    """A rule that lets a token leave after `depth` iterations, for the tests."""
+    """An exit rule that stops a token after `depth` iterations."""
 
     def __init__(self, depth):
         self.depth = depth
@@ -44,9 +44,9 @@ def tokens_of(model, rows, width, num_steps=R, budget=None, released=False):
 
 @torch.no_grad()
 def run(tokens, rows, stopping, columns=None):
-    """Bring rows of ids, aligned at the right, to the core; return logits [n, V] and depths of each row.
+    """Run rows of ids, aligned at the right; return logits [n, V] and depths of each row.
 
-    `stopping` has a value a token; `columns` are the ones that are run (all if not given), row by row.
+    `stopping` has one value per token; `columns` are the columns to run (default all), row by row.
     """
     width = max(map(len, rows))
     flat = [
@@ -68,10 +68,10 @@ def run(tokens, rows, stopping, columns=None):
 
 
 def entry_read(i, depth, budget, released):
-    """Which iteration of a token of `depth` iterations a later one reads at its own iteration i, in words of the docs.
+    """Return the iteration of a token of `depth` iterations that iteration i of a later token reads, by the docs.
 
-    Its place, i mod budget, holds the last iteration that was written there. Of a token that stopped before iteration i
-    the last entry is read, or, by the released code's rule, that place if the token wrote it, else the deepest below.
+    Place i mod budget holds the last iteration that was written there. For a token that stopped before iteration i the
+    last entry is read; by the rule of the released code, that place if the token wrote it, else the deepest below.
     """
     place = min(i % budget, depth - 1) if released else min(i, depth - 1) % budget
     return max(j for j in range(depth) if j % budget == place)
@@ -79,7 +79,7 @@ def entry_read(i, depth, budget, released):
 
 @torch.no_grad()
 def brute_force(model, ids, depths, budget, released=False):
-    """Logits of each token of one unpadded row, token after token, with the depths given."""
+    """Return the logits of each token of one unpadded row, computed token by token with the given depths."""
     part, outer = model.transformer, model.transformer.core_block.first_layer
     core, kept, logits = len(part.core_block), {}, []
 
@@ -111,13 +111,13 @@ def drawn_rows(data, rows=3):
 
 
 def stops(depths, by_rule=True):
-    """Limits a token: a rule that stops there, or so many iterations at most."""
+    """Return the limits of each token: a rule that stops at its depth, or a maximum number of iterations."""
     return [[Stopping(R, rule=AtDepth(d)) if by_rule else Stopping(d) for d in row] for row in depths]
 
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_decoding_in_a_ragged_batch_equals_brute_force(model, data):
+def test_exits_in_a_ragged_batch_equal_brute_force(model, data):
     budget = data.draw(st.sampled_from([1, 2, 3, 4, R]), "budget")
     released = data.draw(st.booleans(), "released rule")
     rows, depths = drawn_rows(data)
@@ -136,8 +136,8 @@ def test_decoding_in_a_ragged_batch_equals_brute_force(model, data):
 
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
-def test_parallel_prefill_with_a_full_cache_equals_token_by_token(model, data):
-    """With monotone depths, what a token sees of earlier tokens does not depend on when they were run."""
+def test_parallel_prefill_with_exits_equals_token_by_token(model, data):
+    """With monotone depths, the entries that a token reads do not depend on when they were computed."""
     rows, depths = drawn_rows(data)
     found = run(tokens_of(model, len(rows), max(map(len, rows))), rows, stops(depths))
     for ids, wanted, (logits, taken) in zip(rows, depths, found, strict=True):
@@ -147,7 +147,7 @@ def test_parallel_prefill_with_a_full_cache_equals_token_by_token(model, data):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_decisions_in_a_batch_equal_those_alone(model, name):
+def test_exit_decisions_in_a_batch_equal_those_alone(model, name):
     threshold = {"state-change": 0.3, "kl": 0.02, "entropy": 0.05, "argmax": 2}[name]
     prompts = [[5, 6, 7, 8, 9], [11, 12], [3]]
     limits = [[Stopping(12, rule=exit_rule(name, threshold))] * len(prompt) for prompt in prompts]
@@ -162,7 +162,7 @@ def test_decisions_in_a_batch_equal_those_alone(model, name):
 
 
 @pytest.mark.parametrize("rule", [None, StateChange(0.0)])
-def test_without_an_exit_it_is_the_plain_model(model, rule):
+def test_decoding_without_an_exit_equals_the_plain_model(model, rule):
     ids = [5, 6, 7, 8]
     ((logits, depths),) = run(tokens_of(model, 1, 4), [ids], [[Stopping(R, rule=rule)] * 4])
     torch.testing.assert_close(logits, model(torch.tensor([ids]), num_steps=R).logits[0], rtol=1e-10, atol=1e-10)
@@ -171,8 +171,8 @@ def test_without_an_exit_it_is_the_plain_model(model, rule):
 
 @pytest.mark.parametrize("limit", [0, 10**9])
 @pytest.mark.parametrize("budget", [None, 1, 3])
-def test_tokens_that_have_stopped_are_not_computed(model, budget, limit, monkeypatch):
-    """Iterations really run, counted in the core's own calls; keys are read in place or copied."""
+def test_stopped_tokens_are_not_computed(model, budget, limit, monkeypatch):
+    """Count the iterations in calls of the core, with keys read in place and with keys copied."""
     monkeypatch.setattr("recurrent_depth.generation.attention.COPY_LIMIT", limit)
     depths = [[1, 2, 2], [4, 4, 6], [2, 2, 3]]
     rows = [[5, 6, 7], [8, 9, 10], [11, 12, 13]]
@@ -191,7 +191,7 @@ def test_tokens_that_have_stopped_are_not_computed(model, budget, limit, monkeyp
         torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_iterations_at_most_and_at_least_differ_by_request(model):
+def test_num_steps_and_min_steps_can_differ_by_request(model):
     rows, always = [[5, 6], [7, 8], [9, 10]], StateChange(9.0)
     limits = [[Stopping(5, 3, always)] * 2, [Stopping(2)] * 2, [Stopping(6, 6, always)] * 2]
     found = run(tokens_of(model, 3, 2), rows, limits)
@@ -202,7 +202,7 @@ def test_iterations_at_most_and_at_least_differ_by_request(model):
 
 
 class EveryOther:
-    """A user's rule: leaves at an even step, once the state has moved by less than the threshold."""
+    """A custom rule: stop at an even iteration when the state has changed by less than the threshold."""
 
     def __init__(self, threshold=0.5):
         self.threshold = threshold
@@ -216,7 +216,7 @@ class EveryOther:
         return still & (step[..., 0] % 2 == 0), step
 
 
-def test_a_rule_of_ones_own_by_name_and_by_place(model, monkeypatch):
+def test_custom_exit_rule_is_found_by_name_and_by_path(model, monkeypatch):
     monkeypatch.setattr("recurrent_depth.generation.exits.RULES", dict(RULES))
     register("every-other", EveryOther)
     with pytest.raises(ValueError, match="choose another name"):
@@ -233,10 +233,10 @@ def test_a_rule_of_ones_own_by_name_and_by_place(model, monkeypatch):
 
 @dataclass
 class Unhashable:
-    """A user's rule as a plain dataclass, which has equality but no hash."""
+    """A custom rule as a plain dataclass, which has equality but no hash."""
 
     threshold: float = 0.3
-    weights: torch.Tensor = field(default_factory=lambda: torch.ones(2))  # equality has no truth value
+    weights: torch.Tensor = field(default_factory=lambda: torch.ones(2))  # comparing it gives no single truth value
 
     def remembers(self, vocab_size):
         return 0
@@ -246,7 +246,7 @@ class Unhashable:
 
 
 def test_exit_rules_need_no_hash(model):
-    """Each request has a rule object of its own, next to built-in rules; the depths are those of the equal rules."""
+    """Requests have separate rule objects, beside built-in rules; the depths equal those of equal hashable rules."""
     prompts = [[5, 6, 7], [8, 9, 10], [11, 12, 13]]
 
     def steps(*rules):
@@ -257,7 +257,7 @@ def test_exit_rules_need_no_hash(model):
     assert len({taken for row in expected for taken in row}) > 1
 
 
-def test_bad_rules_and_steps_say_what_to_change(model):
+def test_exit_rule_errors_say_what_to_change(model):
     with pytest.raises(ValueError, match="known rules are state-change"):
         exit_rule("sudden")
     with pytest.raises(ValueError, match=r"exit_threshold is -1\.0"):

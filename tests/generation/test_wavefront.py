@@ -1,4 +1,4 @@
-"""The exact wavefront writes what plain decoding writes, in any batch; fp64."""
+"""The wavefront sampler: exact mode equals plain decoding, approximate mode a simple reference; fp64."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def model():
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_the_exact_wavefront_writes_what_plain_decoding_writes(model, data):
+def test_exact_wavefront_equals_plain_decoding(model, data):
     lengths = data.draw(st.lists(st.integers(1, 7), min_size=1, max_size=4), "lengths")
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99), "prompt seed"))
     prompts = [torch.randint(20, (n,), generator=generator).tolist() for n in lengths]
@@ -45,14 +45,14 @@ def test_the_exact_wavefront_writes_what_plain_decoding_writes(model, data):
 
 @torch.no_grad()
 def reference(model, prompt, new, r, wavefront):
-    """The approximate sampler for one request, with dense windows and one entry a (column, layer): a shared cache."""
+    """Run the approximate sampler for one request, with whole windows and one entry per (column, layer)."""
     part, outer = model.transformer, model.transformer.core_block.first_layer
     layers = len(part.core_block)
     kept = {}
 
     def attend_from(first, writes=None):
-        def attend(q, k, v, slot):
-            layer = slot if slot < outer else outer + (slot - outer) % layers
+        def attend(q, k, v, layer_index):
+            layer = layer_index if layer_index < outer else outer + (layer_index - outer) % layers
             for i in range(q.shape[2]):
                 if writes is None or writes[i]:
                     kept[layer, first + i] = (k[:, :, i : i + 1], v[:, :, i : i + 1])
@@ -85,7 +85,7 @@ def reference(model, prompt, new, r, wavefront):
         state = iterate(0, e, state, [True] * len(prompt))
     written = [says(0, state)[-1]]
     window, front = [written[0]], len(prompt)
-    settled, since = [True], [0]  # whether all before a position is done, and its iterations since then
+    settled, since = [True], [0]  # whether all positions before have converged, and the iterations since then
     e = state = None
     passes = 0
     while len(written) < new:
@@ -117,12 +117,12 @@ def reference(model, prompt, new, r, wavefront):
         settled = [j == 0 or (done[j - 1] and kept_token[j]) for j in range(len(window))]
         window = [window[0], *drawn]
         final = max(converged - 1, 0)
-        ends = len(written) + final + 1 == new  # nothing has to follow the last token
+        ends = len(written) + final + 1 == new  # no position follows the last token
         if wavefront.width == 1 or (ends and converged == len(done)):
             final = converged
         written += drawn[:final]
         settled, since = [*settled, False], [*since, 0]
-        most = min(wavefront.width, new - len(written))  # tokens in flight; what the last one says is the last token
+        most = min(wavefront.width, new - len(written))  # tokens in flight; the last one predicts the last new token
         front, window = front + final, window[final:][:most]
         settled, since = settled[final:][:most], since[final:][:most]
         settled[0:1] = [True]
@@ -132,7 +132,7 @@ def reference(model, prompt, new, r, wavefront):
 
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_the_approximate_wavefront_equals_a_dense_reference(model, data):
+def test_approximate_wavefront_equals_a_simple_reference(model, data):
     prompt = data.draw(st.lists(st.integers(0, 19), min_size=1, max_size=5), "prompt")
     wavefront = Wavefront(
         steps=data.draw(st.integers(1, 3), "steps"),
@@ -151,8 +151,8 @@ def test_the_approximate_wavefront_equals_a_dense_reference(model, data):
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.6])
-def test_the_approximate_wavefront_at_published_settings_writes_what_plain_decoding_writes(scale):
-    """On models that converge: a token is written only when the position that reads it has converged as well."""
+def test_approximate_wavefront_at_published_settings_equals_plain_decoding(scale):
+    """On models that converge: a token is written only when the position that reads it has converged too."""
     prompts = [[5, 6, 7], [8], [9, 10], [1, 2, 3, 4]]
     options = Decoding(max_new_tokens=32, num_steps=32, cache_budget=1)
     model = lively_model(scale=scale)
@@ -165,7 +165,7 @@ def test_the_approximate_wavefront_at_published_settings_writes_what_plain_decod
 
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_a_wavefront_of_one_position_is_plain_decoding_at_any_budget(model, data):
+def test_wavefront_of_one_position_equals_plain_decoding_at_any_budget(model, data):
     prompts = [[5, 6, 7], [8]]
     options = Decoding(
         max_new_tokens=8,
@@ -179,7 +179,7 @@ def test_a_wavefront_of_one_position_is_plain_decoding_at_any_budget(model, data
     assert found.drafted == 0
 
 
-def test_drafts_enter_and_are_accepted_and_streaming_can_end_a_request(model):
+def test_wavefront_accepts_drafts_and_stops_when_streaming_ends(model):
     prompts = [[5, 6, 7], [8], [9, 10]]
     options = Decoding(max_new_tokens=30, num_steps=12)
     found = decode(model, prompts, options, Wavefront(steps=3, exact=True))
@@ -198,14 +198,14 @@ def test_drafts_enter_and_are_accepted_and_streaming_can_end_a_request(model):
     assert [token for row, token in seen if row == 1] == plain.tokens[1]
 
 
-def test_the_wavefront_is_exact_unless_asked_otherwise(model):
-    """An approximation has to be named, on the command line as well."""
+def test_wavefront_is_exact_by_default(model):
+    """Approximate mode must be chosen explicitly, also on the command line."""
     prompts, options = [[5, 6, 7], [8]], Decoding(max_new_tokens=16, num_steps=8)
     assert Wavefront(steps=2) == EngineOptions(wavefront=Wavefront(2)).mode()
     assert decode(model, prompts, options, Wavefront(steps=2)).tokens == decode(model, prompts, options).tokens
 
 
-def test_what_does_not_go_together_is_refused(model):
+def test_wavefront_refuses_invalid_combinations(model):
     exact = Wavefront(exact=True)
     with pytest.raises(ValueError, match="cache_budget 2 must be at least num_steps 4"):
         decode(model, [[1]], Decoding(num_steps=4, cache_budget=2), exact)

@@ -1,4 +1,4 @@
-"""The layer that writes in place keeps what transformers' own layer, which copies, keeps."""
+"""PreallocatedLayer against the DynamicLayer of transformers."""
 
 import random
 
@@ -10,7 +10,7 @@ from recurrent_depth.hf.caches import PreallocatedLayer
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_any_sequence_of_operations_leaves_the_same_entries(seed):
+def test_preallocated_layer_equals_a_dynamic_layer(seed):
     choose, noise = random.Random(seed), torch.Generator().manual_seed(seed)
     plain, preallocated = DynamicLayer(), PreallocatedLayer(capacity=choose.choice([0, 4, 100]))
     batch = 2
@@ -39,7 +39,7 @@ def test_any_sequence_of_operations_leaves_the_same_entries(seed):
         assert torch.equal(plain.values, preallocated.values)
 
 
-def test_a_cache_that_carries_gradients_is_not_written_in_place():
+def test_preallocated_layer_does_not_write_in_place_with_gradients():
     layer = PreallocatedLayer(8)
     first, second = (torch.randn(2, 1, 1, 2, 4, requires_grad=True) for _ in range(2))
     layer.update(first[0], first[1])

@@ -1,4 +1,4 @@
-"""Exports: the format of released folders, code that does not need this package, and the way back."""
+"""Exports: the released format, code that runs without this package, and training from an export."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_export_of_a_released_folder_keeps_its_config_and_weights(tmp_path):
 
 
 class ReleasedConfig(PreTrainedConfig):
-    """Passes the tying of the embeddings on by name, as the released class does."""
+    """A config that passes tie_embeddings to its base class by name, as the released one does."""
 
     model_type = "huginn_raven"
 
@@ -116,7 +116,7 @@ def test_export_names_the_tokens_that_end_a_text(chat_export):
     assert config.bos_token_id == ids("<|begin_text|>")
     assert tokenizer.model_max_length == 2048
     written = json.loads((chat_export / "generation_config.json").read_text())
-    assert not written.get("_from_model_config")  # transformers 4 would derive it anew from config.json
+    assert not written.get("_from_model_config")  # transformers 4 would derive it from config.json again
 
 
 def test_model_card_runs_as_printed_and_the_model_ends_its_turn(chat_export, tmp_path):
@@ -180,7 +180,7 @@ def test_export_options_that_cannot_work_are_refused(change):
         ExportConfig(**({"model": "m", "out": "o"} | change))
 
 
-def test_chat_template_is_huginns(tmp_path):
+def test_chat_template_equals_huginns(tmp_path):
     train_tokenizer(["hello world " * 20], 320).save(str(tmp_path / "tokenizer.json"))
     tokenizer = fast_tokenizer(tmp_path / "tokenizer.json")
     tokenizer.save_pretrained(tmp_path / "saved")

@@ -17,7 +17,7 @@ def rows(n=24, width=12):
 
 
 def run_trainer(folder, out, resume=None, callbacks=True, **changes):
-    """Losses of six steps of two micro-steps, and the depths the core ran."""
+    """Return the losses of six training steps of two micro-steps, and the depths that the core ran."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     depths = []
     iterate = model.transformer.iterate
@@ -32,7 +32,7 @@ def run_trainer(folder, out, resume=None, callbacks=True, **changes):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], depths, model
 
 
-def test_depths_follow_the_step_through_checkpointing_and_resume(chat_folder, tmp_path):
+def test_depth_callback_repeats_depths_after_checkpointing_and_resume(chat_folder, tmp_path):
     plain, depths, model = run_trainer(chat_folder, tmp_path / "a")
     config = model.config.to_model_config()
     assert depths == [sample_depth(config, seed=5, step=s, micro_step=m) for s in range(6) for m in range(2)]
@@ -44,13 +44,13 @@ def test_depths_follow_the_step_through_checkpointing_and_resume(chat_folder, tm
     assert resumed == pytest.approx(plain, rel=1e-4)
 
 
-def test_without_a_callback_the_model_counts_its_passes(chat_folder, tmp_path):
+def test_depth_without_a_callback_follows_the_number_of_passes(chat_folder, tmp_path):
     _, depths, model = run_trainer(chat_folder, tmp_path, callbacks=False, max_steps=2)
     config = model.config.to_model_config()
     assert depths == [sample_depth(config, seed=0, step=s, micro_step=0) for s in range(4)]
 
 
-def test_checkpointing_recomputes_the_same_gradients(chat_folder):
+def test_gradient_checkpointing_gives_the_same_gradients(chat_folder):
     gradients = []
     for checkpointing in (False, True):
         model = AutoModelForCausalLM.from_pretrained(chat_folder, dtype=torch.float64).train()
@@ -64,12 +64,12 @@ def test_checkpointing_recomputes_the_same_gradients(chat_folder):
 
 
 @pytest.mark.parametrize(("num_steps", "pair"), [(6, (2, 4)), (3, (0, 3))])
-def test_fixed_depth_backpropagates_through_the_last_iterations_alone(chat_folder, num_steps, pair):
+def test_fixed_depth_backpropagates_through_the_last_iterations_only(chat_folder, num_steps, pair):
     ids = torch.tensor(rows()[:2]["input_ids"])
     gradients = []
     for fixed, given in ((num_steps, None), (None, pair), (None, num_steps)):
         model = AutoModelForCausalLM.from_pretrained(chat_folder, dtype=torch.float64, mean_backprop_depth=4).train()
-        fix_depth(model, num_steps)  # the initial state is zero, so that the passes differ in their gradient alone
+        fix_depth(model, num_steps)  # the initial state is zero, so that the passes differ only in their gradient
         model.config.num_steps = fixed
         model(ids, labels=ids, num_steps=given).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
@@ -94,7 +94,7 @@ def test_training_mode_without_gradient_is_deterministic(chat_folder):
     assert not torch.equal(model(ids).logits, expected)
 
 
-def test_grpo_of_a_model_has_no_divergence_from_itself(answering_folder, tmp_path):
+def test_grpo_with_fixed_depth_has_zero_divergence_from_itself(answering_folder, tmp_path):
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
 
@@ -145,7 +145,7 @@ with torch.no_grad():
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_trl_sft_with_lora_on_the_adapter(chat_folder, tmp_path):
+def test_trl_sft_trains_lora_on_the_adapter(chat_folder, tmp_path):
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 

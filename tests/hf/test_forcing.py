@@ -1,4 +1,4 @@
-"""Budgets of thinking and the decoding engine inside transformers' generate(): the engine's own tokens, in batches."""
+"""Thinking budgets and the decoding engine inside transformers' generate(), compared with the engine itself."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def padded(prompts):
 
 
 def new_tokens(batch, sequences, stop):
-    """What was written, without the padding behind a stop."""
+    """Return the written tokens, without the padding after a stop."""
     rows = []
     for ids in sequences[:, batch["input_ids"].shape[1] :].tolist():
         end = next((i + 1 for i, token in enumerate(ids) if token in stop), len(ids))
@@ -45,11 +45,11 @@ def new_tokens(batch, sequences, stop):
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.2, "top_k": 20, "top_p": 0.95, "seed": 4}])
-def test_generate_keeps_the_budgets_as_the_engine_does(inner, model, sampling):
+def test_budget_forcing_in_generate_equals_the_engine(inner, model, sampling):
     batch, stop = padded(PROMPTS), (13, 17)
     common = {"max_new_tokens": 20, "num_steps": 4}
     free = decode(inner, PROMPTS, Decoding(thinking=ThinkingBudget(BEGIN, (49,), at_most=19), **common, **sampling))
-    end = free.tokens[0][3]  # the third thought of the first request: now an end that comes too early
+    end = free.tokens[0][3]  # the third thinking token of the first request becomes an end that comes too early
     budgets = [
         ThinkingBudget(BEGIN, (end,), WAIT, at_most=9, at_least=6, rounds=2),
         ThinkingBudget(BEGIN, (41,), at_most=2),
@@ -67,7 +67,7 @@ def test_generate_keeps_the_budgets_as_the_engine_does(inner, model, sampling):
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}])
-def test_beams_and_assistants_are_refused(model, options):
+def test_budget_forcing_refuses_beams_and_assistants(model, options):
     ids = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
     forcing = BudgetForcing(ThinkingBudget((40,), (41,), at_most=20))
     with pytest.raises(ValueError, match="num_beams=1"):
@@ -77,7 +77,7 @@ def test_beams_and_assistants_are_refused(model, options):
         )  # fmt: skip
 
 
-def test_a_used_object_and_wrong_counts_are_refused(model):
+def test_budget_forcing_refuses_a_used_object_and_wrong_counts(model):
     batch = padded(PROMPTS)
     common = {"max_new_tokens": 3, "do_sample": False, "num_steps": 2}
     with pytest.raises(ValueError, match="2 values for 3"):
@@ -88,7 +88,7 @@ def test_a_used_object_and_wrong_counts_are_refused(model):
         model.generate(**batch, logits_processor=[forcing], **common)
 
 
-def test_delimiters_are_one_token(chat_folder):
+def test_thinking_delimiters_must_be_one_token(chat_folder):
     tokenizer = AutoTokenizer.from_pretrained(chat_folder)
     with pytest.raises(ValueError, match="must be one token"):
         thinking_budget(Thinking(end="so then"), tokenizer)
@@ -108,7 +108,7 @@ def test_delimiters_are_one_token(chat_folder):
         ({"cache_budget": 1}, {"cache_budget": 1}),
     ],
 )
-def test_the_engine_inside_generate(inner, model, engine, plain):
+def test_engine_inside_generate_equals_plain_generation(inner, model, engine, plain):
     batch = padded(PROMPTS)
     runner = Engine(EngineOptions(**engine))
     sequences = model.generate(
@@ -127,7 +127,7 @@ def test_the_engine_inside_generate(inner, model, engine, plain):
     assert runner.decoder is kept
 
 
-def test_the_engine_honours_sampling_stopping_and_streams(inner, model):
+def test_engine_inside_generate_honours_sampling_stopping_and_streaming(inner, model):
     seen = []
 
     def fifth(input_ids, scores, **kwargs):
@@ -151,6 +151,6 @@ def test_the_engine_honours_sampling_stopping_and_streams(inner, model):
         ({"state_seed": 3}, "leave state_seed out"),
     ],
 )
-def test_the_engine_refuses_what_it_would_ignore(model, options, message):
+def test_engine_inside_generate_refuses_unsupported_options(model, options, message):
     with pytest.raises(ValueError, match=message):
         model.generate(torch.tensor([[5]]), custom_generate=Engine(), use_cache=False, max_new_tokens=2, **options)

@@ -1,4 +1,4 @@
-"""Generation through transformers' generate(), in fp64: equal tokens whatever cache, batch or decoding strategy."""
+"""Generation through transformers' generate(), in fp64: equal tokens with any cache, batch or decoding strategy."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def test_cached_generation_equals_uncached(model, options):
     assert torch.equal(cached, model.generate(**batch, use_cache=False, **(common | plain)))
 
 
-def test_static_cache_with_compile(model):
+def test_static_cache_works_with_compile(model):
     batch = left_padded(PROMPTS)
     options = {"max_new_tokens": 6, "do_sample": False, "num_steps": 2}
     dynamic = model.generate(**batch, **options)
@@ -70,7 +70,7 @@ def test_static_cache_with_compile(model):
     assert torch.equal(ids, dynamic)
 
 
-def test_continuing_from_a_returned_cache(model):
+def test_generation_continues_from_a_returned_cache(model):
     options = {"do_sample": False, "num_steps": 4}
     ids = torch.tensor([PROMPTS[0]])
     first = model.generate(ids, max_new_tokens=5, return_dict_in_generate=True, **options)
@@ -79,8 +79,8 @@ def test_continuing_from_a_returned_cache(model):
     assert torch.equal(continued, model.generate(longer, max_new_tokens=5, **options))
 
 
-def test_tokens_of_other_depths_are_seen_by_their_deepest_entries(model):
-    """Brute force: the keys and values a token of depth d leaves at step i are those of step min(i, d - 1)."""
+def test_cache_offers_the_last_entries_of_shallower_tokens(model):
+    """Brute force: at iteration i, the keys and values of a token of depth d are those of iteration min(i, d - 1)."""
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
     depths = [2, 4, 1]
     cache = DynamicCache()
@@ -101,13 +101,13 @@ def test_tokens_of_other_depths_are_seen_by_their_deepest_entries(model):
     assert torch.isfinite(logits).all()
 
 
-def test_a_static_cache_that_is_too_shallow_says_so(model):
+def test_static_cache_with_too_few_layers_is_an_error(model):
     cache = StaticCache(config=model.config, max_cache_len=8)  # mean_recurrence is 4
     with pytest.raises(ValueError, match="made for 4 core iterations"):
         model(torch.tensor([[1, 2]]), past_key_values=cache, num_steps=5)
 
 
-def test_steps_per_call_generation_config_and_model_config(model):
+def test_num_steps_comes_from_call_generation_config_or_model_config(model):
     ids = torch.tensor([PROMPTS[0]])
     two = model.generate(ids, num_steps=2, max_new_tokens=12, do_sample=False)
     by_config = GenerationConfig(num_steps=2, max_new_tokens=12, do_sample=False)
@@ -121,7 +121,7 @@ def test_steps_per_call_generation_config_and_model_config(model):
         model.generate(ids, max_new_tokens=100)
 
 
-def test_a_state_seed_is_the_same_for_every_row_and_padding(model):
+def test_state_seed_does_not_depend_on_row_and_padding(model):
     options = {"max_new_tokens": 8, "do_sample": False, "num_steps": 2, "output_logits": True}
     options |= {"return_dict_in_generate": True, "state_seed": 3}
     together = model.generate(**left_padded(PROMPTS), **options)
@@ -135,10 +135,10 @@ def test_a_state_seed_is_the_same_for_every_row_and_padding(model):
     torch.testing.assert_close(whole, together.logits[-1][0].to(whole), rtol=1e-6, atol=1e-6)  # generate keeps fp32
 
 
-def test_hidden_states_by_step_and_layer(model):
+def test_hidden_states_are_ordered_by_iteration_and_layer(model):
     ids = torch.tensor([PROMPTS[0]])
     output = model(ids, num_steps=3, output_hidden_states=True)
-    assert len(output.hidden_states) == 1 + 1 + 3 * 2 + 1  # embeddings, prelude, steps x layers, coda
+    assert len(output.hidden_states) == 1 + 1 + 3 * 2 + 1  # embeddings, prelude, iterations x layers, coda
     states = model.core_states(output.hidden_states)
     assert [len(layers) for layers in states] == [2, 2, 2]
     for step in (1, 2, 3):
@@ -164,7 +164,7 @@ def test_streaming_writes_the_generated_tokens(model):
     assert "".join(pieces) == Digits().decode(written[0, 5:])
 
 
-def test_exactly_one_kind_of_input(model):
+def test_forward_needs_exactly_one_kind_of_input(model):
     ids = torch.tensor([PROMPTS[0]])
     embedded = model.transformer.embed(ids)
     torch.testing.assert_close(model(inputs_embeds=embedded).logits, model(ids).logits)
@@ -172,7 +172,7 @@ def test_exactly_one_kind_of_input(model):
         model(ids, inputs_embeds=embedded)
 
 
-def test_bf16_keeps_the_rotary_table(model):
+def test_bf16_model_keeps_the_rotary_table_in_fp32(model):
     half = AutoModelForCausalLM.from_pretrained(FIXTURE, dtype=torch.bfloat16)
     assert half.lm_head.weight.dtype == torch.bfloat16
     assert half.freqs_cis.dtype == torch.float32
@@ -180,7 +180,7 @@ def test_bf16_keeps_the_rotary_table(model):
     assert model.bfloat16().freqs_cis.dtype == model.double().freqs_cis.dtype
 
 
-def test_pipeline(chat_folder):
+def test_pipeline_generates_from_chat_messages(chat_folder):
     from transformers import AutoTokenizer, pipeline
 
     write = pipeline("text-generation", model=str(chat_folder))

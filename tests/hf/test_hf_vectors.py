@@ -1,4 +1,4 @@
-"""The transformers class against the reference vectors, loaded as a user would."""
+"""The transformers class, loaded from a folder, against the reference vectors."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def close(actual, reference):
 
 
 @pytest.mark.parametrize("r", [1, 2, 5])
-def test_logits_cached_logits_and_greedy_tokens(model, expected, r):
+def test_logits_and_greedy_tokens_equal_the_reference(model, expected, r):
     ids = expected["input_ids"]
     output = model(ids, num_steps=r, input_states=expected["input_states"])
     close(output.logits, expected[f"logits_s{r}"])
@@ -44,7 +44,7 @@ def test_logits_cached_logits_and_greedy_tokens(model, expected, r):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_left_padded_batch_equals_single_rows(attention):
+def test_left_padded_batch_equals_single_rows(attention):
     model = AutoModelForCausalLM.from_pretrained(FIXTURE, attn_implementation=attention, dtype=torch.float64)
     prompts = [[5, 6, 7, 8, 9], [11, 12], [3]]
     padded = torch.tensor([[0] * (5 - len(p)) + p for p in prompts])
@@ -55,7 +55,7 @@ def test_a_left_padded_batch_equals_single_rows(attention):
         assert together[row, 5:].tolist() == alone[0, len(prompt) :].tolist()
 
 
-def test_steps_come_from_the_call_or_the_configuration(model, expected):
+def test_num_steps_comes_from_the_call_or_the_configuration(model, expected):
     ids = expected["input_ids"]
     three = AutoModelForCausalLM.from_pretrained(FIXTURE, num_steps=3)
     assert torch.equal(three(ids).logits, model(ids, num_steps=3).logits)
@@ -66,7 +66,7 @@ def test_steps_come_from_the_call_or_the_configuration(model, expected):
         AutoModelForCausalLM.from_pretrained(FIXTURE, num_steps=0)(ids)
 
 
-def test_what_a_folder_may_lack_or_hold(tmp_path, expected):
+def test_folder_may_lack_derived_tensors_and_hold_released_fields(tmp_path, expected):
     reference = load_file(FIXTURE / "model.safetensors")
     without_bias = {name: t for name, t in reference.items() if "qk_bias" not in name}
     zero_bias = {name: torch.zeros_like(t) if "qk_bias" in name else t for name, t in reference.items()}
@@ -85,7 +85,7 @@ def test_what_a_folder_may_lack_or_hold(tmp_path, expected):
     assert torch.equal(outputs[3], outputs[1])
 
 
-def test_a_bf16_rotary_table_keeps_its_rounded_values(tmp_path, expected):
+def test_bf16_rotary_table_keeps_its_rounded_values(tmp_path, expected):
     tensors = load_file(FIXTURE / "model.safetensors")
     tensors["freqs_cis"] = tensors["freqs_cis"].bfloat16()
     shutil.copy(FIXTURE / "config.json", tmp_path)
@@ -99,15 +99,15 @@ def test_a_bf16_rotary_table_keeps_its_rounded_values(tmp_path, expected):
     assert torch.isfinite(half(ids).logits).all()
 
 
-def test_another_architecture_is_refused(tmp_path):
+def test_config_of_another_architecture_is_refused(tmp_path):
     text = (FIXTURE / "config.json").read_text().replace('"injection_type": "linear"', '"injection_type": "add"')
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="injection_type"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_the_norm_is_kept_under_its_released_name(tmp_path):
-    """config.json of a Huginn model has no field for it; another norm has another norm_class_name, and comes back."""
+def test_norm_is_stored_under_its_released_name(tmp_path):
+    """config.json of a Huginn model has no additional field; another norm is stored and loaded as norm_class_name."""
     config = RecurrentDepthConfig.from_pretrained(FIXTURE)
     assert "norm" not in json.loads(config.to_json_string())
     assert (config.norm, config.norm_class_name) == ("rms", "RMSNorm_llama")
@@ -121,8 +121,8 @@ def test_the_norm_is_kept_under_its_released_name(tmp_path):
         RecurrentDepthConfig(norm_class_name="ScaleNorm")
 
 
-def test_the_base_model_is_everything_before_the_head(model, expected):
-    """TRL's fused loss calls model.base_model and multiplies by the head itself."""
+def test_base_model_is_the_model_without_the_head(model, expected):
+    """TRL's fused loss calls model.base_model and applies the head itself."""
     ids, mask = expected["input_ids"], torch.ones_like(expected["input_ids"])
     output = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, num_steps=2)
     torch.testing.assert_close(model.lm_head(output.last_hidden_state), model(ids, num_steps=2).logits)

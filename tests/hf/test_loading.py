@@ -1,4 +1,4 @@
-"""Folders that cannot be loaded: one message with cause and fix, at once, from every verb that loads a model."""
+"""Folders that cannot be loaded: one message with cause and fix, from every verb that loads a model."""
 
 import json
 import shutil
@@ -100,7 +100,7 @@ def test_missing_model_is_reported_at_once(name):
     start = time.monotonic()
     with pytest.raises((ModelError, FileNotFoundError), match=f"there is no folder '{name}'"):
         load_model(name)
-    assert time.monotonic() - start < 10  # the hub's client alone would retry for over a minute
+    assert time.monotonic() - start < 10  # the client of the hub would retry for over a minute
 
 
 def test_file_in_place_of_a_folder_is_refused(folder):

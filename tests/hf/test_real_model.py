@@ -1,4 +1,4 @@
-"""The real model as a Hugging Face folder: what it says, its tokens, and stock lm-eval on it."""
+"""The real model as a Hugging Face folder: its output, its tokenizer, and stock lm-eval."""
 
 import json
 import os
@@ -57,4 +57,4 @@ def test_stock_lm_eval_runs_the_offline_tasks_on_the_real_model(tmp_path):
     (file,) = tmp_path.rglob("results*.json")
     results = json.loads(file.read_text())["results"]
     assert results["sciq_offline"]["acc,none"] >= 0.5  # chance is 0.25
-    assert results["lambada_openai_offline"]["acc,none"] > 0  # of all words there are
+    assert results["lambada_openai_offline"]["acc,none"] > 0  # chance is near 0

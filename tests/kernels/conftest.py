@@ -1,9 +1,9 @@
-"""Kernels without a GPU: Triton's interpreter, which must be chosen before anything imports triton.
+"""Test kernels without a GPU in Triton's interpreter, which must be chosen before triton is imported.
 
     TRITON_INTERPRET=1 pytest tests/kernels -m "not gpu"        (make kernels-test)
     pytest tests/kernels -m gpu                                 on a machine with a GPU
 
-A process of its own, because nothing can be compiled under the interpreter.
+Runs in a separate process, because nothing can be compiled in the interpreter.
 """
 
 import os
@@ -18,12 +18,12 @@ if INTERPRETED:
 
     interpreter_bf16.apply()
 elif not torch.cuda.is_available():
-    raise pytest.UsageError("no GPU here: start these tests as TRITON_INTERPRET=1 pytest tests/kernels")
+    raise pytest.UsageError("there is no GPU; run these tests with TRITON_INTERPRET=1 pytest tests/kernels")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
-    """Where a test's tensors live: interpreted kernels on the CPU, compiled ones on a GPU."""
+    """The device of a test's tensors: the CPU for interpreted kernels, a GPU for compiled ones."""
     if (request.param == "cpu") != INTERPRETED:
-        pytest.skip("interpreted kernels take CPU tensors, compiled ones a GPU's (TRITON_INTERPRET)")
+        pytest.skip("interpreted kernels take CPU tensors, compiled kernels GPU tensors (TRITON_INTERPRET)")
     return request.param

@@ -1,8 +1,8 @@
-"""Makes Triton's interpreter right in bfloat16.
+"""Fix bfloat16 in Triton's interpreter.
 
-numpy has no bfloat16, and the interpreter keeps the bits of one in uint16: arithmetic then works on the bits as on
-integers, and float32 -> bfloat16 cuts instead of rounding to nearest even. Here every arithmetic operation sees
-float32 and rounds back, as a GPU does.
+numpy has no bfloat16, and the interpreter stores its bits in uint16: arithmetic then treats the bits as integers, and
+float32 -> bfloat16 truncates instead of rounding to nearest even. With this patch every arithmetic operation computes
+in float32 and rounds, as a GPU does.
 """
 
 import functools
@@ -17,14 +17,14 @@ def is_bf16(handle):
 
 
 def widen(handle):
-    """uint16 bits -> float32; anything else stays as it is."""
+    """Convert uint16 bits to float32; other types are unchanged."""
     if not is_bf16(handle) or handle.data.dtype != np.uint16:
         return handle
     return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
 def narrow(handle):
-    """float32 -> uint16 bits, rounded to nearest even; NaN stays NaN."""
+    """Convert float32 to uint16 bits, rounded to nearest even; NaN stays NaN."""
     values = np.ascontiguousarray(handle.data, dtype=np.float32)
     bits = values.view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
@@ -47,11 +47,11 @@ def _cast(original):
     def wrapped(self, src, dst_type, *rest):
         source, target = src.dtype.scalar, dst_type.scalar
         if target == tl.bfloat16 and source != tl.bfloat16:
-            wide = src if source == tl.float32 else original(self, src, tl.float32, *rest)
-            return narrow(wide)
+            value = src if source == tl.float32 else original(self, src, tl.float32, *rest)
+            return narrow(value)
         if source == tl.bfloat16 and target != tl.bfloat16:
-            wide = widen(src)
-            return wide if target == tl.float32 else original(self, wide, dst_type, *rest)
+            value = widen(src)
+            return value if target == tl.float32 else original(self, value, dst_type, *rest)
         return original(self, src, dst_type, *rest)
 
     return wrapped

@@ -1,26 +1,26 @@
-"""What the kernels are compared with: PyTorch in fp64."""
+"""The reference for kernels: PyTorch in fp64."""
 
 import torch
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4.1e-3}
-"""Largest error over largest value; in bfloat16 it is the rounding of the output, 2^-8."""
+"""Largest error relative to the largest value; in bfloat16 the rounding of the output, 2^-8."""
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 def random(*shape, dtype=torch.float32, device="cpu", seed=0, gradient=True):
-    """Normal numbers, a leaf that takes gradients."""
+    """Return normal numbers as a leaf with gradients."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(device=device, dtype=dtype).requires_grad_(gradient)
 
 
 def scattered(x):
-    """The same values in memory that is not contiguous, and no leaf."""
+    """Return the same values in non-contiguous memory; not a leaf."""
     return torch.stack([x, x], dim=-1)[..., 0]
 
 
-def wide(tensors):
-    """The same values in fp64, as leaves."""
+def to_float64(tensors):
+    """Return the same values in fp64, as leaves."""
     return [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in tensors]
 
 
@@ -32,8 +32,8 @@ def error(actual, expected):
 
 
 def check(fused, plain, inputs, dtype):
-    """Outputs and gradients of `fused(*inputs)` against `plain` of the same numbers in fp64."""
-    references = wide(inputs)
+    """Compare outputs and gradients of `fused(*inputs)` with `plain` on the same numbers in fp64."""
+    references = to_float64(inputs)
     outputs, expected = as_list(fused(*inputs)), as_list(plain(*references))
     directions = [random(*y.shape, dtype=y.dtype, device=y.device, seed=9, gradient=False) for y in outputs]
     gradients = torch.autograd.grad(outputs, inputs, directions)

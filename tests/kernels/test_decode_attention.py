@@ -1,4 +1,4 @@
-"""Attention at decode over the recurrence-indexed cache, against one query and one column at a time in fp64."""
+"""Decode attention over the cache, against a reference with one query and one column at a time in fp64."""
 
 import itertools
 import math
@@ -18,15 +18,15 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
 
 def read_by_definition(written, step, released):
-    """The place where an iteration reads a token, among the places [(iteration, place), ...] that the token wrote."""
-    if released:  # the place of this iteration, or the highest below it that was written
+    """Return the place at which an iteration reads a token that wrote [(iteration, place), ...]."""
+    if released:  # the place of this iteration, or the highest written place below it
         return max(place for _, place in written if place <= step % released)
     own = [place for iteration, place in written if iteration <= step]
-    return own[-1]  # what the token wrote at this iteration, or at its last one
+    return own[-1]  # the entry of this iteration, or of the last iteration of the token
 
 
 def brute_force(q, entries, depths, lanes, starts, lengths, steps, released):
-    """[N, H, T, K] in fp64: the definition, without vectors."""
+    """Return attention [N, H, T, K] in fp64 by its definition."""
     q, entries = q.double(), entries.double()
     (N, H, T, K), (R, _, _, G, _, _) = q.shape, entries.shape
     out = torch.zeros_like(q)
@@ -46,7 +46,7 @@ def brute_force(q, entries, depths, lanes, starts, lengths, steps, released):
 def case(
     N=3, B=2, H=2, G=2, T=1, K=96, S=70, R=3, dtype=torch.float32, device="cpu", seed=0, released=False, lanes=True
 ):
-    """Random arguments: ragged starts and lengths, depths on both sides of the iterations; what is not read is NaN."""
+    """Return random arguments: ragged starts and lengths, depths above and below the iterations; unread entries NaN."""
     rng = torch.Generator().manual_seed(seed)
     N = N if lanes else B
     q = torch.randn(N, H, T, K, generator=rng).to(dtype)
@@ -77,7 +77,7 @@ def check(arguments):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("K", [64, 96, 128])
 @pytest.mark.parametrize(("H", "G", "T"), [(2, 2, 1), (4, 2, 1), (2, 2, 3), (6, 2, 2)])
-def test_equals_brute_force(device, dtype, K, H, G, T):
+def test_decode_attention_equals_brute_force(device, dtype, K, H, G, T):
     check(case(H=H, G=G, T=T, K=K, dtype=dtype, device=device))
 
 
@@ -87,14 +87,14 @@ def test_equals_brute_force(device, dtype, K, H, G, T):
     K=st.sampled_from([6, 16]), room=st.integers(0, 80), R=st.integers(1, 5), seed=st.integers(0, 99),
     released=st.booleans(), lanes=st.booleans(),
 )  # fmt: skip
-def test_equals_brute_force_at_any_shape(N, B, G, group, T, K, room, R, seed, released, lanes):
+def test_decode_attention_equals_brute_force_at_any_shape(N, B, G, group, T, K, room, R, seed, released, lanes):
     check(case(N, B, G * group, G, T, K, T + room, R, torch.float64, seed=seed, released=released, lanes=lanes))
 
 
 @settings(max_examples=20, deadline=None)
 @given(R=st.integers(1, 6), seed=st.integers(0, 99), released=st.booleans(), lanes=st.booleans(), T=st.integers(1, 2))
-def test_the_kernel_reads_what_torch_reads(R, seed, released, lanes, T):
-    """The rule is written once for torch and once for Triton."""
+def test_kernel_reads_the_same_entries_as_torch(R, seed, released, lanes, T):
+    """The rule is implemented in torch and in Triton; both must agree."""
     arguments = case(R=R, K=6, S=20, T=T, dtype=torch.float64, seed=seed, released=released, lanes=lanes)
     arguments[1] = arguments[1].nan_to_num(0.0)
     expected = ops.decode_attention(*arguments)
@@ -102,14 +102,14 @@ def test_the_kernel_reads_what_torch_reads(R, seed, released, lanes, T):
 
 
 @pytest.mark.parametrize("released", [False, True])
-def test_the_rule_of_torch_is_the_definition(released):
+def test_read_place_of_torch_equals_the_definition(released):
     for R, depth, step in itertools.product(range(1, 6), range(1, 14), range(14)):
         written = [(i, i % R) for i in range(depth)]
         place = ops.read_place(torch.tensor(step), torch.tensor(depth), R, released)
         assert int(place) == read_by_definition(written, step, R if released else 0)
 
 
-def test_one_key_gives_its_value(device):
+def test_attention_over_one_key_returns_its_value(device):
     q, entries, depths, lanes, starts, lengths, steps, _ = case(S=1, R=2, device=device)
     out = decode_attention(q, entries, depths, lanes, starts, lengths, steps, False)
     place = torch.minimum(steps, depths[lanes, 0] - 1) % 2
@@ -117,8 +117,8 @@ def test_one_key_gives_its_value(device):
     torch.testing.assert_close(out[:, :, 0], expected)
 
 
-def test_reads_a_cache_in_place(device):
-    """Layers of one cache lie between each other, and its columns beyond those in use: a layer's part is a view."""
+def test_decode_attention_reads_a_view_of_a_cache(device):
+    """The entries of a layer are a strided view of the cache, with columns beyond those in use."""
     q, entries, depths, *rest = case(R=3, device=device)
     cache = torch.full((2 + 2 * 3, *entries.shape[1:4], 90, entries.shape[5]), float("nan"), device=device)
     cache[3::2, ..., : entries.shape[4], :] = entries
@@ -128,7 +128,7 @@ def test_reads_a_cache_in_place(device):
 
 
 @pytest.mark.parametrize("splits", [1, 2, 8, 32])
-def test_the_number_of_splits_changes_nothing(monkeypatch, splits):
+def test_number_of_splits_does_not_change_the_result(monkeypatch, splits):
     """With 32, most splits have no column at all."""
     monkeypatch.setattr(sys.modules[splits_for.__module__], "splits_for", lambda *sizes: splits)
     for T in (1, 2):
@@ -137,25 +137,25 @@ def test_the_number_of_splits_changes_nothing(monkeypatch, splits):
         assert launches[0].grid[1] == splits
 
 
-def test_splits_fill_the_device_and_keep_whole_blocks():
+def test_splits_fill_the_device_with_whole_blocks():
     assert splits_for(55, 4096, 32, 528) == 8  # batch 1 of the 3.5B model on 132 processors
     assert splits_for(55 * 64, 4096, 32, 528) == 1
     assert splits_for(1, 64, 32, 528) == 2
     assert splits_for(1, 10**6, 32, 528) == 16
 
 
-def test_shapes_that_do_not_fit_say_so():
+def test_decode_attention_refuses_wrong_shapes():
     q, entries, depths, *rest = case()
     with pytest.raises(ValueError, match="must be \\[R, 2, B, G, S, 96\\]"):
         decode_attention(q, entries[..., :64], depths, *rest)
-    with pytest.raises(ValueError, match="side by side"):
+    with pytest.raises(ValueError, match="make the cache contiguous"):
         decode_attention(q, entries.transpose(-1, -2).contiguous().transpose(-1, -2), depths, *rest)
     with pytest.raises(ValueError, match="depths"):
         decode_attention(q, entries, depths[:1], *rest)
 
 
 @pytest.mark.parametrize("T", [1, 2])
-def test_torch_sees_the_op(device, T):
+def test_decode_attention_passes_opcheck(device, T):
     arguments = case(T=T, K=16, S=20, device=device)
     torch.library.opcheck(decode_attention, arguments)
     with FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""An exported folder carries no kernels, and uses those that are installed."""
+"""An exported folder contains no kernels and uses the installed ones."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from recurrent_depth_kernels.launch import watched
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "huginn_tiny"
 
 
-def test_the_code_of_a_folder_can_be_told_to_use_kernels(tmp_path, device):
+def test_exported_code_can_use_the_kernels(tmp_path, device):
     folder = export(ExportConfig(model=str(FIXTURE), out=str(tmp_path / "model")))
     model_class = get_class_from_dynamic_module("modeling_recurrent_depth.RecurrentDepthForCausalLM", str(folder))
     assert not model_class.__module__.startswith("recurrent_depth.")

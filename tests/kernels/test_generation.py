@@ -1,4 +1,4 @@
-"""Decoding that reads the cache by the kernels, against decoding that copies it."""
+"""Decoding with the kernels, which read the cache in place, against decoding in torch, which copies entries."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ FULL = replace(OPTIONS, cache_budget=None)
 
 
 @pytest.mark.parametrize(("options", "mode"), [(OPTIONS, None), (OPTIONS, Captured()), (FULL, Captured())])
-def test_tokens_and_depths_are_equal_in_fp64(options, mode):
+def test_decoding_with_kernels_equals_torch_in_fp64(options, mode):
     model = lively_model()
     plain = decode(model, PROMPTS, options)
     assert len({steps for row in plain.steps for steps in row[1:]}) > 1
@@ -33,8 +33,8 @@ def test_tokens_and_depths_are_equal_in_fp64(options, mode):
     assert ("rotate_and_store" in kernels) == (mode is not None)
 
 
-def test_a_captured_iteration_takes_these_launches(device):
-    """With all kernels: per block four norms, rotation into the cache, attention and its reduction, the gate."""
+def test_captured_iteration_has_the_expected_launches(device):
+    """Per block: four norms, rotation into the cache, attention and its reduction, the gate."""
     model = lively_model().float().to(device)
     use_ops(model, choose_ops("triton", torch.device(device)))
     requests = Requests(model, [[1, 2, 3], [4, 5]], Decoding(max_new_tokens=4, num_steps=2))

@@ -1,4 +1,4 @@
-"""A model with kernels is the model without: logits and gradients of the reference vectors, eager and compiled."""
+"""A model with kernels equals the model without: logits and gradients of the reference, eager and compiled."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def blocks(model):
 
 
 @pytest.mark.parametrize("backend", [None, "inductor"])
-def test_reference_vectors(vectors, device, backend):
+def test_model_with_kernels_equals_the_reference(vectors, device, backend):
     model = build(device, "triton")
     if backend is not None:
         torch._dynamo.reset()
@@ -65,7 +65,7 @@ def test_reference_vectors(vectors, device, backend):
             close(model(ids, num_steps=2, input_states=state).logits, vectors["logits_s2"].to(device))
 
 
-def test_every_gradient_is_the_plain_models(vectors, device):
+def test_gradients_with_kernels_equal_torch(vectors, device):
     ids = vectors["input_ids"][:1, :7].to(device)
     plain, fused = build(device, "torch"), build(device, "triton")
     for model in (plain, fused):
@@ -75,7 +75,7 @@ def test_every_gradient_is_the_plain_models(vectors, device):
         close(p.grad, wanted[name].grad)
 
 
-def test_bfloat16_is_as_near_to_the_truth_as_without_kernels(vectors, device):
+def test_bfloat16_error_with_kernels_is_not_larger(vectors, device):
     ids = vectors["input_ids"][:1].to(device)
     exact = build(device, "torch", torch.float64)(ids, num_steps=2).logits
     errors = {}
@@ -85,8 +85,8 @@ def test_bfloat16_is_as_near_to_the_truth_as_without_kernels(vectors, device):
     assert errors["triton"] < max(1.5 * errors["torch"], 0.01)
 
 
-def test_launches_of_a_core_step(vectors, device):
-    """Six kernels per block, forward; backward as many: losing a fusion fails here."""
+def test_core_iteration_has_the_expected_launches(vectors, device):
+    """Six kernels per block in the forward pass, and as many in the backward pass."""
     model = build(device, "triton")
     ids = vectors["input_ids"][:1, :4].to(device)
     depth = len(model.transformer.core_block)
@@ -104,7 +104,7 @@ def test_launches_of_a_core_step(vectors, device):
     assert two[1] - one[1] == {"norm_backward": 4 * depth, "rope_backward": depth, "swiglu_backward": depth}
 
 
-def test_the_flop_counter_sees_the_same_products(vectors, device):
+def test_flop_counter_counts_the_same_products_with_kernels(vectors, device):
     ids = vectors["input_ids"][:1, :4].to(device)
     counts = []
     for kernels in ("torch", "triton"):
@@ -115,7 +115,7 @@ def test_the_flop_counter_sees_the_same_products(vectors, device):
     assert counts[0] == counts[1] > 0
 
 
-def test_checkpointed_steps_give_the_same_gradients(vectors, device):
+def test_checkpointed_iterations_with_kernels_give_the_same_gradients(vectors, device):
     ids = vectors["input_ids"][:1, :4].to(device)
     gradients = []
     for checkpointing in ("none", "block"):
@@ -126,7 +126,7 @@ def test_checkpointed_steps_give_the_same_gradients(vectors, device):
     assert torch.equal(*gradients)
 
 
-def test_a_random_state_is_drawn_by_the_kernel(device):
+def test_random_state_is_computed_by_the_kernel(device):
     config = ModelConfig(n_embd=48, n_heads=3)
     rows, positions = torch.arange(2, device=device), torch.arange(5, device=device)[None]
     with watched() as seen:

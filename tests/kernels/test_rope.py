@@ -1,4 +1,4 @@
-"""Bias of q and k and rotary embedding."""
+"""Kernels for the bias of q and k and the rotary embedding."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def both(cos, sin, H):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rotation_and_gradients(shape, dtype, device):
+def test_rope_and_gradients_equal_fp64(shape, dtype, device):
     B, T, H, K = shape
     qkv = random(B, T, 3 * H * K, dtype=dtype, device=device)
     bias = random(2, 1, H, K, dtype=dtype, device=device, seed=1)
@@ -35,7 +35,7 @@ def test_rotation_and_gradients(shape, dtype, device):
     check(*both(cos, sin, H), [qkv, bias], dtype)
 
 
-def test_every_row_has_positions_of_its_own_and_no_bias(device):
+def test_rope_accepts_positions_per_row_without_bias(device):
     qkv = random(2, 3, 3 * 2 * 8, device=device)
     cos, sin = rotary(8, torch.tensor([[0, 1, 2], [7, 900, 8000]]), device)
     check(
@@ -46,23 +46,23 @@ def test_every_row_has_positions_of_its_own_and_no_bias(device):
     )
 
 
-def test_gradients_in_any_layout(device):
+def test_rope_accepts_gradients_in_any_layout(device):
     """Attention may return gradients over memory [B, H, T, K], [B, T, H, K], or of different layouts."""
     B, T, H, K = 2, 3, 4, 6
     cos, sin = rotary(K, torch.arange(T)[None], device)
     fused, plain = both(cos, sin, H)
     qkv, bias = random(B, T, 3 * H * K, device=device), random(2, 1, H, K, device=device, seed=1)
-    wide = [x.detach().double().requires_grad_() for x in (qkv, bias)]
+    exact_inputs = [x.detach().double().requires_grad_() for x in (qkv, bias)]
     flat = [random(B, H, T, K, device=device, seed=s, gradient=False) for s in (2, 3, 4)]
     turned = [g.transpose(1, 2).contiguous().transpose(1, 2) for g in flat]
     expanded = [g[:, :, :1, :1].expand(B, H, T, K) for g in flat]
     for directions in (flat, turned, expanded, [flat[0], turned[1], expanded[2]]):
         actual = torch.autograd.grad(fused(qkv, bias), (qkv, bias), directions)
-        exact = torch.autograd.grad(plain(*wide), wide, [d.double() for d in directions])
+        exact = torch.autograd.grad(plain(*exact_inputs), exact_inputs, [d.double() for d in directions])
         assert max(error(a, e) for a, e in zip(actual, exact, strict=True)) < 2e-6
 
 
-def test_a_projection_that_is_not_contiguous(device):
+def test_rope_accepts_a_non_contiguous_projection(device):
     qkv = random(3, 2, 3 * 16, device=device).transpose(0, 1)
     cos, sin = rotary(8, torch.arange(3)[None], device)
     q, k, v = kernels.bias_rope(qkv, None, cos, sin, 2)
@@ -70,8 +70,8 @@ def test_a_projection_that_is_not_contiguous(device):
     assert max(error(a, e) for a, e in zip((q, k, v), expected, strict=True)) < 2e-6
 
 
-def test_opcheck(device):
-    """The ops below `bias_rope`, which is what carries the gradient."""
+def test_rope_passes_opcheck(device):
+    """Check the ops inside `bias_rope`, which itself is an autograd function."""
     dtype = torch.bfloat16
     qkv = random(2, 3, 3 * 16, dtype=dtype, device=device, gradient=False)
     bias = random(2, 1, 2, 8, dtype=dtype, device=device, gradient=False)

@@ -1,4 +1,4 @@
-"""Bias, rotation and the write into the cache at decode, against complex numbers in fp64."""
+"""Bias, rotation and the write to the cache, against a reference with complex numbers in fp64."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def case(B=2, T=1, H=3, G=3, K=96, S=12, R=3, dtype=torch.float32, device="cpu",
 
 
 def brute_force(qkv, q_bias, k_bias, cos, sin, entries, steps, columns, active, n_heads):
-    """(q, entries) in fp64, head after head, a pair of channels as a complex number."""
+    """Return (q, entries) in fp64, computed per head with pairs of channels as complex numbers."""
     (R, _, B, G, _, K), H, T = entries.shape, n_heads, qkv.shape[1]
     heads = qkv.double().view(B, T, H + 2 * G, K)
     entries, q = entries.double().clone(), torch.zeros(B, H, T, K, dtype=torch.float64)
@@ -66,7 +66,7 @@ def check(arguments):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("K", "H", "G", "T"), [(96, 3, 3, 1), (64, 4, 2, 2), (128, 2, 1, 1)])
-def test_equals_brute_force(device, dtype, K, H, G, T):
+def test_rope_into_cache_equals_brute_force(device, dtype, K, H, G, T):
     check(case(T=T, H=H, G=G, K=K, dtype=dtype, device=device))
 
 
@@ -76,18 +76,18 @@ def test_equals_brute_force(device, dtype, K, H, G, T):
     K=st.sampled_from([2, 6, 32]), R=st.integers(1, 4), seed=st.integers(0, 99), bias=st.booleans(),
     shared=st.booleans(),
 )  # fmt: skip
-def test_equals_brute_force_at_any_shape(B, T, G, group, K, R, seed, bias, shared):
+def test_rope_into_cache_equals_brute_force_at_any_shape(B, T, G, group, K, R, seed, bias, shared):
     check(case(B, T, G * group, G, K, T + 4, R, torch.float64, seed=seed, bias=bias, shared=shared))
 
 
-def test_writes_through_a_view_of_the_cache_and_nowhere_else(device):
+def test_rope_into_cache_writes_only_the_entries_of_a_view(device):
     arguments = case(device=device)
     cache = torch.full((2 + 2 * 3, *arguments["entries"].shape[1:]), 7.0, device=device)
     arguments["entries"] = cache[3::2]
     arguments["qkv"] = torch.stack([arguments["qkv"]] * 2, -1)[..., 0]
     arguments["active"][:] = True
     rope_into_cache(**arguments)
-    written = (cache != 7).any(-1).nonzero()  # slot, k or v, row, head, column
+    written = (cache != 7).any(-1).nonzero()  # place, k or v, row, head, column
     assert {(int(s), int(b), int(c)) for s, _, b, _, c in written} == {
         (3 + 2 * (int(s) % 3), b, int(c))
         for b, (s, c) in enumerate(zip(arguments["steps"], arguments["columns"], strict=True))
@@ -95,8 +95,8 @@ def test_writes_through_a_view_of_the_cache_and_nowhere_else(device):
     assert len(written) == 2 * 2 * 3
 
 
-def test_equals_the_models_own_operation(device):
-    """The same numbers as `bias_rope` of the model, which training runs."""
+def test_rope_into_cache_equals_bias_rope_of_the_model(device):
+    """The results equal those of `bias_rope` of the model, which training uses."""
     from recurrent_depth.model.ops import bias_rope
 
     x = case(device=device)
@@ -108,12 +108,12 @@ def test_equals_the_models_own_operation(device):
         torch.testing.assert_close(kept, torch.stack([k[b, :, 0], v[b, :, 0]]), rtol=1e-5, atol=1e-6)
 
 
-def test_shapes_that_do_not_fit_say_so():
+def test_rope_into_cache_refuses_wrong_shapes():
     arguments = case()
     with pytest.raises(ValueError, match="with 4 query heads it must be"):
         rope_into_cache(**(arguments | {"n_heads": 4}))
 
 
-def test_torch_sees_the_op(device):
+def test_rope_into_cache_passes_opcheck(device):
     arguments = case(K=16, device=device)
     torch.library.opcheck(rope_into_cache, tuple(arguments.values()))

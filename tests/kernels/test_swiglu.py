@@ -1,4 +1,4 @@
-"""silu(gate) * up."""
+"""The kernel for silu(gate) * up."""
 
 import pytest
 import torch
@@ -13,19 +13,19 @@ SHAPES = [(2, 3, 2 * 264), (5, 2 * 7), (1, 2 * 17_920), pytest.param((4096, 2 * 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values_and_gradients(shape, dtype, device):
+def test_swiglu_and_gradients_equal_fp64(shape, dtype, device):
     check(kernels.swiglu, ops.swiglu, [random(*shape, dtype=dtype, device=device)], dtype)
 
 
-def test_memory_that_is_not_contiguous(device):
+def test_swiglu_accepts_non_contiguous_memory(device):
     x = random(12, 4, device=device)
     check(lambda x: kernels.swiglu(x.T), lambda x: ops.swiglu(x.T), [x], torch.float32)
     gradient = torch.autograd.grad(kernels.swiglu(x).sum(), x)[0]
-    wide = x.detach().double().requires_grad_()
-    assert error(gradient, torch.autograd.grad(ops.swiglu(wide).sum(), wide)[0]) < 2e-6
+    exact = x.detach().double().requires_grad_()
+    assert error(gradient, torch.autograd.grad(ops.swiglu(exact).sum(), exact)[0]) < 2e-6
 
 
-def test_far_gates_saturate(device):
+def test_swiglu_saturates_for_large_gates(device):
     x = torch.tensor([[-200.0, 200.0, 2.0, 3.0]], device=device, requires_grad=True)
     y = kernels.swiglu(x)
     y.sum().backward()
@@ -33,7 +33,7 @@ def test_far_gates_saturate(device):
     assert x.grad.tolist() == [[0.0, 3.0, 0.0, 200.0]]
 
 
-def test_opcheck(device):
+def test_swiglu_passes_opcheck(device):
     x = random(2, 3, 2 * 10, dtype=torch.bfloat16, device=device)
     torch.library.opcheck(swiglu_rows, (x,))
     torch.library.opcheck(swiglu_rows, (x.transpose(0, 1),))

@@ -1,4 +1,4 @@
-"""The closed form against torch's own counter."""
+"""FLOPs in closed form against torch's counter."""
 
 import dataclasses
 
@@ -25,14 +25,14 @@ def model():
 
 
 def counted(action):
-    """torch's count; its CPU flash attention is not counted, so attention runs as plain products."""
+    """Return the FLOPs that torch counts. It does not count flash attention on a CPU, so attention runs as products."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         action()
     return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
-def test_forward(model, num_steps):
+def test_forward_flops_equal_the_torch_counter(model, num_steps):
     ids = torch.randint(0, 96, (B, T))
     with torch.no_grad():
         total = counted(lambda: model(ids, num_steps=num_steps))
@@ -41,7 +41,7 @@ def test_forward(model, num_steps):
 
 @pytest.mark.parametrize(("n", "k"), [(0, 1), (0, 3), (4, 2)])
 @pytest.mark.parametrize("recompute", ["none", "step", "block"])
-def test_training(model, n, k, recompute):
+def test_training_flops_equal_the_torch_counter(model, n, k, recompute):
     model.transformer.core_block.activation_checkpointing = recompute
     ids = torch.randint(0, 96, (B, T))
     states = torch.randn(B, T, CONFIG.n_embd)
@@ -49,21 +49,21 @@ def test_training(model, n, k, recompute):
     assert total == B * training_flops(CONFIG, T, n, k, recompute, causal=False)
 
 
-def test_causal_attention_costs_about_half():
+def test_causal_attention_has_about_half_the_flops():
     full = forward_flops(CONFIG, 1024, 4, causal=False)
     half = forward_flops(CONFIG, 1024, 4, causal=True)
     attention = 4 * 1024**2 * CONFIG.n_embd * CONFIG.unrolled_layers(4)
     assert full - half == pytest.approx(attention / 2, rel=2e-3)
 
 
-def test_huginn_at_its_training_depth():
-    """14.1 TFLOP a core step of 4096 tokens, and about 840 TFLOP for a sample at r = 32, k = 8 with recomputation."""
+def test_huginn_flops_at_its_training_depth_are_the_expected_ones():
+    """14.1 TFLOP per core iteration of 4096 tokens, about 840 TFLOP per sample at r = 32, k = 8 with recomputation."""
     config = SHAPES["huginn-3.5b"]
     step = forward_flops(config, 4096, 2) - forward_flops(config, 4096, 1)
     assert step == pytest.approx(14.1e12, rel=0.02)
     assert training_flops(config, 4096, 24, 8, "step") == pytest.approx(840e12, rel=0.03)
 
 
-def test_the_mean_over_depths_is_that_of_the_mean_depth():
+def test_mean_training_flops_equal_those_of_the_mean_depth():
     config = dataclasses.replace(CONFIG, mean_recurrence=32, mean_backprop_depth=8)
     assert mean_training_flops(config, T) == pytest.approx(training_flops(config, T, 25, 8), rel=0.02)

@@ -1,4 +1,4 @@
-"""Choosing kernels, and what can be known of compiled ones without a GPU. (What they compute: tests/kernels.)"""
+"""The choice of kernels, and checks of compiled kernels without a GPU. Their results are tested in tests/kernels."""
 
 import sys
 import warnings
@@ -27,13 +27,13 @@ def without_kernels(monkeypatch):
     monkeypatch.setitem(sys.modules, "recurrent_depth_kernels", None)
 
 
-def test_auto_is_torch_on_a_cpu_and_triton_on_a_gpu():
+def test_kernels_auto_is_torch_on_a_cpu_and_triton_on_a_gpu():
     assert choose_ops("auto", CPU) == TORCH_OPS
     assert choose_ops("auto", GPU).swiglu is kernels.swiglu
     assert choose_ops("torch", GPU) == TORCH_OPS
 
 
-def test_triton_where_it_cannot_run_says_what_to_do(without_kernels):
+def test_kernels_triton_without_triton_says_what_to_do(without_kernels):
     with pytest.raises(ValueError, match="pip install triton, or set kernels: torch"):
         choose_ops("triton", GPU)
     with pytest.warns(UserWarning, match="auto runs torch's operations"):
@@ -43,16 +43,16 @@ def test_triton_where_it_cannot_run_says_what_to_do(without_kernels):
         choose_ops("auto", CPU)
 
 
-def test_triton_on_a_cpu_is_an_error_and_not_a_fallback():
+def test_kernels_triton_on_a_cpu_is_an_error():
     with pytest.raises(ValueError, match="needs a CUDA or ROCm device"):
         build_model(ModelConfig(), RuntimeConfig(kernels="triton"), Ranks(0, 1, CPU), seed=0)
     model = RecurrentDepthModel(ModelConfig())
-    use_ops(model, choose_ops("triton", GPU))  # and a model that was moved away afterwards
+    use_ops(model, choose_ops("triton", GPU))  # a model that is on the CPU although the kernels were chosen for a GPU
     with pytest.raises(ValueError, match="got tensors on cpu"):
         model(torch.ones(1, 4, dtype=torch.long), num_steps=1)
 
 
-def test_every_module_computes_by_the_chosen_ops():
+def test_use_ops_sets_every_module():
     model = RecurrentDepthModel(ModelConfig())
     chosen = choose_ops("triton", GPU)
     use_ops(model, chosen)
@@ -69,7 +69,7 @@ def test_released_rounding_changes_bfloat16_alone():
     assert not torch.equal(released.rms_norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6))
 
 
-def test_the_transformers_class_is_told_by_a_method():
+def test_set_kernels_sets_the_ops_of_the_transformers_class():
     from recurrent_depth.hf.loading import wrap
 
     model = wrap(RecurrentDepthModel(ModelConfig()))
@@ -81,7 +81,7 @@ def test_the_transformers_class_is_told_by_a_method():
 
 
 def shapes_alone(graph, graphs):
-    """A compiler's backend that keeps the graph and answers with zeros: nothing has to run."""
+    """Return a compiler backend that records the graph and returns zeros, so that nothing has to run."""
     graphs.append(graph)
     outputs = [node.meta["val"] if node is not None else None for node in graph.graph.output_node().args[0]]
 
@@ -91,7 +91,7 @@ def shapes_alone(graph, graphs):
     return make_boxed_func(run)
 
 
-def test_torch_compile_sees_the_kernels_and_their_launch_options():
+def test_torch_compile_traces_the_kernels_and_their_launch_options():
     graphs = []
     backend = aot_autograd(
         fw_compiler=lambda g, _: shapes_alone(g, graphs), bw_compiler=lambda g, _: shapes_alone(g, graphs)
@@ -119,7 +119,7 @@ def test_torch_compile_sees_the_kernels_and_their_launch_options():
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_catalogue_names_every_launch_within_the_limits_of_the_gpu(arch):
+def test_catalogue_launches_fit_the_limits_of_every_gpu(arch):
     launches = catalogue.launches(arch)
     assert {launch.name for launch in launches} >= {
         "norm_forward", "norm_backward", "rope_forward", "rope_backward", "swiglu_forward",
@@ -139,14 +139,14 @@ def test_the_catalogue_names_every_launch_within_the_limits_of_the_gpu(arch):
 
 @pytest.fixture
 def some_gpu(tmp_path, monkeypatch):
-    """A GPU by name alone, and an empty cache of settings."""
+    """Simulate a GPU's name, with an empty cache of settings."""
     monkeypatch.setenv("RECURRENT_DEPTH_CACHE", str(tmp_path))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr("recurrent_depth_kernels.targets._of_device", lambda device: "sm_90")
 
 
 def test_tuning_keeps_the_fastest_launch_of_every_op(some_gpu):
-    """With a clock by rule: each thread costs, and blocks of 4096 do not launch."""
+    """The simulated time grows with the number of threads, and blocks of 4096 do not launch."""
 
     def seconds(launch):
         block = launch.constants.get("BLOCK", launch.constants.get("BLOCK_S", 0))
@@ -164,13 +164,13 @@ def test_tuning_keeps_the_fastest_launch_of_every_op(some_gpu):
         assert tuning.settings(op, 24, torch.bfloat16, GPU) == {"block": 16, "waves": 2, "num_warps": 2}
     for unmeasured in [("rope", 5280, torch.bfloat16), ("rope", 264, torch.float32)]:
         assert tuning.settings(*unmeasured, GPU) == tuning.TABLE["rope"]["sm_90"]
-    with assumed("gfx942"):  # what this GPU measured is not true of another
+    with assumed("gfx942"):  # measurements of this GPU are not used for another one
         assert tuning.settings("rope", 264, torch.bfloat16, GPU) == tuning.TABLE["rope"]["gfx942"]
     autotune.write(autotune.cache_file(), {autotune.key("rope", 48, torch.bfloat16, "Some GPU"): {"block": 1024}})
     assert tuning.settings("rope", 264, torch.bfloat16, GPU)["block"] == 512  # a second entry keeps the first
 
 
-def test_a_broken_cache_is_named(tmp_path):
+def test_tuning_cache_damage_is_named(tmp_path):
     (tmp_path / "kernels.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         autotune.read(tmp_path / "kernels.json")
@@ -178,7 +178,7 @@ def test_a_broken_cache_is_named(tmp_path):
         autotune.best([{"block": 1}], lambda candidate: (_ for _ in ()).throw(RuntimeError("spills")))
 
 
-def test_rows_too_wide_for_a_program_are_refused():
+def test_row_ops_refuse_rows_that_are_too_wide():
     x = torch.empty(2, 40_000, device="meta")
     with assumed("sm_90"), pytest.raises(ValueError, match="wider than 32768"):
         norm_rows(x, None, torch.empty(40_000, device="meta"), 1e-6, False)

@@ -1,4 +1,4 @@
-"""Padding and documents, in fp64: what must not be seen is not seen."""
+"""Attention masks for padding and documents, and the losses, in fp64."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ PROMPTS = [[1, 2, 3, 4, 5, 6], [7, 8, 9], [10]]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_row_equals_the_row_alone(model, side):
+def test_padded_row_equals_the_row_alone(model, side):
     ids, mask = [], []
     for prompt in PROMPTS:
         pad = [0] * (6 - len(prompt))
@@ -54,7 +54,7 @@ def test_packed_documents_equal_separate_ones(model):
     torch.testing.assert_close(gradient(together.loss), gradient(total), rtol=1e-9, atol=1e-11)
 
 
-def test_no_position_sees_a_later_one(model):
+def test_attention_is_causal(model):
     ids = torch.randint(0, 50, (1, 12))
     changed = ids.clone()
     changed[0, 7:] = (changed[0, 7:] + 1) % 50
@@ -63,18 +63,18 @@ def test_no_position_sees_a_later_one(model):
     assert not torch.allclose(a[:, 7:], b[:, 7:])
 
 
-def test_a_mask_of_the_wrong_length_is_an_error(model):
+def test_attention_mask_of_the_wrong_length_is_an_error(model):
     with pytest.raises(ValueError, match="attention_mask covers 5 tokens"):
         model(torch.zeros(1, 6, dtype=torch.int64), attention_mask=torch.tensor([[0, 1, 1, 1, 1]]))
 
 
-def test_too_long_a_sequence_is_an_error(model):
+def test_sequence_beyond_block_size_is_an_error(model):
     with pytest.raises(ValueError, match="block_size"):
         model(torch.zeros(1, CONFIG.block_size + 1, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("chunk", [None, 4, 100])
-def test_the_chunked_loss_against_a_plain_one(chunk):
+def test_chunked_loss_equals_the_plain_one(chunk):
     torch.manual_seed(0)
     hidden = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 8, dtype=torch.float64, requires_grad=True)
@@ -93,7 +93,7 @@ def test_the_chunked_loss_against_a_plain_one(chunk):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_a_chunked_loss_is_exact_in_bfloat16_and_counts_no_gradient_where_none_is_wanted():
+def test_chunked_loss_in_bfloat16_is_exact_and_respects_frozen_inputs():
     torch.manual_seed(0)
     hidden, weight = torch.randn(1, 30, 16, dtype=torch.bfloat16), torch.randn(400, 16, dtype=torch.bfloat16)
     targets = torch.randint(0, 400, (1, 30))
@@ -102,12 +102,12 @@ def test_a_chunked_loss_is_exact_in_bfloat16_and_counts_no_gradient_where_none_i
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, whole, rtol=1e-6, atol=0)
     assert not loss.requires_grad
-    weight.requires_grad_()  # a frozen trunk
+    weight.requires_grad_()  # frozen hidden states
     (3 * linear_cross_entropy(hidden, weight, targets, 7)).backward()
     wide = weight.detach().double().requires_grad_()
     (3 * linear_cross_entropy(hidden.double(), wide, targets)).backward()
     assert (weight.grad - wide.grad).abs().max() < 0.02 * wide.grad.abs().max()
 
 
-def test_labels_are_shifted():
+def test_labels_are_shifted_by_one():
     assert shift_labels(torch.tensor([[4, 5, -100, 7]])).tolist() == [[5, -100, 7, -100]]

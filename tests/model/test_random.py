@@ -1,4 +1,4 @@
-"""Philox, the noise made of it, and initial weights."""
+"""Philox, noise, and initial weights."""
 
 import math
 
@@ -31,7 +31,7 @@ def noise(rows, positions, channels=6, **names):
     return truncated_normal(torch.tensor(rows), torch.tensor(positions)[None], channels, **({"seed": 7} | names))
 
 
-def test_noise_belongs_to_its_name_not_to_its_place():
+def test_noise_depends_on_its_counter_not_on_the_layout():
     whole = noise([0, 1, 2, 3], [0, 1, 2, 3, 4])
     assert torch.equal(noise([2, 3], [1, 4]), whole[2:][:, [1, 4]])
     assert torch.equal(noise([1], [0, 1], channels=3), whole[1:2, :2, :3])
@@ -49,11 +49,11 @@ def test_noise_is_normal_truncated_at_three_sigma():
     assert (values < -1).double().mean().item() == pytest.approx(0.1576, abs=0.003)
 
 
-def test_initial_weights_have_the_published_scale_and_do_not_depend_on_order():
+def test_initial_weights_have_the_published_scale_in_any_order():
     config = ModelConfig(n_embd=192, n_heads=4, intermediate_size=512, vocab_size=1024, mean_recurrence=4)
     model = RecurrentDepthModel(config)
     model.initialise(3)
-    truncated = 0.9866  # standard deviation left by the cut at 3 sigma
+    truncated = 0.9866  # standard deviation of a normal truncated at 3 sigma
     std = math.sqrt(2 / (5 * 192))
     parts = model.transformer
     assert parts.wte.weight.std().item() == pytest.approx(std * truncated, rel=0.02)
@@ -67,5 +67,5 @@ def test_initial_weights_have_the_published_scale_and_do_not_depend_on_order():
     assert torch.equal(again.transformer.adapter.weight, parts.adapter.weight)
 
 
-def test_the_initial_state_has_variance_two_fifths():
+def test_initial_state_has_variance_two_fifths():
     assert ModelConfig(n_embd=512, n_heads=8).state_std ** 2 == pytest.approx(0.4)

@@ -1,4 +1,4 @@
-"""Depths, states and gradients of the loop."""
+"""Depth sampling, states and gradients of the loop; modules that replace those of a block."""
 
 import dataclasses
 import statistics
@@ -45,7 +45,7 @@ def test_sampled_depths_have_the_published_statistics():
     assert max(k for _, k in (sample_depth(HUGINN, seed=0, step=s, micro_step=0) for s in range(500))) == 8
 
 
-def test_a_depth_depends_on_seed_step_and_micro_step_alone():
+def test_sampled_depth_depends_only_on_seed_step_and_micro_step():
     def depths(**changes):
         return [sample_depth(HUGINN, **({"seed": 1, "step": s, "micro_step": 0} | changes)) for s in range(50)]
 
@@ -54,7 +54,7 @@ def test_a_depth_depends_on_seed_step_and_micro_step_alone():
     assert depths() != depths(micro_step=1)
 
 
-def test_fixed_depth_and_full_backpropagation():
+def test_fixed_depth_and_full_backpropagation_give_constant_depths():
     fixed = dataclasses.replace(HUGINN, sampling_scheme="fixed")
     assert {sample_depth(fixed, seed=0, step=s, micro_step=0) for s in range(20)} == {(24, 8)}
     full = dataclasses.replace(HUGINN, mean_backprop_depth=None)
@@ -64,12 +64,12 @@ def test_fixed_depth_and_full_backpropagation():
 
 
 @pytest.mark.parametrize("wrong", [0, -1, (0, 0), (-1, 3)])
-def test_impossible_step_counts(wrong):
+def test_num_steps_refuses_invalid_values(wrong):
     with pytest.raises(ValueError, match="at least 1"):
         split_steps(wrong)
 
 
-def test_some_steps_and_then_more_equal_all_of_them(model, ids):
+def test_iterations_can_be_continued_from_a_state(model, ids):
     whole = model(ids, num_steps=7, return_states=True)
     first = model(ids, num_steps=3)
     second = model(ids, num_steps=4, input_states=first.state)
@@ -77,7 +77,7 @@ def test_some_steps_and_then_more_equal_all_of_them(model, ids):
     torch.testing.assert_close(first.state, whole.states[2], rtol=1e-12, atol=1e-12)
 
 
-def test_steps_without_gradient_change_gradients_and_not_values(model, ids):
+def test_iterations_without_gradient_change_only_gradients(model, ids):
     whole = model(ids, num_steps=6, labels=ids)
     cut = model(ids, num_steps=(4, 2), labels=ids)
     assert torch.equal(whole.logits, cut.logits)
@@ -90,7 +90,7 @@ def test_steps_without_gradient_change_gradients_and_not_values(model, ids):
 
 
 @pytest.mark.parametrize("recompute", ["step", "block"])
-def test_recomputation_changes_no_gradient(model, ids, recompute):
+def test_recomputation_gives_the_same_gradients(model, ids, recompute):
     expected = gradients(model, model(ids, num_steps=(2, 3), labels=ids).loss)
     model.transformer.core_block.activation_checkpointing = recompute
     actual = gradients(model, model(ids, num_steps=(2, 3), labels=ids).loss)
@@ -98,7 +98,7 @@ def test_recomputation_changes_no_gradient(model, ids, recompute):
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-12, atol=1e-14)
 
 
-def test_a_replaced_adapter_is_called(model, ids):
+def test_replaced_adapter_is_called(model, ids):
     class Doubled(torch.nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -110,8 +110,8 @@ def test_a_replaced_adapter_is_called(model, ids):
     torch.testing.assert_close(model(ids, num_steps=3).logits, plain, rtol=1e-12, atol=1e-12)
 
 
-def test_every_module_of_a_block_runs(model, ids):
-    """Hooks fire once per call and see what the module returns; a module in the place of a norm is used."""
+def test_hooks_see_every_module_of_a_block(model, ids):
+    """Hooks fire once per call and see the output of the module; a module that replaces a norm is used."""
     core = model.transformer.core_block[0]
     seen = []
     for name, module in core.named_children():
@@ -130,8 +130,8 @@ def test_every_module_of_a_block_runs(model, ids):
         setattr(core, place, original)
 
 
-def test_the_configured_norm_is_used_in_every_place(ids):
-    """A layer norm computed by hand gives the model's outputs; parameters keep their names."""
+def test_configured_norm_is_used_everywhere(ids):
+    """The outputs equal those with a layer norm computed by hand; parameters keep their names."""
     layer, rms = (RecurrentDepthModel(dataclasses.replace(CONFIG, norm=norm)).double() for norm in ("layer", "rms"))
     layer.initialise(0)
     rms.initialise(0)
@@ -157,7 +157,7 @@ def test_the_configured_norm_is_used_in_every_place(ids):
 
 
 class QuantisedWeight(torch.Tensor):
-    """As torchao's: nn.Linear keeps its own type, and the weight knows only the product."""
+    """A weight as in torchao: nn.Linear keeps its type, and the weight supports only the matrix product."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -168,7 +168,7 @@ class QuantisedWeight(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
-def test_an_adapter_with_a_quantised_weight_is_called(model, ids):
+def test_adapter_with_a_quantised_weight_is_called(model, ids):
     plain = model(ids, num_steps=3).logits
     weight = model.transformer.adapter.weight.detach().as_subclass(QuantisedWeight)
     model.transformer.adapter.weight = torch.nn.Parameter(weight, requires_grad=False)
@@ -178,7 +178,7 @@ def test_an_adapter_with_a_quantised_weight_is_called(model, ids):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("scheme", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
-def test_a_model_quantised_by_torchao_runs(scheme):
+def test_model_quantised_by_torchao_runs(scheme):
     quantization = pytest.importorskip("torchao.quantization")
     model = RecurrentDepthModel(CONFIG)
     model.initialise(0)
@@ -190,8 +190,8 @@ def test_a_model_quantised_by_torchao_runs(scheme):
     assert 0 < difference < 0.1 * plain.abs().max()
 
 
-def test_an_adapter_with_a_bias_hooks_or_another_forward_is_called(model, ids):
-    """What the hoisted product would leave out."""
+def test_adapter_with_bias_hooks_or_another_forward_is_called(model, ids):
+    """Computing the product with the slices of the weight would ignore them."""
     adapter, calls = model.transformer.adapter, []
     plain = model(ids, num_steps=3).logits
     with adapter.register_forward_hook(lambda module, args, y: calls.append(y.shape)):

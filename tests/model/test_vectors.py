@@ -1,4 +1,4 @@
-"""The reference model of tests/fixtures/huginn_tiny: computed with the released implementation, fp32, CPU."""
+"""The model against tests/fixtures/huginn_tiny, computed with the released implementation in fp32 on a CPU."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def close(actual, reference):
 
 
 @pytest.mark.parametrize("r", [1, 2, 5])
-def test_logits_and_states(model, expected, r):
+def test_logits_and_states_equal_the_reference(model, expected, r):
     ids = expected["input_ids"]
     out = model(ids, num_steps=r, input_states=expected["input_states"], return_states=True)
     close(out.logits, expected[f"logits_s{r}"])
@@ -47,7 +47,7 @@ def test_logits_and_states(model, expected, r):
 
 
 @pytest.mark.parametrize(("n", "k"), [(0, 3), (2, 2)])
-def test_loss_and_gradients(model, expected, n, k):
+def test_loss_and_gradients_equal_the_reference(model, expected, n, k):
     ids = expected["input_ids"]
     out = model(ids, num_steps=(n, k), input_states=expected["input_states"], labels=ids)
     close(out.loss, expected[f"loss_n{n}_k{k}"])
@@ -60,7 +60,7 @@ def test_loss_and_gradients(model, expected, n, k):
         close(gradients[name], expected[prefix + name])
 
 
-def test_an_integer_number_of_steps_carries_gradient(model, expected):
+def test_integer_num_steps_carries_gradient_through_all_iterations(model, expected):
     ids = expected["input_ids"]
     full = model(ids, num_steps=3, input_states=expected["input_states"], labels=ids)
     full.loss.backward()

@@ -1,4 +1,4 @@
-"""The chat on a terminal, against the server it starts and against a running one."""
+"""The chat on a terminal, with its own server and with a running one."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from support import ANSWER, QUESTION, error_line
 
 
 class Terminal:
-    """Lines of a user, who may do something before typing one."""
+    """A simulated terminal: lines of input, and functions that are called between them."""
 
     def __init__(self, *lines):
         self.lines = list(lines)
@@ -49,7 +49,7 @@ def test_chat_answers_and_ends_its_turn(monkeypatch, capsys, answering):
     assert err == ""
 
 
-def test_chat_starts_a_server_of_its_own_whose_logs_stay_out(monkeypatch, capsys, answering_folder):
+def test_chat_starts_a_server_without_logs(monkeypatch, capsys, answering_folder):
     before = set(threading.enumerate())
     out, err = talk(monkeypatch, capsys, QUESTION, model=str(answering_folder), device="cpu")
     assert out == ANSWER + "\n"
@@ -57,7 +57,7 @@ def test_chat_starts_a_server_of_its_own_whose_logs_stay_out(monkeypatch, capsys
     assert not [thread.name for thread in set(threading.enumerate()) - before if thread.name in ("server", "decoding")]
 
 
-def test_chat_forgets_the_oldest_messages_where_the_context_is_full(monkeypatch, capsys, answering):
+def test_chat_drops_the_oldest_messages_if_the_context_is_full(monkeypatch, capsys, answering):
     long = "apples " * 1200
     out, err = talk(monkeypatch, capsys, long, long, QUESTION, long * 10, QUESTION, url=f"{answering}/v1", system="s")
     assert out.splitlines()[-1]  # the last question has an answer
@@ -66,11 +66,11 @@ def test_chat_forgets_the_oldest_messages_where_the_context_is_full(monkeypatch,
     assert "Traceback" not in err
 
 
-def test_chat_survives_a_server_that_goes_away(monkeypatch, capsys, answering_folder):
+def test_chat_continues_after_a_lost_server(monkeypatch, capsys, answering_folder):
     with running(answering_folder) as (url, server):
         out, err = talk(monkeypatch, capsys, QUESTION, server.stop, "and now?", "again?", url=f"{url}/v1")
     assert out.splitlines()[0] == ANSWER
-    assert err.splitlines() == [f"error: no server answers at {url}/v1/; ask again once it is back"] * 2
+    assert err.splitlines() == [f"error: no server answers at {url}/v1/; ask again when it is back"] * 2
 
 
 def test_chat_reports_unreachable_server(capsys):
@@ -106,7 +106,7 @@ def test_chat_options_that_cannot_work_are_explained(capsys, options, field):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_an_answer_and_not_the_chat(chat_folder):
+def test_chat_continues_after_ctrl_c_ends_an_answer(chat_folder):
     with running(chat_folder) as (url, _):
         command = [sys.executable, "-m", "recurrent_depth.cli", "chat", "--url", f"{url}/v1", "--num-steps", "64"]
         process = subprocess.Popen(

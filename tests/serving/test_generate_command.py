@@ -1,4 +1,4 @@
-"""`recurrent-depth generate` as a user calls it."""
+"""`recurrent-depth generate` on the command line."""
 
 import io
 import json
@@ -86,7 +86,7 @@ def test_generate_honours_stop_texts_modes_exits_and_thinking(chat_folder, capsy
 
 
 def refused(capsys, *options):
-    """The text of a refusal; it comes before the model is looked for."""
+    """Return the error of a refused command; it is raised before the model is loaded."""
     assert main(["generate", "--model", "no-such-model", "--prompt", "a", *options]) != 0
     err = capsys.readouterr().err
     assert "Traceback" not in err
@@ -131,7 +131,7 @@ def refused(capsys, *options):
         (("--stop", ""), "stop is an empty text"),
         (("--device", "bogus"), "device is 'bogus'; use auto, cpu, cuda or cuda:N"),
         (("--dtype", "int8"), "dtype is 'int8'; it must be one of auto, float32, bfloat16"),
-        (("--prompt", "b", "--stream", "true"), "stream follows one prompt, and 2 were given"),
+        (("--prompt", "b", "--stream", "true"), "stream needs one prompt, but 2 were given"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, tuple) else "",
 )
@@ -152,7 +152,7 @@ def test_generate_refuses_what_does_not_fit_the_model(chat_folder, capsys):
         assert message in line
 
 
-def test_an_exit_rule_class_is_not_called_before_its_methods_are_known(capsys, monkeypatch):
+def test_exit_rule_class_is_checked_before_it_is_called(capsys, monkeypatch):
     called = []
     monkeypatch.setattr("os.system", lambda *args: called.append(args))
     refused(capsys, "--exit", "os:system", "--exit-threshold", "0.5")

@@ -1,4 +1,4 @@
-"""What a server refuses, and that it goes on serving."""
+"""Requests that a server refuses, and that it continues to serve."""
 
 import concurrent.futures
 import json
@@ -19,7 +19,7 @@ KEY = "secret"
 
 @pytest.fixture
 def asked(strict_server):
-    """`ask` of the strict server, with its key; afterwards it still answers."""
+    """`ask` for the strict server, with its key. After the test the server must still answer."""
 
     def strict(*args, **options):
         return ask(strict_server, *args, **({"key": KEY} | options))
@@ -86,7 +86,7 @@ def test_field_beyond_what_is_allowed_is_a_400_with_the_reason(asked, case):
         [{"role": "user", "content": None}],
     ],
 )
-def test_messages_that_are_no_chat_are_a_400(asked, messages):
+def test_invalid_messages_are_a_400(asked, messages):
     body = json.dumps({"model": "small", "messages": messages})
     assert_refused(asked("/v1/chat/completions", body=body), 400, "messages")
 
@@ -105,7 +105,7 @@ def test_messages_that_are_no_chat_are_a_400(asked, messages):
         b'{"model": "small", "prompt": "a", "temperature": Infinity}',
     ],
 )
-def test_body_that_is_no_request_is_a_400(asked, body):
+def test_invalid_body_is_a_400(asked, body):
     status, answer = asked(body=body)
     assert status == 400
     assert answer["error"]["message"]
@@ -190,9 +190,9 @@ def test_more_requests_than_allowed_get_a_429(strict_server):
     assert ask(strict_server, key=KEY)[0] == 200
 
 
-def test_request_of_a_client_that_left_is_cancelled(chat_folder):
+def test_streaming_request_is_cancelled_after_a_disconnect(chat_folder):
     with running(chat_folder, served_name="small", limits=Limits(batch=1)) as (url, _):
-        # one is decoded, one waits; neither has an end in sight
+        # one is decoded, one waits; neither would end soon
         decoded, waiting = (open_stream(url, max_tokens=1900, num_steps=64) for _ in range(2))
         wait_until(lambda: metric(url, "requests_waiting") == 1 and metric(url, "requests_decoding") == 1)
         waiting.close()
@@ -205,7 +205,7 @@ def test_request_of_a_client_that_left_is_cancelled(chat_folder):
         assert ask(url)[0] == 200
 
 
-def test_client_that_leaves_before_a_whole_answer_is_cancelled(chat_folder):
+def test_whole_answer_is_cancelled_after_a_disconnect(chat_folder):
     with running(chat_folder, served_name="small") as (url, _):
         connection = open_stream(url, max_tokens=1900, num_steps=64, stream=False)
         wait_until(lambda: metric(url, "requests_decoding") == 1)
@@ -213,7 +213,7 @@ def test_client_that_leaves_before_a_whole_answer_is_cancelled(chat_folder):
         wait_until(lambda: metric(url, "requests_decoding") == 0)
 
 
-def test_request_that_takes_too_long_ends_with_the_reason(chat_folder):
+def test_request_beyond_the_time_limit_ends_with_the_reason(chat_folder):
     with running(chat_folder, served_name="small", limits=Limits(seconds=0.5)) as (url, _):
         assert_refused(ask(url, max_tokens=1900, num_steps=64), 408, "limits.seconds")
         stream = open_stream(url, max_tokens=1900, num_steps=64).getresponse()
@@ -223,7 +223,7 @@ def test_request_that_takes_too_long_ends_with_the_reason(chat_folder):
         wait_until(lambda: metric(url, "requests_decoding") == 0)
 
 
-def test_server_goes_on_after_a_failure_of_its_engine(chat_folder):
+def test_server_continues_after_a_failure_of_its_engine(chat_folder):
     with running(chat_folder, served_name="small") as (url, server):
         embedding = server.service.engine.decoder.model.transformer.wte
         weight = embedding.weight.data
@@ -235,7 +235,7 @@ def test_server_goes_on_after_a_failure_of_its_engine(chat_folder):
         assert ask(url)[0] == 200
 
 
-def test_deep_requests_do_not_keep_others_from_asking(chat_folder):
+def test_deep_requests_do_not_block_other_requests(chat_folder):
     with running(chat_folder, served_name="small") as (url, _):
         stream = open_stream(url, max_tokens=1900, num_steps=64)
         wait_until(lambda: metric(url, "requests_decoding") == 1)

@@ -1,4 +1,4 @@
-"""A server in a separate process under load and abuse: it answers throughout, and its memory stays bounded."""
+"""A server in a separate process under load and abuse: it always answers, and its memory stays bounded."""
 
 import concurrent.futures
 import json
@@ -17,28 +17,28 @@ MEBIBYTES_ALLOWED = 150
 
 
 def peak(process):
-    """The largest resident memory of a process so far, in MiB."""
+    """Return the peak resident memory of a process, in MiB."""
     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024
 
 
-def stream_and_perhaps_leave(url, seed):
-    """Stream an answer; half of the clients leave at a random token. Returns the answers read to their end."""
+def stream_and_maybe_disconnect(url, seed):
+    """Stream an answer; half of the clients disconnect at a random token. Return the number of complete answers."""
     draw, complete = random.Random(seed), 0
     for _ in range(ROUNDS):
         tokens = draw.randint(20, 80)
         connection = open_stream(
             url, max_tokens=tokens, num_steps=draw.choice([1, 4, 8]), temperature=draw.choice([0, 1])
         )
-        leaves_after = draw.choice([None, draw.randint(0, 20)])
-        response = connection.getresponse() if leaves_after != 0 else None
+        disconnect_after = draw.choice([None, draw.randint(0, 20)])
+        response = connection.getresponse() if disconnect_after != 0 else None
         events = []
         while response is not None and (line := response.readline()):
             events += [line] if line.startswith(b"data: ") else []
-            if leaves_after is not None and len(events) >= leaves_after:
+            if disconnect_after is not None and len(events) >= disconnect_after:
                 break
         connection.close()
-        if leaves_after is None:
+        if disconnect_after is None:
             assert events[-1] == b"data: [DONE]\n", events[-3:]
             complete += 1
     return complete
@@ -74,7 +74,7 @@ def test_server_answers_through_load_and_abuse_with_bounded_memory(chat_folder):
         watcher = threading.Thread(target=watch)
         watcher.start()
         with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
-            complete = sum(pool.map(lambda seed: stream_and_perhaps_leave(url, seed), range(CLIENTS)))
+            complete = sum(pool.map(lambda seed: stream_and_maybe_disconnect(url, seed), range(CLIENTS)))
         assert complete > CLIENTS
         wait_until(lambda: metric(url, "requests_in_progress") == 0)
         under_load = peak(process)

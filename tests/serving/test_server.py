@@ -1,4 +1,4 @@
-"""The protocol of the server, tried with the stock openai package."""
+"""The protocol of the server, tested with the stock openai package."""
 
 import concurrent.futures
 import json
@@ -22,7 +22,7 @@ def client(server):
 
 
 def expected(folder, num_steps, tokens=12, prompt=None):
-    """What plain transformers writes."""
+    """Return the text that plain transformers generates."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     if prompt is None:
         inputs = tokenizer.apply_chat_template(
@@ -40,7 +40,7 @@ def chat(client, stream=False, **options):
 
 
 def streamed(client, **options):
-    """Text, finish reason and usage of a stream."""
+    """Return text, finish reason and usage of a stream."""
     text, reason, usage = "", None, None
     for event in chat(client, stream=True, **options):
         usage = event.usage or usage
@@ -117,7 +117,7 @@ def test_default_temperature_is_openais(client):
     assert plain == chat(client, max_tokens=16, temperature=1, seed=7).choices[0].message.content
 
 
-def test_equal_requests_get_equal_texts_beside_others(client, chat_folder):
+def test_equal_requests_get_equal_texts_among_others(client, chat_folder):
     depths = (1, 2, 3, 4)
     alone = [expected(chat_folder, r, tokens=10 + r) for r in depths]
     with concurrent.futures.ThreadPoolExecutor(12) as pool:

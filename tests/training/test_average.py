@@ -1,4 +1,4 @@
-"""Merged checkpoints against numpy, and what can be done with the result."""
+"""Averaged checkpoints against numpy, and the uses of the result."""
 
 import shutil
 
@@ -21,7 +21,7 @@ def run(tmp_path_factory):
 
 
 def weights(checkpoint):
-    """Straight from the files, in fp64."""
+    """Return the weights read directly from the files, in fp64."""
     (path,) = (checkpoint / "model").glob("*.safetensors")
     return {name: value.astype(np.float64) for name, value in load_file(path).items()}
 
@@ -34,7 +34,7 @@ def weights(checkpoint):
         ({"method": "ema", "decay": 0.9, "last": 2, "every": 3}, [6, 12]),
     ],
 )
-def test_the_average_is_numpys(run, tmp_path, options, steps):
+def test_average_equals_numpy(run, tmp_path, options, steps):
     out = average(AverageConfig(model=str(run), out=str(tmp_path / "merged"), **options))
     parts = [weights(path) for path in checkpoints(run) if read_details(path)["step"] in steps]
     n, decay = len(steps), options.get("decay")
@@ -51,7 +51,7 @@ def test_the_average_is_numpys(run, tmp_path, options, steps):
         np.testing.assert_allclose(actual[name], expected, rtol=1e-5, atol=1e-7)
 
 
-def test_a_merged_run_is_a_model_and_a_start_but_cannot_be_resumed(run, tmp_path):
+def test_average_can_be_loaded_and_started_from_but_not_resumed(run, tmp_path):
     out = tmp_path / "merged"
     assert main(["average", "--model", str(run), "--out", str(out), "--method", "uniform"]) == 0
     assert load_run_model(out).config == load_run_model(run).config
@@ -61,7 +61,7 @@ def test_a_merged_run_is_a_model_and_a_start_but_cannot_be_resumed(run, tmp_path
         train(small_run(out), resume=True)
 
 
-def test_too_few_checkpoints_and_an_existing_folder_are_named(run, tmp_path, capsys):
+def test_average_refuses_too_few_checkpoints_and_existing_folders(run, tmp_path, capsys):
     assert main(["average", "--model", str(run), "--out", str(tmp_path / "m"), "--every", "9"]) == 1
     assert "keep_last" in capsys.readouterr().err
     assert main(["average", "--model", str(run), "--out", str(run)]) == 1
@@ -69,7 +69,7 @@ def test_too_few_checkpoints_and_an_existing_folder_are_named(run, tmp_path, cap
 
 
 @pytest.mark.parametrize("name", ["safetensors", "checkpoint.json", "run.yaml"])
-def test_a_full_disk_leaves_no_folder(run, tmp_path, capsys, monkeypatch, name):
+def test_average_on_a_full_disk_leaves_no_folder(run, tmp_path, capsys, monkeypatch, name):
     full_disk(monkeypatch, name)
     assert main(["average", "--model", str(run), "--out", str(tmp_path / "merged")]) == 1
     message = capsys.readouterr().err
@@ -78,7 +78,7 @@ def test_a_full_disk_leaves_no_folder(run, tmp_path, capsys, monkeypatch, name):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_run_file_is_named(run, tmp_path, capsys):
+def test_average_names_a_damaged_run_file(run, tmp_path, capsys):
     damaged = tmp_path / "run"
     shutil.copytree(run, damaged)
     (damaged / "run.yaml").write_text("a: [")

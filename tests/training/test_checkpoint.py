@@ -1,4 +1,4 @@
-"""Checkpoints are complete or absent, and damage is named."""
+"""Checkpoints are complete or absent, damage is named, and a resume refuses changed configurations."""
 
 import dataclasses
 import hashlib
@@ -34,13 +34,13 @@ def copy_run(source, target):
     return target
 
 
-def test_old_checkpoints_are_pruned(tmp_path):
+def test_checkpoints_beyond_the_limits_are_removed(tmp_path):
     config = small_run(tmp_path / "run", checkpoint=CheckpointConfig(every=2, keep_last=2, keep_every=6))
     train(config)
     assert [int(p.name[5:]) for p in checkpoints(tmp_path / "run")] == [6, 10, 12]
 
 
-def test_a_trained_model_is_read_back(finished):
+def test_checkpoint_loads_the_trained_weights(finished):
     model = load_run_model(finished)
     fresh = build_model(model.config, small_run(finished).runtime, ONE_RANK, seed=0)
     assert not torch.equal(model.transformer.adapter.weight, fresh.transformer.adapter.weight)
@@ -51,13 +51,13 @@ def test_a_trained_model_is_read_back(finished):
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "add"])
-def test_damage_is_found_and_named(finished, tmp_path, damage):
+def test_checkpoint_damage_is_named(finished, tmp_path, damage):
     run = copy_run(finished, tmp_path / "run")
     shard = next(find_checkpoint(run).glob("model/*.safetensors"))
     content = bytearray(shard.read_bytes())
     if damage == "remove":
         shard.unlink()
-    elif damage == "add":  # a file without a checksum, which would be read as well
+    elif damage == "add":  # a file without a checksum, which a reader would include
         shard = shard.with_name("zzz.safetensors")
         shard.write_bytes(content)
     elif damage == "truncate":
@@ -71,7 +71,7 @@ def test_damage_is_found_and_named(finished, tmp_path, damage):
         train(small_run(run), resume=True)
 
 
-def test_a_model_is_read_without_the_moments_and_a_resume_verifies_them(finished, tmp_path):
+def test_checkpoint_moments_are_verified_only_by_a_resume(finished, tmp_path):
     run = copy_run(finished, tmp_path / "run")
     (shard,) = find_checkpoint(run).glob("optimizer/*.safetensors")
     content = bytearray(shard.read_bytes())
@@ -86,7 +86,7 @@ def test_a_model_is_read_without_the_moments_and_a_resume_verifies_them(finished
 
 
 def with_checksum(run, file):
-    """Write the right checksum of a changed file into checkpoint.json."""
+    """Update the checksum of a changed file in checkpoint.json."""
     path = find_checkpoint(run) / "checkpoint.json"
     details = json.loads(path.read_text())
     details["files"][file.relative_to(path.parent).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -95,7 +95,7 @@ def with_checksum(run, file):
 
 @pytest.mark.parametrize("part", ["model", "optimizer"])
 @pytest.mark.parametrize("damage", ["header", "pickle", "empty", "another tensor"])
-def test_a_file_that_is_not_these_tensors_is_named_although_its_checksum_is_right(finished, tmp_path, part, damage):
+def test_checkpoint_file_with_wrong_tensors_is_named_despite_a_right_checksum(finished, tmp_path, part, damage):
     run = copy_run(finished, tmp_path / "run")
     (shard,) = find_checkpoint(run).glob(f"{part}/*.safetensors")
     content = shard.read_bytes()
@@ -123,7 +123,7 @@ def test_a_file_that_is_not_these_tensors_is_named_although_its_checksum_is_righ
         ("model", {"nonsense": 1}),
     ],
 )  # fmt: skip
-def test_a_field_that_checkpoint_json_lacks_is_named(finished, tmp_path, field, value):
+def test_checkpoint_json_without_a_field_names_the_field(finished, tmp_path, field, value):
     run = copy_run(finished, tmp_path / "run")
     path = find_checkpoint(run) / "checkpoint.json"
     details = json.loads(path.read_text())
@@ -137,7 +137,7 @@ def test_a_field_that_checkpoint_json_lacks_is_named(finished, tmp_path, field, 
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "null", "\xff"])
-def test_a_damaged_checkpoint_json_is_named(finished, tmp_path, content):
+def test_checkpoint_json_damage_is_named(finished, tmp_path, content):
     run = copy_run(finished, tmp_path / "run")
     path = find_checkpoint(run) / "checkpoint.json"
     path.write_bytes(content.encode("latin-1"))
@@ -146,7 +146,7 @@ def test_a_damaged_checkpoint_json_is_named(finished, tmp_path, content):
             action(run)
 
 
-def test_another_shape_is_refused(finished, tmp_path):
+def test_resume_refuses_another_model_shape(finished, tmp_path):
     run = copy_run(finished, tmp_path / "run")
     config = small_run(run)
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, n_embd=48))
@@ -157,7 +157,7 @@ def test_another_shape_is_refused(finished, tmp_path):
         trainer.resume(find_checkpoint(run), read_details(find_checkpoint(run)))
 
 
-def test_another_optimizer_or_other_data_are_refused(finished, tmp_path):
+def test_resume_refuses_another_optimizer_and_other_data(finished, tmp_path):
     run = copy_run(finished, tmp_path / "run")
     with pytest.raises(CheckpointError, match="optimizer"):
         train(small_run(run, optimizer=OptimizerConfig(name="adamw")), resume=True)
@@ -179,8 +179,8 @@ def write_rows(folder, first, manifest=False):
 
 
 @pytest.mark.parametrize("manifest", [True, False])
-def test_packed_rows_that_changed_are_refused_and_a_folder_that_moved_is_not(tmp_path, manifest):
-    """The rows have the same names, shapes and number, and a manifest that did not change says nothing."""
+def test_resume_refuses_changed_packed_rows_but_not_a_moved_folder(tmp_path, manifest):
+    """The changed rows have the same names, shapes and number, and the manifest is unchanged."""
     write_rows(tmp_path / "data", 0, manifest)
     config = small_run(tmp_path / "run", data=DataConfig(packed=PackedDataConfig(str(tmp_path / "data"))))
     train(dataclasses.replace(config, max_hours=1e-9))
@@ -193,7 +193,7 @@ def test_packed_rows_that_changed_are_refused_and_a_folder_that_moved_is_not(tmp
     assert len(losses(tmp_path / "run")) == 12
 
 
-def test_more_validation_rows_than_there_are_are_refused(tmp_path):
+def test_training_refuses_more_validation_rows_than_exist(tmp_path):
     write_rows(tmp_path / "data", 0)
     config = small_run(tmp_path / "run", data=DataConfig(packed=PackedDataConfig(str(tmp_path / "data"))), steps=1)
     with pytest.raises(ValueError, match=r"validation\.rows is 17, but .*data holds 16 validation rows"):
@@ -203,14 +203,14 @@ def test_more_validation_rows_than_there_are_are_refused(tmp_path):
         train(dataclasses.replace(changed, out=str(tmp_path / f"run-{rows}")))
 
 
-def test_a_finished_run_is_not_overwritten(finished):
+def test_finished_run_is_not_overwritten(finished):
     before = losses(finished)
     with pytest.raises(FileExistsError, match="resume"):
         train(small_run(finished))
     assert losses(finished) == before
 
 
-def test_a_run_without_checkpoint_says_so(tmp_path):
+def test_run_without_checkpoint_is_an_error_for_loading(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         load_run_model(tmp_path)

@@ -1,4 +1,4 @@
-"""What a step communicates: as much at 9 steps of the core as at 2, and only once per optimizer step."""
+"""Communication of a training step: the same at 9 core iterations as at 2, and once per training step."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def config_of(out, depth=2, micro_steps=2, runtime=CPU):
 
 
 def one_step(out, cases):
-    """The first step of every case, in one set of processes: counts, loss, gradient norm, dtypes, gradients."""
+    """Write counts, loss, gradient norm, dtypes and gradients of a training step of every case."""
     results = {}
     for name, config in cases.items():
         trainer = Trainer(config, start_processes(config.runtime))
@@ -50,7 +50,7 @@ def one_step(out, cases):
 
 
 def watch(trainer):
-    """Dtypes inside the core and of everything that is kept, and the whole gradients before the update."""
+    """Record the dtypes inside the core and of the state, and the whole gradients before the update."""
     seen = {"dtypes": {}, "gradients": {}}
     block = trainer.model.transformer.core_block[0]
 
@@ -86,7 +86,7 @@ def measure(out, world_size, **runs):
 
 
 def units(config):
-    """FSDP units: the blocks outside the loop, the whole core, and the root."""
+    """Return the number of FSDP units: the blocks outside the loop, the whole core, and the root."""
     return config.model.n_layers_in_prelude + 1 + config.model.n_layers_in_coda + 1
 
 
@@ -111,7 +111,7 @@ def two_ranks(tmp_path_factory):
 
 
 @pytest.mark.distributed
-def test_one_gather_and_one_reduce_a_unit_whatever_the_depth_and_the_accumulation(two_ranks):
+def test_fsdp_units_gather_and_reduce_once_at_any_depth_and_accumulation(two_ranks):
     counts = two_ranks["shallow"]["counts"]
     assert counts["gathers"] == counts["reduces"] == units(config_of("run"))
     whole = 4 * two_ranks["shallow"]["parameters"]
@@ -123,7 +123,7 @@ def test_one_gather_and_one_reduce_a_unit_whatever_the_depth_and_the_accumulatio
 
 
 @pytest.mark.distributed
-def test_resharding_gathers_again_in_every_backward_pass(two_ranks):
+def test_resharding_gathers_again_in_each_backward_pass(two_ranks):
     counts, config = two_ranks["freed"]["counts"], config_of("run")
     again = config.micro_steps * (units(config) - 1)  # the root stays
     assert counts["gathers"] == units(config) + again
@@ -134,7 +134,7 @@ def test_resharding_gathers_again_in_every_backward_pass(two_ranks):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("recompute", ["step", "block"])
-def test_recomputation_communicates_nothing_and_changes_nothing(two_ranks, recompute):
+def test_recomputation_adds_no_communication_and_changes_no_numbers(two_ranks, recompute):
     assert two_ranks[recompute]["counts"] == two_ranks["shallow"]["counts"]
     assert_same_numbers(two_ranks[recompute], two_ranks["shallow"])
 
@@ -147,7 +147,7 @@ def test_replication_reduces_whole_gradients_and_gathers_nothing(two_ranks):
 
 
 @pytest.mark.distributed
-def test_bfloat16_inside_and_float32_wherever_it_adds_up(two_ranks):
+def test_bfloat16_run_computes_in_bfloat16_and_reduces_in_float32(two_ranks):
     inside = {"state": "bfloat16", "weight": "bfloat16", "rotary": "float32"}
     kept = dict.fromkeys(("master", "gradient", "moment"), "float32")
     assert two_ranks["bfloat16"]["dtypes"] == {key: f"torch.{value}" for key, value in (inside | kept).items()}
@@ -166,7 +166,7 @@ def in_one_process(out, **changes):
 
 
 def assert_planned(results, world_size, name, **changes):
-    """The plan knows the bytes; the optimizer's and the trainer's few scalars are not in it."""
+    """Compare measured and planned bytes; the few scalars of optimizer and trainer are not planned."""
     counts, planned = results[name]["counts"], communication(Job(config_of("run", **changes), world_size, 32))
     assert counts["all_gather_bytes"] == pytest.approx(planned["gather"], rel=0.01)
     assert counts["reduce_scatter_bytes"] == pytest.approx(planned["reduce_scatter"], rel=0.01)
@@ -174,7 +174,7 @@ def assert_planned(results, world_size, name, **changes):
 
 
 @pytest.mark.distributed
-def test_the_plan_predicts_these_bytes(two_ranks):
+def test_plan_predicts_the_communicated_bytes(two_ranks):
     freed = dataclasses.replace(BFLOAT16, reshard_after_forward=True)
     assert_planned(two_ranks, 2, "shallow")
     assert_planned(two_ranks, 2, "bfloat16", runtime=BFLOAT16)
@@ -184,18 +184,18 @@ def test_the_plan_predicts_these_bytes(two_ranks):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("how", ["shallow", "replicated"])
-def test_losses_and_gradients_are_those_of_one_process(two_ranks, tmp_path, how):
+def test_two_ranks_have_losses_and_gradients_of_one_process(two_ranks, tmp_path, how):
     assert_same_numbers(two_ranks[how], in_one_process(tmp_path))
 
 
-def test_a_chunked_loss_changes_nothing(tmp_path):
+def test_chunked_loss_changes_no_numbers(tmp_path):
     chunked = in_one_process(tmp_path, runtime=dataclasses.replace(CPU, loss_chunk_size=7))
     assert_same_numbers(chunked, in_one_process(tmp_path))
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_four_ranks_and_hybrid_sharding_are_one_process(tmp_path):
+def test_hybrid_sharding_on_four_ranks_equals_one_process(tmp_path):
     runs = {
         "hybrid": {"runtime": dataclasses.replace(CPU, shard_size=2)},
         "hybrid_deep": {"depth": 9, "runtime": dataclasses.replace(CPU, shard_size=2)},
@@ -207,7 +207,7 @@ def test_four_ranks_and_hybrid_sharding_are_one_process(tmp_path):
     counts = results["hybrid"]["counts"]
     assert results["hybrid_deep"]["counts"] == counts
     assert counts["gathers"] == counts["reduces"] == units(config_of("run"))
-    # each half of the gradients is added up over the two replicas, beside a few scalars
+    # each half of the gradients is summed over the two replicas, in addition to a few scalars
     assert counts["all_reduce_bytes"] == pytest.approx(2 * results["hybrid"]["parameters"], rel=0.02)
     assert_planned(results, 4, "hybrid", runtime=dataclasses.replace(CPU, shard_size=2))
     assert_planned(results, 4, "sharded")

@@ -1,4 +1,4 @@
-"""Compiled blocks, sharded and recomputed: few graphs, none of them new at another depth, and the eager numbers."""
+"""Compiled blocks, sharded and recomputed: few graphs, no new ones at another depth, and the same losses as eager."""
 
 import functools
 
@@ -44,5 +44,5 @@ def compare(dtype, recompute):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "recompute"), [("float32", "none"), ("bfloat16", "step")])
-def test_compiled_blocks_need_no_graph_for_another_depth(dtype, recompute):
+def test_compiled_blocks_are_not_recompiled_for_another_depth(dtype, recompute):
     assert run_ranks(compare, 1, dtype, recompute) == [0]

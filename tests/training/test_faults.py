@@ -1,4 +1,4 @@
-"""Ranks that see different files, a rank that hangs, one that dies: the message names the cause."""
+"""Messages for ranks with different files, a rank that hangs, and a rank that dies."""
 
 import dataclasses
 import os
@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from recurrent_depth.training.faults import check_ranks_agree, code_version, flat, flight_recorder
+from recurrent_depth.training.faults import check_ranks_agree, code_version, flattened, flight_recorder
 from recurrent_depth.training.health import TrainingAborted
 from recurrent_depth.training.launch import train
 from recurrent_depth.training.parallel import start_processes
@@ -21,7 +21,7 @@ def disagree(out) -> None:
     other = code | ({"model/layers.py": "edited"} if ranks.rank == 1 else {})
     things = {
         "code": {"code": other}, "data": {"data": {"fingerprint": str(ranks.rank)}},
-        "configuration": {"configuration": flat(dataclasses.asdict(config))},
+        "configuration": {"configuration": flattened(dataclasses.asdict(config))},
     }  # fmt: skip
     for name, what in things.items():
         try:
@@ -32,7 +32,7 @@ def disagree(out) -> None:
 
 
 @pytest.mark.distributed
-def test_ranks_that_see_different_files_do_not_start_and_say_which(tmp_path):
+def test_ranks_with_different_files_refuse_to_start_and_name_them(tmp_path):
     assert 0 not in run_ranks(disagree, 2, tmp_path)
     for rank in (0, 1):
         assert "rank 1, code, model/layers.py: edited" in (tmp_path / f"code-{rank}.txt").read_text()
@@ -43,12 +43,12 @@ def test_ranks_that_see_different_files_do_not_start_and_say_which(tmp_path):
 
 
 def train_beside_a_bad_rank(config, dies: bool) -> None:
-    """Rank 1 sleeps, or dies, in the middle of a step."""
+    """Train; rank 1 sleeps or dies in the middle of a training step."""
 
     def vanish(trainer, loss):
         if trainer.step == 2 and os.environ["RANK"] == "1":
             if dies:
-                os._exit(0)  # with a status that leaves rank 0 running
+                os._exit(0)  # status 0, which does not stop rank 0
             time.sleep(30)
         return loss
 
@@ -59,7 +59,7 @@ def train_beside_a_bad_rank(config, dies: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(("dies", "words"), [(False, "hangs or is far behind"), (True, "has died or was killed")])
-def test_a_rank_that_is_missing_is_explained(tmp_path, dies, words):
+def test_missing_rank_is_explained(tmp_path, dies, words):
     config = small_run(tmp_path / "run")
     config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, timeout_minutes=0.05))
     assert run_ranks(train_beside_a_bad_rank, 2, config, dies)[0] != 0
@@ -70,7 +70,7 @@ def test_a_rank_that_is_missing_is_explained(tmp_path, dies, words):
 
 
 @pytest.mark.parametrize("chosen", [{}, {"TORCH_FR_BUFFER_SIZE": "7", "TORCH_FR_DUMP_TEMP_FILE": "elsewhere"}])
-def test_the_flight_recorder_is_on_unless_the_user_chose(tmp_path, monkeypatch, chosen):
+def test_flight_recorder_is_on_unless_the_user_set_it(tmp_path, monkeypatch, chosen):
     folder = tmp_path / "recorder"
     expected = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_FR_DUMP_TEMP_FILE": str(folder / "rank_")} | chosen
     monkeypatch.setattr(os, "environ", dict(chosen))

@@ -1,4 +1,4 @@
-"""Twenty steps whose losses are known: a change to numerics does not pass unnoticed."""
+"""Twenty training steps with known losses, to detect changes of the numerics."""
 
 import dataclasses
 import json
@@ -13,8 +13,8 @@ GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden_losses.json"
 
 
 @pytest.mark.parametrize("name", ["huginn", "adamw"])
-def test_golden_losses(tmp_path, name):
-    """To renew after a wanted change: write the losses of both optimizers to the fixture, and say why in docs."""
+def test_losses_equal_the_golden_ones(tmp_path, name):
+    """After an intended change, write the losses of both optimizers to the fixture and record why in docs."""
     config = small_run(tmp_path / "run", steps=20)
     train(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name=name)))
     assert losses(tmp_path / "run") == pytest.approx(json.loads(GOLDEN.read_text())[name], rel=1e-4)

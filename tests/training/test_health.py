@@ -7,7 +7,7 @@ from recurrent_depth.training.health import HealthMonitor, TrainingAborted, stat
 HEALTHY = {"token_correlation": 0.2, "loss_one_step": 2.0, "loss_mean_depth": 1.0}
 
 
-def test_state_metrics_against_brute_force():
+def test_state_metrics_equal_brute_force():
     torch.manual_seed(0)
     states = [torch.randn(2, 5, 8, dtype=torch.float64) + 1 for _ in range(3)]
     cosines = [
@@ -24,7 +24,7 @@ def test_state_metrics_against_brute_force():
     assert metrics["state_norm"] == pytest.approx(states[-1].norm(dim=-1).mean().item(), rel=1e-5)
 
 
-def test_collapse_warns_then_aborts_unless_it_passes():
+def test_collapse_warns_and_aborts_after_checks_in_a_row():
     monitor = HealthMonitor(HealthConfig(collapse_checks=3))
     collapsed = HEALTHY | {"token_correlation": 0.999}
     assert "collapsing" in monitor.check(1, collapsed, warmed_up=True)[0]
@@ -35,7 +35,7 @@ def test_collapse_warns_then_aborts_unless_it_passes():
         monitor.check(5, collapsed, warmed_up=True)
 
 
-def test_an_ignored_state_is_named_after_warm_up_only():
+def test_ignored_state_warns_only_after_warm_up():
     monitor = HealthMonitor(HealthConfig(ignored_state_checks=2))
     flat = HEALTHY | {"loss_mean_depth": 1.999}
     assert monitor.check(1, flat, warmed_up=False) == []
@@ -43,7 +43,7 @@ def test_an_ignored_state_is_named_after_warm_up_only():
     assert "ignored state" in monitor.check(3, flat, warmed_up=True)[0]
 
 
-def test_many_skipped_steps_abort():
+def test_skipped_steps_in_a_row_abort():
     monitor = HealthMonitor(HealthConfig(skipped_steps=3))
     for step, skipped in enumerate([True, True, False, True, True]):
         monitor.skipped(step, skipped)

@@ -1,4 +1,4 @@
-"""Training that starts from somebody's weights."""
+"""Training from the weights of a run or a Hugging Face folder (init_from)."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from support import ONE_RANK, small_run
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "huginn_tiny"
 
 
-def test_a_run_starts_from_another_run(tmp_path):
+def test_init_from_a_run_starts_with_its_weights(tmp_path):
     train(small_run(tmp_path / "first"))
     still = small_run(tmp_path / "second", init_from=str(tmp_path / "first"), steps=1)
     still = dataclasses.replace(still, optimizer=dataclasses.replace(still.optimizer, lr=1e-12, weight_decay=0.0))
@@ -29,7 +29,7 @@ def test_a_run_starts_from_another_run(tmp_path):
         torch.testing.assert_close(second[name], first[name], rtol=1e-6, atol=1e-7)
 
 
-def test_a_huginn_folder_is_a_start(tmp_path):
+def test_init_from_a_huginn_folder_starts_with_its_weights(tmp_path):
     raw = json.loads((FIXTURE / "config.json").read_text())
     names = {field.name for field in dataclasses.fields(ModelConfig)} - {"state_init"}
     config = ModelConfig(**{name: raw[name] for name in names & set(raw)})
@@ -43,14 +43,14 @@ def test_a_huginn_folder_is_a_start(tmp_path):
         assert torch.equal(value, stored[name.replace("lm_head", "transformer.wte")]), name
 
 
-def test_another_shape_is_refused(tmp_path):
+def test_init_from_another_shape_is_refused(tmp_path):
     train(small_run(tmp_path / "first", steps=2))
     config = small_run(tmp_path / "second", init_from=str(tmp_path / "first"))
-    with pytest.raises(CheckpointError, match=r"transformer.*wants"):
+    with pytest.raises(CheckpointError, match=r"transformer.*needs"):
         train(dataclasses.replace(config, model=dataclasses.replace(config.model, n_embd=48)))
 
 
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
+def test_init_from_names_a_missing_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     for name in [name for name in sys.modules if name.startswith("recurrent_depth.hf")]:
         monkeypatch.delitem(sys.modules, name)

@@ -1,4 +1,4 @@
-"""A run that is killed anywhere and resumed equals the undisturbed run bit for bit."""
+"""A run that is killed at any point and resumed equals the undisturbed run bit for bit."""
 
 import json
 import os
@@ -27,13 +27,13 @@ def train_quietly(out: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_kills_leave_no_trace(tmp_path, world_size):
+def test_killed_and_resumed_run_equals_an_undisturbed_one(tmp_path, world_size):
     assert run_ranks(train_quietly, world_size, tmp_path / "whole") == [0] * world_size
     rng = random.Random(world_size)
     kills, attempts = 0, 0
     while kills < 12:
         attempts += 1
-        out = tmp_path / f"killed-{kills // 4}"  # four kills on the way of one run
+        out = tmp_path / f"killed-{kills // 4}"  # four kills per run
         phase = list(PHASES)[attempts % len(PHASES)]
         victim = 0 if phase == "finish" else rng.randrange(world_size)
         call = rng.randint(1, {"data": 8, "backward": 8, "optimizer": 90, "save": 2, "finish": 2}[phase])
@@ -41,7 +41,7 @@ def test_kills_leave_no_trace(tmp_path, world_size):
         if codes[victim] == -signal.SIGKILL:
             kills += 1
         elif codes == [0] * world_size:
-            continue  # the run was over before the call came
+            continue  # the run finished before that call
         assert attempts < 60
     for number in range(3):
         out = tmp_path / f"killed-{number}"
@@ -52,8 +52,8 @@ def test_kills_leave_no_trace(tmp_path, world_size):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_torchrun_restarts_after_kills(tmp_path):
-    """Four kills under `torchrun --max-restarts`: the run completes by itself, equal to an undisturbed one."""
+def test_torchrun_restarts_complete_a_killed_run(tmp_path):
+    """After four kills under `torchrun --max-restarts` the run completes and equals an undisturbed one."""
     plan = [("data", 10, 1), ("save", 1, 0), ("optimizer", 40, 1), ("backward", 3, 0)]
     elastic, plain = tmp_path / "elastic", tmp_path / "plain"
     tests = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""Starting, resuming and extending runs: who may write a folder, and what a resume may change."""
+"""Starting, resuming and extending runs: locks on run folders, and what a resume may change."""
 
 import dataclasses
 import os
@@ -26,7 +26,7 @@ def train_in_use(config) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_folder_that_another_run_writes_is_refused_on_every_rank(tmp_path, world_size):
+def test_run_folder_in_use_is_refused_on_every_rank(tmp_path, world_size):
     with output_folder(tmp_path / "run"):
         codes = run_ranks(train_in_use, world_size, small_run(tmp_path / "run"))
     assert 0 not in codes
@@ -38,8 +38,8 @@ def test_a_folder_that_another_run_writes_is_refused_on_every_rank(tmp_path, wor
 
 
 @pytest.mark.slow
-def test_two_commands_cannot_train_into_one_folder(tmp_path):
-    """The first run goes on; the second is told which process has the folder."""
+def test_second_command_on_a_run_folder_is_refused(tmp_path):
+    """The first run continues; the error of the second names the process that uses the folder."""
     arguments = [sys.executable, "-m", "recurrent_depth.cli", "train", "--out", str(tmp_path / "run")]
     arguments += [
         "--data.task.name",
@@ -66,7 +66,7 @@ def test_two_commands_cannot_train_into_one_folder(tmp_path):
     assert "seed: 0" in (tmp_path / "run" / "run.yaml").read_text()
 
 
-def test_a_refused_run_leaves_no_folder(tmp_path):
+def test_refused_run_leaves_no_folder(tmp_path):
     with pytest.raises(ValueError, match=r"model\.vocab_size"):
         train(small_run(tmp_path / "a" / "run", model=ModelConfig(vocab_size=8)))
     assert os.listdir(tmp_path) == []
@@ -75,8 +75,8 @@ def test_a_refused_run_leaves_no_folder(tmp_path):
 # -- what a resume may change ----------------------------------------------------------------------------------------
 
 
-def test_an_option_that_is_new_may_not_change_in_a_resume(tmp_path):
-    """An option counts as one that decides the numbers of a run until it is listed as one that does not."""
+def test_new_option_may_not_change_in_a_resume(tmp_path):
+    """A new option is taken to affect the result unless it is listed in MAY_CHANGE."""
 
     @dataclasses.dataclass(frozen=True)
     class Newer(RunConfig):
@@ -99,7 +99,7 @@ def test_an_option_that_is_new_may_not_change_in_a_resume(tmp_path):
         {"optimizer": OptimizerConfig(lr=1e-3, warmup_steps=3, cooldown_steps=3)},
     ],
 )  # fmt: skip
-def test_an_option_that_decides_the_numbers_is_refused_and_named(tmp_path, changes):
+def test_resume_refuses_and_names_options_that_affect_the_result(tmp_path, changes):
     config = small_run(tmp_path / "run", max_hours=1e-9)
     train(config)
     with pytest.raises(CheckpointError, match=f"{next(iter(changes))}.*was .*, is .*--init-from"):
@@ -111,7 +111,7 @@ NO_CURRICULUM = DataConfig(task=TaskDataConfig("shell_game", min_length=2, max_l
 
 
 @pytest.mark.parametrize("schedule", ["constant", "trapezoid"])
-def test_a_finished_run_is_extended_bitwise(tmp_path, schedule):
+def test_extending_a_finished_run_is_exact(tmp_path, schedule):
     optimizer = dataclasses.replace(HELD, schedule=schedule)
     config = small_run(tmp_path / "extended", steps=6, data=NO_CURRICULUM, optimizer=optimizer)
     train(config)
@@ -120,9 +120,9 @@ def test_a_finished_run_is_extended_bitwise(tmp_path, schedule):
     assert_equal_runs(tmp_path / "extended", tmp_path / "whole")
 
 
-def test_a_run_that_was_stopped_before_its_cooldown_is_extended_bitwise(tmp_path):
+def test_extending_a_run_before_its_cooldown_is_exact(tmp_path):
     config = small_run(tmp_path / "extended", steps=9, data=NO_CURRICULUM)  # cooldown: the last 3 steps
-    with changed_loss(lambda trainer, loss: (setattr(trainer, "stop_wished", trainer.step == 4), loss)[1]):
+    with changed_loss(lambda trainer, loss: (setattr(trainer, "stop_requested", trainer.step == 4), loss)[1]):
         train(config)
     assert len(losses(tmp_path / "extended")) == 5
     train(dataclasses.replace(config, steps=12), resume=True)
@@ -139,7 +139,7 @@ def test_a_run_that_was_stopped_before_its_cooldown_is_extended_bitwise(tmp_path
         ({"data": DataConfig(task=TaskDataConfig("shell_game", min_length=2, max_length=8))}, "curriculum_fraction", 1),
     ],
 )
-def test_an_extension_that_is_not_exact_says_how_to_go_on(tmp_path, changes, words, first):
+def test_inexact_extension_is_refused_with_alternatives(tmp_path, changes, words, first):
     config = small_run(tmp_path / "run", **({"steps": 6, "data": NO_CURRICULUM, "optimizer": HELD} | changes))
     train(config)
     with pytest.raises(CheckpointError, match=f"steps was 6, is 12.*{words}.*from step {first} on") as caught:
@@ -148,7 +148,7 @@ def test_an_extension_that_is_not_exact_says_how_to_go_on(tmp_path, changes, wor
     assert f"--init-from {config.out} --out NEW" in str(caught.value)
 
 
-def test_fewer_steps_than_trained_are_refused(tmp_path):
+def test_resume_refuses_fewer_steps_than_trained(tmp_path):
     config = small_run(tmp_path, data=NO_CURRICULUM, optimizer=HELD)
     with pytest.raises(CheckpointError, match=r"steps is 12, but .* already trained 20"):
         check_steps(config, done=20, planned=20)
@@ -158,7 +158,7 @@ def test_fewer_steps_than_trained_are_refused(tmp_path):
 # -- counters ----------------------------------------------------------------------------------------------------------
 
 
-def test_health_checks_in_a_row_are_counted_across_resumes(tmp_path):
+def test_failed_health_checks_are_counted_across_resumes(tmp_path):
     every_state = HealthConfig(collapse_correlation=-1.0, collapse_checks=4)  # any correlation is a collapse
     every_step = ValidationConfig(every=1, rows=8, num_steps=(1,))
     config = small_run(tmp_path / "run", health=every_state, validation=every_step, max_hours=1e-9)
@@ -168,12 +168,12 @@ def test_health_checks_in_a_row_are_counted_across_resumes(tmp_path):
         train(config, resume=True)
 
 
-def test_skipped_steps_in_a_row_are_counted_across_resumes(tmp_path):
+def test_skipped_steps_are_counted_across_resumes(tmp_path):
     config = small_run(tmp_path / "run", health=HealthConfig(skipped_steps=4), log_every=1)
 
     def train_some(stop: int) -> None:
         def change(trainer, loss):
-            trainer.stop_wished = trainer.step + 1 == stop
+            trainer.stop_requested = trainer.step + 1 == stop
             return loss * float("nan") if trainer.step >= 4 else loss
 
         with changed_loss(change):
@@ -184,12 +184,12 @@ def test_skipped_steps_in_a_row_are_counted_across_resumes(tmp_path):
         train_some(0)
 
 
-def test_a_run_whose_every_step_was_skipped_can_be_resumed(tmp_path):
-    """There are no moments yet: the first gradient makes them, also after a resume."""
+def test_run_with_only_skipped_steps_can_be_resumed(tmp_path):
+    """Such a run has no moments yet; the first gradient creates them, also after a resume."""
 
     def train_with_nan(out, stop: int) -> None:
         def change(trainer, loss):
-            trainer.stop_wished = trainer.step + 1 == stop
+            trainer.stop_requested = trainer.step + 1 == stop
             return loss * float("nan") if trainer.step < 2 else loss
 
         with changed_loss(change):

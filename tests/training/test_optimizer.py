@@ -10,7 +10,7 @@ from recurrent_depth.training.optimizer import HuginnAdam, MuonAdamW, build_opti
 
 
 def reference_steps(weight, gradients, lr, decay, rates):
-    """facts of arXiv 2502.05171, section 4.3, scalar by scalar in fp64."""
+    """Return the weights after the updates of arXiv 2502.05171, section 4.3, computed per scalar in fp64."""
     w, m, v = weight.double().flatten().tolist(), None, None
     for t, (grad, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
         g = grad.double().flatten().tolist()
@@ -25,7 +25,7 @@ def reference_steps(weight, gradients, lr, decay, rates):
     return torch.tensor(w, dtype=torch.float64).view_as(weight)
 
 
-def test_huginn_adam_follows_the_paper():
+def test_huginn_adam_equals_the_paper():
     torch.manual_seed(0)
     weight = torch.randn(3, 5, dtype=torch.float64)
     gradients = [torch.randn(3, 5, dtype=torch.float64) * 10**scale for scale in (0, 1.5, -2, 3)]
@@ -39,7 +39,7 @@ def test_huginn_adam_follows_the_paper():
     torch.testing.assert_close(p.data, reference_steps(weight, gradients, 2e-2, 0.1, rates), rtol=1e-12, atol=1e-12)
 
 
-def test_huginn_adam_bears_zero_gradients():
+def test_huginn_adam_handles_zero_gradients():
     p = torch.nn.Parameter(torch.ones(4))
     optimizer = HuginnAdam([p], lr=0.1)
     p.grad = torch.zeros(4)
@@ -48,7 +48,7 @@ def test_huginn_adam_bears_zero_gradients():
 
 
 @pytest.mark.parametrize("name", ["huginn", "adamw", "nadamw", "muon"])
-def test_only_matrices_decay(name):
+def test_weight_decay_applies_to_matrices_only(name):
     model = RecurrentDepthModel(ModelConfig())
     model.initialise(0)
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
@@ -61,7 +61,7 @@ def test_only_matrices_decay(name):
         assert unmoved == (p.ndim == 1 or key.endswith("qk_bias")), key
 
 
-def test_gradients_are_clipped_to_the_norm():
+def test_gradient_clipping_limits_the_norm():
     parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))]
     parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0, 0]), torch.tensor([0, 4.0])
     assert clip_gradients(parameters, 1.0).item() == pytest.approx(5.0)
@@ -69,13 +69,13 @@ def test_gradients_are_clipped_to_the_norm():
 
 
 @pytest.mark.parametrize("wrong", [{"lr": 0.0}, {"gradient_clip": 0.0}, {"betas": (0.9, 1.0)}, {"warmup_steps": -1}])
-def test_impossible_values_name_their_field(wrong):
+def test_optimizer_options_refuse_invalid_values(wrong):
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))} is"):
         OptimizerConfig(**wrong)
 
 
 def stepped(optimizer, weights, gradients):
-    """The weights after the gradients, one step each."""
+    """Return the weights after one training step per gradient."""
     for grads in gradients:
         for p, grad in zip(weights, grads, strict=True):
             p.grad = grad.clone()
@@ -83,7 +83,7 @@ def stepped(optimizer, weights, gradients):
     return [p.detach().clone() for p in weights]
 
 
-def test_muon_and_its_adamw_are_torchs():
+def test_muon_and_adamw_equal_torch():
     torch.manual_seed(0)
     shapes = [(6, 9), (9, 4), (7,)]
     start = [torch.randn(shape) for shape in shapes]
@@ -99,7 +99,7 @@ def test_muon_and_its_adamw_are_torchs():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_orthogonalised_has_singular_values_near_one():
+def test_orthogonalised_matrix_has_singular_values_near_one():
     torch.manual_seed(0)
     for shape in [(8, 8), (5, 20), (20, 5)]:
         u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
@@ -107,7 +107,7 @@ def test_orthogonalised_has_singular_values_near_one():
         result = orthogonalised(matrix)
         singular = torch.linalg.svdvals(result)
         assert ((singular > 0.6) & (singular < 1.3)).all()
-        off = u.T @ result @ v.T  # diagonal in the bases of the matrix: only singular values move
+        off = u.T @ result @ v.T  # diagonal in the bases of the matrix: only singular values change
         torch.testing.assert_close(off, off.diagonal().diag(), rtol=0, atol=1e-10)
 
 
@@ -123,7 +123,7 @@ def test_muon_on_a_cpu_orthogonalises_in_float32():
     torch.testing.assert_close(p.double(), before - 0.02 * 0.2 * 128**0.5 * direction, rtol=1e-4, atol=1e-6)
 
 
-def test_muon_takes_the_matrices_of_the_blocks():
+def test_muon_applies_to_the_matrices_of_the_blocks():
     model = RecurrentDepthModel(ModelConfig())
     optimizer = build_optimizer(model, OptimizerConfig(name="muon"))
     names = {p: name for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Ranks, sharding and precision change nothing that a user would see."""
+"""Training on several ranks, sharded, or in bfloat16 gives the results of one process."""
 
 import dataclasses
 import os
@@ -31,21 +31,21 @@ def close(actual: list[float], expected: list[float], tolerance: float = 1e-5) -
         pytest.param(4, dataclasses.replace(CPU, shard_size=2), "muon", marks=pytest.mark.slow),
     ],
 )
-def test_ranks_and_sharding_equal_one_process(tmp_path, world_size, runtime, optimizer):
+def test_sharded_training_equals_one_process(tmp_path, world_size, runtime, optimizer):
     config = small_run(tmp_path / "one", optimizer=OptimizerConfig(name=optimizer, lr=2e-3, warmup_steps=3))
     train(config)
     many = dataclasses.replace(config, out=str(tmp_path / "many"), runtime=runtime)
     assert run_ranks(train, world_size, many) == [0] * world_size
-    # Muon's iteration runs in bfloat16, where sums in another order may round to another number
+    # Muon orthogonalises in bfloat16, where sums in another order can round differently
     close(losses(tmp_path / "many"), losses(tmp_path / "one"), tolerance=1e-3 if optimizer == "muon" else 1e-5)
 
 
 def train_some(config: RunConfig, steps_before_stop: int) -> None:
-    """Train until a stop is asked for after some steps, or to the end."""
+    """Train to the end, or request a stop after some training steps."""
     original = Trainer.train_step
 
     def train_step(self):
-        self.stop_wished |= self.step + 1 == steps_before_stop
+        self.stop_requested |= self.step + 1 == steps_before_stop
         return original(self)
 
     Trainer.train_step = train_step
@@ -54,7 +54,7 @@ def train_some(config: RunConfig, steps_before_stop: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_run_goes_on_at_another_number_of_ranks(tmp_path):
+def test_resume_works_at_another_number_of_ranks(tmp_path):
     train(small_run(tmp_path / "whole"))
     moved = small_run(tmp_path / "moved")
     for world_size, stop in [(2, 3), (4, 7), (1, 10), (2, 0)]:
@@ -64,7 +64,7 @@ def test_a_run_goes_on_at_another_number_of_ranks(tmp_path):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_muon_resumes_bit_for_bit(tmp_path, world_size):
+def test_muon_resumes_bitwise(tmp_path, world_size):
     muon = OptimizerConfig(name="muon", lr=2e-3, warmup_steps=3)
     whole, stopped = (small_run(tmp_path / name, optimizer=muon) for name in ("whole", "stopped"))
     assert run_ranks(train_some, world_size, whole, 0) == [0] * world_size
@@ -74,14 +74,14 @@ def test_muon_resumes_bit_for_bit(tmp_path, world_size):
 
 
 def train_with_nan(config: RunConfig, step: int, rank: int) -> None:
-    """Train; the loss of one rank is NaN at one step."""
+    """Train; the loss of one rank is NaN at one training step."""
     planted = int(os.environ["RANK"]) == rank
     with changed_loss(lambda trainer, loss: loss * float("nan") if planted and trainer.step == step else loss):
         train(config)
 
 
 @pytest.mark.distributed
-def test_a_nan_on_one_rank_is_skipped_by_all(tmp_path):
+def test_nan_on_one_rank_skips_the_step_on_all(tmp_path):
     assert run_ranks(train_with_nan, 2, small_run(tmp_path / "run", steps=6), 3, 1) == [0, 0]
     values = losses(tmp_path / "run")
     assert [value != value for value in values] == [False, False, False, True, False, False]

@@ -1,4 +1,4 @@
-"""A loss spike: back to a checkpoint, on without the data that led there, the same on every rank and every time."""
+"""Rewinds after loss spikes: the data are skipped, on every rank and after every resume."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ def run_config(out, spikes=SPIKES):
 
 
 def train_with_bad_rows(config, bad: tuple[int, ...] = (10,), kill_after: int = 0) -> None:
-    """The rows of some data steps give three times the loss. `kill_after`: die after that many rewinds."""
+    """Train; the rows of some data steps give three times the loss. `kill_after`: die after that many rewinds."""
     resume, rewinds = Trainer.resume, []
 
     def resumed(self, *args):
@@ -47,7 +47,7 @@ def rewinds(run):
     return [record for record in records if record["type"] == "rewind"]
 
 
-def test_a_spike_leaves_out_its_data_and_nothing_else(tmp_path, monkeypatch):
+def test_rewind_skips_the_data_of_a_spike_and_nothing_else(tmp_path, monkeypatch):
     train_with_bad_rows(run_config(tmp_path / "spiked"))
     (record,) = rewinds(tmp_path / "spiked")
     assert (record["step"], record["spike"], record["skipped"]) == (8, 10, 3)
@@ -60,7 +60,7 @@ def test_a_spike_leaves_out_its_data_and_nothing_else(tmp_path, monkeypatch):
     assert all((spiked[name] == without[name]).all() for name in without)
 
 
-def test_two_spikes_add_up_and_a_resume_remembers_them(tmp_path):
+def test_rewinds_add_up_and_survive_a_resume(tmp_path):
     train_with_bad_rows(run_config(tmp_path / "run"), bad=(10, 13))
     assert [(r["step"], r["spike"], r["skipped"]) for r in rewinds(tmp_path / "run")] == [(8, 10, 3), (8, 10, 3)]
     entries = json.loads((tmp_path / "run" / REWINDS_FILE).read_text())
@@ -76,8 +76,8 @@ def test_two_spikes_add_up_and_a_resume_remembers_them(tmp_path):
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(("world_size", "margin"), [(1, 0), (2, 0), (1, 3)])
-def test_a_kill_in_the_middle_of_a_rewind_changes_nothing(tmp_path, world_size, margin):
-    """With a margin, the checkpoint to go back to is not the newest: a resume must not take the newer one."""
+def test_kill_during_a_rewind_changes_nothing(tmp_path, world_size, margin):
+    """With a margin, the checkpoint to go back to is not the newest, and a resume must not use the newer one."""
     spikes = SpikeConfig(factor=2.0, window=4, margin=margin)
     whole, killed = run_config(tmp_path / "whole", spikes), run_config(tmp_path / "killed", spikes)
     assert run_ranks(train_with_bad_rows, world_size, whole) == [0] * world_size
@@ -89,7 +89,7 @@ def test_a_kill_in_the_middle_of_a_rewind_changes_nothing(tmp_path, world_size, 
 
 
 def train_beside_a_stale_file(config) -> None:
-    """What rank 1 sees of rewinds.json is older than the rewind, as on a network file system."""
+    """Train; rank 1 reads an outdated rewinds.json, as can happen on a network file system."""
     read_text = Path.read_text
 
     def stale(self, *args, **kwargs):
@@ -101,13 +101,13 @@ def train_beside_a_stale_file(config) -> None:
 
 
 @pytest.mark.distributed
-def test_a_rewind_does_not_depend_on_what_other_ranks_see_of_its_file(tmp_path):
+def test_rewind_does_not_depend_on_a_stale_file_on_other_ranks(tmp_path):
     assert run_ranks(train_beside_a_stale_file, 2, run_config(tmp_path / "stale")) == [0, 0]
     assert run_ranks(train_with_bad_rows, 2, run_config(tmp_path / "plain")) == [0, 0]
     assert_equal_runs(tmp_path / "stale", tmp_path / "plain")
 
 
-def test_a_damaged_rewind_file_is_named(tmp_path):
+def test_rewind_file_damage_is_named(tmp_path):
     config = dataclasses.replace(run_config(tmp_path / "run"), max_hours=1e-9)
     train(config)
     (tmp_path / "run" / "rewinds.json").write_text('[{"step": 3}]')
@@ -115,18 +115,18 @@ def test_a_damaged_rewind_file_is_named(tmp_path):
         train(config, resume=True)
 
 
-def test_a_loss_that_keeps_spiking_aborts(tmp_path):
+def test_repeated_spikes_abort(tmp_path):
     with pytest.raises(TrainingAborted, match="max_rewinds"):
         train_with_bad_rows(run_config(tmp_path / "run", SpikeConfig(2.0, window=4, max_rewinds=2)), bad=range(10, 99))
     assert len(json.loads((tmp_path / "run" / REWINDS_FILE).read_text())) == 2
 
 
-def test_a_spike_before_any_checkpoint_aborts(tmp_path):
+def test_spike_without_an_older_checkpoint_aborts(tmp_path):
     with pytest.raises(TrainingAborted, match=r"checkpoint\.every"):
         train_with_bad_rows(run_config(tmp_path / "run", SpikeConfig(2.0, window=4, margin=9)))
 
 
 @pytest.mark.parametrize("wrong", [{"factor": 1.0}, {"window": 0}, {"margin": -1}, {"max_rewinds": -1}])
-def test_impossible_values_name_their_field(wrong):
+def test_spike_options_refuse_invalid_values(wrong):
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))} is"):
         SpikeConfig(**wrong)

@@ -1,4 +1,4 @@
-"""Saving beside training: the state of the right step, one save after the other, and failures that end the run."""
+"""Saving in the background: the state of the right training step, one save at a time, and errors that end the run."""
 
 import os
 import resource
@@ -20,7 +20,7 @@ from support import full_disk, losses, outcome, run_ranks, small_run
 EVERY = CheckpointConfig(every=4, keep_last=9)
 
 
-def test_training_goes_on_while_the_state_of_the_save_is_written(tmp_path, monkeypatch):
+def test_save_in_the_background_writes_the_state_of_its_step(tmp_path, monkeypatch):
     moved_on = threading.Event()
     write, step = dcp.save, Trainer.train_step
 
@@ -47,7 +47,7 @@ def test_training_goes_on_while_the_state_of_the_save_is_written(tmp_path, monke
             assert torch.equal(value, expected[name]), name
 
 
-def test_a_save_waits_for_the_one_before(tmp_path, monkeypatch):
+def test_save_waits_for_the_previous_one(tmp_path, monkeypatch):
     write, running, most = dcp.save, [], []
 
     def watched(*args, **kwargs):
@@ -63,7 +63,7 @@ def test_a_save_waits_for_the_one_before(tmp_path, monkeypatch):
 
 
 def train_on_a_full_disk(config, victim: int) -> None:
-    """From the second save on, no file of this process may exceed 64 KiB: the operating system refuses the write."""
+    """Train; from the second save on, the operating system refuses files of this process above 64 KiB."""
     save = Trainer.save
 
     def full(self):
@@ -77,7 +77,7 @@ def train_on_a_full_disk(config, victim: int) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_full_disk_stops_every_rank_and_leaves_the_previous_checkpoint(tmp_path, world_size):
+def test_full_disk_stops_every_rank_and_keeps_the_previous_checkpoint(tmp_path, world_size):
     run = tmp_path / "run"
     codes = run_ranks(train_on_a_full_disk, world_size, small_run(run), world_size - 1)
     assert 0 not in codes
@@ -93,7 +93,7 @@ def train_quietly(config) -> None:
     train(config, resume=True)
 
 
-def test_a_failure_in_the_background_is_raised_at_the_next_step(tmp_path, monkeypatch):
+def test_background_save_error_is_raised_at_the_next_step(tmp_path, monkeypatch):
     replace, step = os.replace, Trainer.train_step
 
     def gone(source, target):
@@ -114,7 +114,7 @@ def test_a_failure_in_the_background_is_raised_at_the_next_step(tmp_path, monkey
     assert len(losses(tmp_path / "run")) <= 7
 
 
-def test_a_save_removes_what_a_killed_one_has_left(tmp_path):
+def test_save_removes_the_remains_of_a_killed_one(tmp_path):
     config = small_run(tmp_path / "run", max_hours=1e-9)
     train(config)
     left = tmp_path / "run" / "checkpoints" / "step-00000003.tmp" / "model"
@@ -125,7 +125,7 @@ def test_a_save_removes_what_a_killed_one_has_left(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["run.yaml", "tokenizer.json", "metrics.jsonl", "checkpoint.json", "safetensors"])
-def test_a_full_disk_ends_training_with_one_line(tmp_path, monkeypatch, capsys, name):
+def test_full_disk_ends_training_with_one_line(tmp_path, monkeypatch, capsys, name):
     (tmp_path / "run.yaml").write_text(as_yaml(small_run(tmp_path / "run")))
     full_disk(monkeypatch, f".{name}" if name == "run.yaml" else name)
     assert main(["train", "--config", str(tmp_path / "run.yaml")]) == 1

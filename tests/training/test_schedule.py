@@ -1,4 +1,4 @@
-"""Learning rates and depths in the course of a run."""
+"""Schedules of learning rate and depth."""
 
 import math
 
@@ -17,7 +17,7 @@ def rates(total=20, **fields):
     return [learning_rate(config, step, total) for step in range(total)]
 
 
-def test_the_trapezoid_warms_up_holds_and_cools_down():
+def test_trapezoid_schedule_warms_up_holds_and_cools_down():
     values = rates(cooldown_steps=5)
     assert values[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert values[4:15] == [1.0] * 11
@@ -25,7 +25,7 @@ def test_the_trapezoid_warms_up_holds_and_cools_down():
     assert rates(schedule="constant")[4:] == [1.0] * 16
 
 
-def test_linear_and_cosine_fall_from_the_warm_up_to_the_end():
+def test_linear_and_cosine_schedules_decay_from_warm_up_to_the_end():
     linear, cosine = rates(schedule="linear", final_lr=0.1), rates(schedule="cosine", final_lr=0.1)
     for step in range(4, 20):
         left = (20 - step) / 17
@@ -34,12 +34,12 @@ def test_linear_and_cosine_fall_from_the_warm_up_to_the_end():
     assert linear[:4] == cosine[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
 
 
-def test_a_cooldown_without_trapezoid_is_refused():
+def test_cooldown_is_refused_without_trapezoid():
     with pytest.raises(ValueError, match=r"^cooldown_steps is 5"):
         OptimizerConfig(schedule="cosine", cooldown_steps=5)
 
 
-def test_the_mean_depth_ramps_and_a_resumed_step_draws_the_same(tmp_path):
+def test_depth_ramp_raises_the_mean_depth_and_resumes_exactly(tmp_path):
     model = ModelConfig(mean_recurrence=32, mean_backprop_depth=4)
     ramp = DepthRampConfig(start=2, steps=30)
     assert [ramped(model, ramp, step).mean_recurrence for step in (0, 10, 15, 29, 30, 99)] == [2, 12, 17, 31, 32, 32]
@@ -55,13 +55,13 @@ def test_the_mean_depth_ramps_and_a_resumed_step_draws_the_same(tmp_path):
     assert trainer.train_step()["num_steps"] == depths[20]
 
 
-def test_a_ramp_that_falls_is_refused(tmp_path):
+def test_depth_ramp_that_decreases_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"depth_ramp\.start"):
         small_run(tmp_path, depth_ramp=DepthRampConfig(start=9))
 
 
 @pytest.mark.parametrize("backprop", [None, 2])
-def test_fixed_depth_and_full_backpropagation_train(tmp_path, backprop):
+def test_training_works_at_fixed_depth_with_full_backpropagation(tmp_path, backprop):
     model = ModelConfig(
         n_embd=32, n_heads=2, intermediate_size=64, vocab_size=64, block_size=32, mean_recurrence=3,
         mean_backprop_depth=backprop, sampling_scheme="fixed",

@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves first, on all ranks at the same step, and can be continued.
+"""A run that is asked to stop saves first, on all ranks at the same training step, and can be resumed.
 
 SIGNAL_TRIALS sets how many random moments are tried (20 for a release).
 """
@@ -26,7 +26,7 @@ from support import assert_equal_runs, changed_loss, losses, run_ranks, small_ru
 
 
 def train_with_signal(config, step: int, rank: int, number: int) -> None:
-    """Train; rank `rank` gets the signal in the middle of a training step."""
+    """Train; rank `rank` gets the signal in the middle of training step `step`."""
     sent = []
 
     def send(trainer, loss):
@@ -45,7 +45,7 @@ def train_on(config) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("world_size", "number"), [(1, signal.SIGINT), (1, signal.SIGUSR1), (2, signal.SIGTERM)])
-def test_a_signal_saves_and_exits_cleanly(tmp_path, world_size, number):
+def test_signal_saves_and_exits_cleanly(tmp_path, world_size, number):
     config = small_run(tmp_path / "stopped")
     assert run_ranks(train_with_signal, world_size, config, 5, world_size - 1, number) == [0] * world_size
     assert checkpoints(tmp_path / "stopped")[-1].name == "step-00000006"
@@ -69,7 +69,7 @@ MOMENTS = {
 
 
 def train_with_signal_at(config, moment: str, call: int, victims: tuple[int, ...]) -> None:
-    """Train; the victims get SIGTERM at the `call`-th time of a moment, or after `call` milliseconds of training."""
+    """Train; the victims get SIGTERM at the `call`-th call of a moment, or after `call` milliseconds of training."""
     rank = int(os.environ["RANK"])
 
     def send():
@@ -95,14 +95,14 @@ def train_with_signal_at(config, moment: str, call: int, victims: tuple[int, ...
 
 
 def busy_run(out):
-    """Saves and validations are most of the run, so that random moments fall into them."""
+    """Return a run that mostly saves and validates, so that random moments fall into these."""
     validation = ValidationConfig(every=3, rows=8, num_steps=(1, 4))
     return small_run(out, checkpoint=CheckpointConfig(every=2), validation=validation)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("moment", ["between the reduction and the loop's check", "during a save"])
-def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(tmp_path, moment):
+def test_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, moment):
     config = small_run(tmp_path / "run")
     assert run_ranks(train_with_signal_at, 2, config, moment, 2, (1,), timeout=60) == [0, 0]
     stopped = len(losses(tmp_path / "run"))
@@ -128,7 +128,7 @@ def test_signals_at_random_moments_save_and_resume_bitwise(tmp_path):
 
 
 def run_with_interrupt(out, arguments: list[str], environment: dict[str, str]) -> subprocess.Popen:
-    """Start training in a process group of its own and send it Ctrl-C as a terminal does, after the first save."""
+    """Start training in a separate process group and send it Ctrl-C as a terminal does, after the first save."""
     options = ["--out", str(out), "--data.task.name", "shell_game", "--data.task.max_length", "8", "--steps", "100000"]
     options += ["--batch_size", "4", "--model.n_embd", "32", "--model.n_heads", "2", "--model.intermediate_size", "64"]
     options += ["--model.vocab_size", "64", "--model.block_size", "32", "--model.mean_recurrence", "4"]
@@ -144,7 +144,7 @@ def run_with_interrupt(out, arguments: list[str], environment: dict[str, str]) -
     return process
 
 
-def test_ctrl_c_saves_and_ends_in_one_line(tmp_path):
+def test_ctrl_c_saves_and_ends_with_one_line(tmp_path):
     process = run_with_interrupt(tmp_path / "run", ["-m", "recurrent_depth.cli", "train"], {})
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
@@ -156,7 +156,7 @@ def test_ctrl_c_saves_and_ends_in_one_line(tmp_path):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_ctrl_c_under_torchrun_saves(tmp_path):
-    """torchrun passes the terminal's SIGINT on to ranks that have had it already: the second must not end them."""
+    """torchrun forwards the terminal's SIGINT to ranks that already got it; the second one must not end them."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     entry = str(Path(__file__).parents[2] / "train.py")
     process = run_with_interrupt(tmp_path / "run", [*launcher, entry], {"OMP_NUM_THREADS": "1"})
@@ -165,7 +165,7 @@ def test_ctrl_c_under_torchrun_saves(tmp_path):
     assert line.split()[5] == str(int(checkpoints(tmp_path / "run")[-1].name[5:]))
 
 
-def test_a_finished_run_says_so(tmp_path, capsys):
+def test_finished_run_prints_that_it_is_finished(tmp_path, capsys):
     train(small_run(tmp_path / "run"))
     before = losses(tmp_path / "run")
     capsys.readouterr()
@@ -174,7 +174,7 @@ def test_a_finished_run_says_so(tmp_path, capsys):
     assert losses(tmp_path / "run") == before
 
 
-def test_a_run_says_what_it_starts(tmp_path, capsys):
+def test_run_prints_what_it_starts(tmp_path, capsys):
     options = ["--out", str(tmp_path / "run"), "--data.task.name", "shell_game", "--steps", "1", "--batch_size", "4"]
     options += ["--model.n_embd", "32", "--model.n_heads", "2", "--model.intermediate_size", "64"]
     options += ["--model.vocab_size", "64", "--model.block_size", "32", "--runtime.device", "cpu"]
@@ -185,27 +185,27 @@ def test_a_run_says_what_it_starts(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("seconds_left", "steps"), [(30, 1), (3600, 12)])
-def test_a_slurm_job_saves_before_it_ends(tmp_path, monkeypatch, seconds_left, steps):
+def test_slurm_job_saves_before_its_end(tmp_path, monkeypatch, seconds_left, steps):
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + seconds_left))
     train(small_run(tmp_path / "run", slurm_margin_minutes=1.0))
     assert len(losses(tmp_path / "run")) == steps
     assert checkpoints(tmp_path / "run")[-1].name == f"step-{steps:08d}"
 
 
-def test_a_time_limit_saves(tmp_path):
+def test_time_limit_saves_and_stops(tmp_path):
     config = small_run(tmp_path / "run", max_hours=1e-9)
     train(config)
     assert checkpoints(tmp_path / "run")[-1].name == "step-00000001"
 
 
 def train_with_deadline_on(config, rank: int) -> None:
-    """Only one rank's clock says that the time is over (Slurm tells each node by itself)."""
+    """Train; the deadline passes on one rank only (Slurm tells each node separately)."""
     if int(os.environ["RANK"]) == rank:
         os.environ["SLURM_JOB_END_TIME"] = str(int(time.time()))
     train(config)
 
 
 @pytest.mark.distributed
-def test_a_deadline_on_one_rank_stops_all(tmp_path):
+def test_deadline_on_one_rank_stops_all(tmp_path):
     assert run_ranks(train_with_deadline_on, 2, small_run(tmp_path / "run"), 1) == [0, 0]
     assert checkpoints(tmp_path / "run")[-1].name == "step-00000001"

@@ -1,4 +1,4 @@
-"""The validation loss is that of the rows that were asked for."""
+"""The validation loss covers exactly the configured rows."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ def test_validation_loss_does_not_depend_on_the_batch(tmp_path, rows_per_batch):
     assert metrics["loss_1"] == pytest.approx(whole.item(), rel=1e-5)
 
 
-def test_validation_rows_without_a_target_are_refused(tmp_path):
+def test_validation_refuses_rows_without_a_target(tmp_path):
     class NoTargets:
         def batch(self, first_row, count, step):
             batch = source.batch(first_row, count, step)

@@ -81,7 +81,7 @@ _job: Job | None = None
 
 
 def _start_process(job: Job, parent: int) -> None:
-    """In a new process: remember the job, use one core, and end when the parent process is gone."""
+    """Initialise a worker process: store the job, use one core, and end when the parent process is gone."""
     global _job
     _job = job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C

@@ -4,7 +4,7 @@ A weight is the number of passes over a source relative to the other sources of 
 weight 4 is read four times as often as a source of weight 1, and a source of weight 0.25 to a quarter. A source's share
 of its category is therefore proportional to weight x size, and to the weight alone among sources of equal size. The
 share of a whole category is fixed. Rows are counted after packing, so the shares hold for the tokens that are trained
-on, whatever a packing policy drops.
+on, independent of what a packing policy drops.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Where documents come from: files, folders, Hugging Face data sets, and the Python standard library.
 
 A source is cut into parts once, before any work: a part is a list of slices (whole text files, byte ranges of JSONL,
-row groups of parquet, shards of a data set) and is read by one task, whatever the number of workers.
+row groups of parquet, shards of a data set) and is read by one task, at any number of workers.
 """
 
 import sysconfig

@@ -1,14 +1,13 @@
-"""A generated task that writes, and whose answer needs depth while it writes: put moves in order, then say where the
-ball is.
+"""A generated task in which the model writes, and needs depth while it writes: sort moves, then say where the ball is.
 
-A row reads `turn142 turn013 ... report cup2`, and the model writes `turn013 ... turn142 cup4 end`: the instructions
-that it read, in the order of the vocabulary, then the place of a ball that starts under cup2 and is moved by them in
-that order. The order is known only when all instructions have been read, and the start comes last, so only the prompt's
-last token could compose anything before writing begins. No state is written before the end. A trained model composes at
-the positions of what it writes (`where` in benchmarks/results/generative.json).
+A row reads `turn142 turn013 ... report cup2`, and the model writes `turn013 ... turn142 cup4 end`: the instructions in
+the order of the vocabulary, then the place of a ball that starts under cup2 and is moved by them in that order. The
+order is known only after all instructions, and the start comes last, so only the last token of the prompt could compute
+the result before writing starts. No intermediate state is written. A trained model computes the result at the positions
+of the written tokens (`where` in benchmarks/results/generative.json).
 
-One answer per row teaches little. So most training rows are lessons: the same tokens after another mark, and the label
-of each written instruction is the state after it.
+One answer per row is a weak training signal, so most training rows are lessons: the same tokens after another mark,
+where the label of each written instruction is the state after it.
 """
 
 import itertools
@@ -30,7 +29,7 @@ LESSONS = 0.7
 
 @dataclass(frozen=True)
 class ReportTask(WordTask):
-    """State tracking over instructions that the model itself puts in order.
+    """State tracking over instructions that the model sorts first.
 
     Attributes:
         game: what is tracked; its token ids stay as they are; the marks, `end` and padding follow.

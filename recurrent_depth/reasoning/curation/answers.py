@@ -119,7 +119,7 @@ class Checker:
 
 
 def _compare_forever(pipe: Connection) -> None:
-    """In the other process: reply to each (reference, attempt) with whether they agree."""
+    """Compare each received (reference, attempt) and send whether they agree; runs in a separate process."""
     import math_verify  # noqa: F401
 
     logging.disable(logging.WARNING)  # it warns that the caller must handle timeouts; the parent does

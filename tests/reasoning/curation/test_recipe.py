@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from recurrent_depth.hf.dense import optimizer_of
+from recurrent_depth.hf.dense_control import optimizer_of
 from recurrent_depth.model.config import SHAPES
 from recurrent_depth.parsing import parse_options
 from recurrent_depth.reasoning.config import ReasoningDataConfig

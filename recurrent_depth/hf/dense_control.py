@@ -1,4 +1,4 @@
-"""The control of a fine-tuning: a dense transformers model through the same rows, schedule and number of steps."""
+"""Fine-tune a dense transformers model as a control: same rows, schedule and number of training steps."""
 
 import os
 from contextlib import ExitStack
@@ -16,15 +16,16 @@ from recurrent_depth.data.config import DataConfig
 from recurrent_depth.data.loader import open_source
 from recurrent_depth.files import LOCK_FILE, output_folder
 from recurrent_depth.hub import check_folder_or_hub_name
+from recurrent_depth.model.loss import IGNORE_INDEX
 from recurrent_depth.training.config import DenseConfig, OptimizerConfig, RunConfig
 from recurrent_depth.training.optimizer import learning_rate
 from recurrent_depth.training.parallel import Ranks, start_processes
 
 
 class Rows(Dataset):
-    """A source's rows in the order in which the trainer of recurrent models reads them.
+    """The rows of a source, in the order in which the trainer of recurrent models reads them.
 
-    accelerate gives batch m * ranks + r to rank r, which makes the rows of a micro-step those of the recurrent trainer.
+    accelerate gives batch m * ranks + r to rank r, so a micro-step has the same rows as in the recurrent trainer.
     """
 
     def __init__(self, source: Source, count: int) -> None:
@@ -38,12 +39,14 @@ class Rows(Dataset):
 
 
 def as_features(batch: Batch) -> dict[str, Tensor]:
-    """One row of T tokens for a transformers model: T + 1 ids, since it shifts the labels itself; restarting
-    positions tell the documents apart."""
+    """Return the features of a batch of one row of T tokens for a transformers model.
+
+    They have T + 1 ids, because the model shifts the labels itself; positions that restart separate the documents.
+    """
     ids, targets = batch.input_ids[0], batch.targets[0]
     features = {
         "input_ids": torch.cat([ids, targets[-1:].clamp(min=0)]),
-        "labels": torch.cat([targets.new_full((1,), -100), targets]),
+        "labels": torch.cat([targets.new_full((1,), IGNORE_INDEX), targets]),
     }
     if batch.position_ids is not None:
         positions = batch.position_ids[0]
@@ -51,15 +54,15 @@ def as_features(batch: Batch) -> dict[str, Tensor]:
     return features
 
 
-class InOrder(Trainer):
-    """A Trainer that reads rows in their own order, which is shuffled and seeded already."""
+class SequentialTrainer(Trainer):
+    """A Trainer that reads rows in the order of the data set, which is already shuffled."""
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 def train_dense(config: DenseConfig) -> Path:
-    """Fine-tune a dense model; return its folder."""
+    """Fine-tune a dense model and return its folder."""
     check_folder_or_hub_name(config.model)
     rows = config.run.rows_per_rank(int(os.environ.get("WORLD_SIZE", 1)))
     out = Path(config.out)
@@ -85,11 +88,11 @@ def _train(config: DenseConfig, ranks: Ranks, rows: int) -> None:
     model = load_dense(config.model)
     if source.vocab_size > model.config.vocab_size:
         raise ValueError(
-            f"the rows use {source.vocab_size} token ids, {config.model} has {model.config.vocab_size}; prepare them "
-            "with its own tokenizer"
+            f"the rows use {source.vocab_size} token ids, but {config.model} has {model.config.vocab_size}; prepare "
+            "the rows with its own tokenizer"
         )
     optimizer, schedule = optimizer_of(model, run.optimizer, run.steps)
-    trainer = InOrder(
+    trainer = SequentialTrainer(
         model=model,
         args=arguments(run, rows, config.out),
         train_dataset=Rows(source, run.steps * run.batch_size),
@@ -102,14 +105,14 @@ def _train(config: DenseConfig, ranks: Ranks, rows: int) -> None:
 
 
 def load_dense(path: str) -> Any:
-    """The model for training. With a cache transformers would not tell packed examples apart by their positions."""
+    """Return the model for training, without a cache: with one, transformers ignores the positions of packed rows."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     model.config.use_cache = False
     return model
 
 
 def arguments(config: RunConfig, rows: int, out: str) -> TrainingArguments:
-    """Return transformers' options for the recipe; every rank takes `rows` rows of a micro-step."""
+    """Return the TrainingArguments of the recipe; every rank takes `rows` rows of a micro-step."""
     gpu = config.runtime.device != "cpu" and torch.cuda.is_available()
     half = config.runtime.dtype == "bfloat16" or (config.runtime.dtype == "auto" and gpu)
     return TrainingArguments(
@@ -131,7 +134,7 @@ def arguments(config: RunConfig, rows: int, out: str) -> TrainingArguments:
 
 
 def optimizer_of(model: nn.Module, config: OptimizerConfig, steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """AdamW with decay on matrices alone, and the schedule of the recurrent recipe."""
+    """Return AdamW with decay on matrices only, and the schedule of the recurrent recipe."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]

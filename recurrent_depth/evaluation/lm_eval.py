@@ -1,4 +1,4 @@
-"""lm-evaluation-harness at several numbers of iterations, on a model loaded once."""
+"""Run lm-evaluation-harness at several numbers of iterations, on a model loaded once."""
 
 import json
 import logging
@@ -25,17 +25,17 @@ from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.forcing import ThinkingBudget
 from recurrent_depth.hf.engine import decoding, joined, stop_at, unpadded
 
-logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that a loaded model was passed, at every call
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns at every call that a loaded model was passed
 
 GENERATED_NAMES = {f"{name}{LM_SUFFIX}": task for name, task in TASKS.items()}
 
 
 class RecurrentLM(HFLM):
-    """lm-eval's Hugging Face model, with a number of iterations and an initial state that change between runs.
+    """lm-eval's Hugging Face model, with a number of iterations and an initial state that can change between runs.
 
-    Generation options that are fields of `EngineOptions` (for example `gen_kwargs: {thinking: {at_most: 256}}` or
-    `{exit: kl}`) send the requests to our decoding engine. A thinking part is cut off before an answer is read, and
-    a task's stop texts count after it only. `spent` sums up tokens, core iterations and FLOPs of the engine.
+    With generation options that are fields of `EngineOptions` (for example `gen_kwargs: {thinking: {at_most: 256}}` or
+    `{exit: kl}`) the decoding engine of this package runs the requests. The thinking part is removed before the answer
+    is read, and stop texts of a task apply only after it. `spent` sums tokens, core iterations and FLOPs of the engine.
     """
 
     num_steps: int = 1
@@ -56,7 +56,7 @@ class RecurrentLM(HFLM):
             return super()._model_generate(context, max_length, stop, **depth, **kwargs)
         if self.state_seed is not None:
             raise ValueError(
-                "lm_eval.gen_kwargs: exits, thinking and modes of decoding start from a state of zeros; leave "
+                "lm_eval.gen_kwargs: exits, thinking and decoding modes start from a zero state; leave "
                 "lm_eval.state_seeds out"
             )
         others = {name: value for name, value in kwargs.items() if not _is_engine_option(name)}
@@ -94,10 +94,10 @@ class RecurrentLM(HFLM):
         return joined(context, result.tokens, self.tokenizer.pad_token_id)
 
 
-def flat(gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return generation options with sections written out: `{thinking: {rounds: 2}}` as `{thinking.rounds: 2}`.
+def flattened(gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return generation options with flattened sections: `{thinking: {rounds: 2}}` as `{thinking.rounds: 2}`.
 
-    lm-eval tells requests apart by plain values alone.
+    lm-eval groups requests by their options, which must be plain values.
     """
     found: dict[str, Any] = {}
     for name, value in gen_kwargs.items():
@@ -106,9 +106,9 @@ def flat(gen_kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def engine_options(gen_kwargs: Mapping[str, Any], **further: Any) -> EngineOptions | None:
-    """Return the options of our decoding engine among generation options; None if there are none."""
+    """Return the options of the decoding engine among generation options; None if there are none."""
     values: dict[str, Any] = {}
-    for name, value in flat(gen_kwargs).items():
+    for name, value in flattened(gen_kwargs).items():
         if _is_engine_option(name):
             section, dot, key = name.partition(".")
             values |= {section: values.get(section, {}) | {key: value}} if dot else {name: value}
@@ -120,7 +120,7 @@ def _is_engine_option(name: str) -> bool:
 
 
 def check_tasks(groups: Sequence[TaskGroup], config: LmEvalConfig) -> None:
-    """Load every task, and raise for one that is unknown, malformed, or cannot have a thinking budget."""
+    """Load every task; raise if one is unknown, malformed, or cannot have a thinking budget."""
     for group in groups:
         engine_options(group.gen_kwargs)
     if config.include_path is not None and not Path(config.include_path).is_dir():
@@ -135,7 +135,7 @@ def check_tasks(groups: Sequence[TaskGroup], config: LmEvalConfig) -> None:
     if unknown:
         raise ValueError(
             f"tasks: {', '.join(unknown)} not found; `lm-eval ls tasks` lists the tasks, lm_eval.include_path adds "
-            "yours (a YAML file that is not valid is skipped), and the generated tasks are "
+            "your own (invalid YAML files are skipped), and the generated tasks are "
             f"{', '.join(sorted(GENERATED_NAMES))}"
         )
     for name in names:
@@ -150,30 +150,30 @@ def check_tasks(groups: Sequence[TaskGroup], config: LmEvalConfig) -> None:
 def _load(manager: TaskManager, name: str) -> dict[str, Any]:
     try:
         return manager.load([name])["tasks"]
-    except Exception as error:  # lm-eval checks little: a malformed YAML ends in any error
+    except Exception as error:  # lm-eval checks little: a malformed YAML may raise any error
         raise ValueError(
             f"tasks: lm-eval cannot load {name} ({type(error).__name__}: {error}); check its YAML and data with "
             f"`lm-eval validate --tasks {name}`"
         ) from error
 
 
-@lru_cache(maxsize=1)  # reading the thousands of files that lm-eval brings takes seconds
+@lru_cache(maxsize=1)  # reading the thousands of task files of lm-eval takes seconds
 def task_manager(include_path: str | None, generated: Path | None, defaults: bool) -> TaskManager:
-    """Return the tasks of `include_path`, of the folder of generated tasks, and with `defaults` those of lm-eval."""
+    """Return the tasks of `include_path` and of the folder `generated`, and with `defaults` those of lm-eval."""
     folders = [str(folder) for folder in (include_path, generated) if folder is not None]
     try:
         return TaskManager(include_path=folders or None, include_defaults=defaults)
     except Exception as error:
-        raise ValueError(f"lm_eval.include_path: lm-eval cannot read {include_path} ({error}); fix it") from error
+        raise ValueError(f"lm_eval.include_path: lm-eval cannot read {include_path} ({error}); correct it") from error
 
 
 class Harness:
-    """A loaded model, and the tasks it is asked.
+    """Run lm-eval tasks on a loaded model.
 
     Args:
-        name: of the model, for the results.
-        settings: takes an entry per group, initial state and budget, for results.json: the options, the chat template,
-            and what lm-eval reports of the tasks.
+        name: name of the model in the results.
+        settings: list to append an entry to for every group, initial state and budget, for results.json: the options,
+            the chat template, and the task settings that lm-eval reports.
     """
 
     def __init__(
@@ -199,13 +199,13 @@ class Harness:
             for seed in self.config.state_seeds:
                 for budget, options in self._budgets():
                     settings: dict[str, Any] = {"group": asdict(group), "budget": budget, "state_seed": seed}
-                    settings |= {"gen_kwargs": flat(group.gen_kwargs) | options, "engine_spent": {}}
+                    settings |= {"gen_kwargs": flattened(group.gen_kwargs) | options, "engine_spent": {}}
                     self.settings.append(settings)
                     for r in num_steps:
                         yield self._run(manager, group, seed, budget, settings, r)
 
     def _budgets(self) -> list[tuple[str, dict[str, Any]]]:
-        """Return every budget's label with its generation options; one without budget if there are none."""
+        """Return the label and the generation options of every budget; an empty label if there are no budgets."""
         budgets: list[tuple[str, dict[str, Any]]] = [
             (budget_label(tokens, waits), {"thinking.at_most": tokens, "thinking.rounds": waits})
             for tokens, waits in self.config.budgets.combinations()
@@ -240,7 +240,7 @@ class Harness:
 
 
 def read_report(report: dict[str, Any]) -> Iterator[tuple[str, str, float, float | None, int]]:
-    """Yield (task, metric, value, standard error, documents) of lm-eval's report, in natural order of the tasks."""
+    """Yield (task, metric, value, standard error, documents) from a report of lm-eval, tasks in natural order."""
     for task, metrics in sorted(report["results"].items(), key=lambda item: natural(item[0])):
         for key, value in metrics.items():
             metric, _, rule = key.partition(",")
@@ -253,7 +253,7 @@ def read_report(report: dict[str, Any]) -> Iterator[tuple[str, str, float, float
 
 
 def _documents(report: dict[str, Any], task: str) -> int:
-    """Return the documents of a task, or of all tasks of a group."""
+    """Return the number of documents of a task, or of all tasks of a group."""
     samples = report["n-samples"].get(task)
     if samples is not None:
         return samples["effective"]
@@ -261,6 +261,6 @@ def _documents(report: dict[str, Any], task: str) -> int:
 
 
 def _split_name(task: str) -> tuple[str, str]:
-    """Return name and difficulty of a task: of shell_game_lm__5-8, shell_game_lm and 5-8; of others, no difficulty."""
+    """Return name and difficulty of a task: shell_game_lm and 5-8 for shell_game_lm__5-8; else an empty difficulty."""
     name, _, difficulty = task.partition("__")
     return (name, difficulty) if name in GENERATED_NAMES else (task, "")

@@ -1,4 +1,4 @@
-"""Generation tasks of lm-eval: by transformers, and by our decoding engine under options such as budgets and exits."""
+"""Generation tasks of lm-eval with transformers, and with the decoding engine under budgets and exits."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from recurrent_depth.cli import main
 from recurrent_depth.evaluation.command import evaluate
 from recurrent_depth.evaluation.config import BudgetGrid, EvalConfig, LmEvalConfig, TaskGroup
-from recurrent_depth.evaluation.harness import RecurrentLM, check_tasks, read_report
+from recurrent_depth.evaluation.lm_eval import RecurrentLM, check_tasks, read_report
 from recurrent_depth.generation.config import EngineOptions, Thinking
 from recurrent_depth.hf.engine import decoding
 from recurrent_depth.hf.loading import load_model
@@ -74,7 +74,7 @@ def test_engine_options_refuse_a_random_initial_state(lm):
 
 
 def write_task(folder, **changes):
-    """A task of three questions that generates text."""
+    """Write a task of three questions that generates text."""
     folder.mkdir()
     (folder / "rows.jsonl").write_text("".join(json.dumps({"q": f"how many {i}?", "a": "7"}) + "\n" for i in range(3)))
     task = {
@@ -89,10 +89,10 @@ def write_task(folder, **changes):
 
 @pytest.mark.slow
 def test_lm_eval_tasks_are_asked_under_every_budget(chat_folder, tmp_path, monkeypatch):
-    """A comma in the wait text is no syntax: the decoding engine gets the text as it is written."""
+    """A comma in the wait text has no special meaning: the decoding engine gets the text unchanged."""
     seen = []
     monkeypatch.setattr(
-        "recurrent_depth.evaluation.harness.decoding",
+        "recurrent_depth.evaluation.lm_eval.decoding",
         lambda options, *args, **changes: seen.append(options.thinking) or decoding(options, *args, **changes),
     )
     section = LmEvalConfig(
@@ -134,7 +134,7 @@ def test_generation_options_of_the_wrong_type_are_refused(gen_kwargs, message):
 
 @pytest.fixture(scope="module")
 def odd_tasks(tmp_path_factory):
-    """One folder for all, since lm-eval reads thousands of files whenever it looks for tasks."""
+    """One folder with all malformed tasks: lm-eval reads thousands of files for every new folder."""
     folder = tmp_path_factory.mktemp("odd") / "tasks"
     write_task(folder, task="choice", output_type="multiple_choice", doc_to_choice=["7", "8"], doc_to_target=0)
     (folder / "line.yaml").write_text("just one line\n")
@@ -155,7 +155,7 @@ def odd_tasks(tmp_path_factory):
     ],
 )
 def test_lm_eval_tasks_that_cannot_be_loaded_are_named(odd_tasks, name, message, tmp_path, capsys):
-    command = ["eval", "--model", "nowhere", "--out", str(tmp_path / "out"), "--tasks", name]
+    command = ["eval", "--model", str(tmp_path), "--out", str(tmp_path / "out"), "--tasks", name]
     assert main([*command, "--lm-eval.include-path", odd_tasks]) == 1
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()

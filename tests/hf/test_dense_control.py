@@ -1,4 +1,4 @@
-"""The dense control goes through the same rows and the same schedule."""
+"""The dense control trains on the same rows with the same schedule."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from reasoning_rows import puzzles, write_rows
 from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.data.loader import open_source
 from recurrent_depth.files import output_folder
-from recurrent_depth.hf.dense import as_features, load_dense, optimizer_of, train_dense
+from recurrent_depth.hf.dense_control import as_features, load_dense, optimizer_of, train_dense
 from recurrent_depth.hf.loading import fast_tokenizer
 from recurrent_depth.reasoning.config import ReasoningDataConfig
 from recurrent_depth.reasoning.dataset import prepare_reasoning
@@ -39,10 +39,10 @@ def data(folder):
     return PackedDataConfig(str(folder / "data"), document_masking=True, restart_positions=True)
 
 
-def test_a_llama_sees_the_labels_and_the_borders_of_packed_examples(prepared):
+def test_dense_model_gets_labels_and_separates_packed_examples(prepared):
     model = load_dense(str(prepared / "llama")).double().eval()
     for p in model.parameters():
-        p.data.mul_(3.0)  # tokens that differ enough for a leak to show
+        p.data.mul_(3.0)  # large weights, so that a leak between examples changes the loss
     batch = open_source(DataConfig(packed=data(prepared)), "train", 0, 1).batch(0, 1, 0)
     features = {name: value[None] for name, value in as_features(batch).items()}
     with torch.no_grad():
@@ -55,11 +55,11 @@ def test_a_llama_sees_the_labels_and_the_borders_of_packed_examples(prepared):
             logits = model(ids[None]).logits[0]
             alone += torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum").item()
         leaking = model(features["input_ids"], labels=features["labels"]).loss.item() * count
-    assert together == pytest.approx(alone, rel=1e-6)  # transformers takes the loss in fp32
+    assert together == pytest.approx(alone, rel=1e-6)  # transformers computes the loss in fp32
     assert abs(leaking - alone) > 1e-3 * alone
 
 
-def test_the_schedule_is_that_of_the_recurrent_recipe():
+def test_dense_schedule_equals_the_recurrent_recipe():
     config = OptimizerConfig(name="adamw", lr=0.1, warmup_steps=3, cooldown_steps=4)
     optimizer, schedule = optimizer_of(torch.nn.Linear(2, 2), config, 10)
     rates = []
@@ -82,7 +82,7 @@ def command(folder, out, model="llama", **changes):
 
 
 @pytest.mark.slow
-def test_a_tiny_llama_learns_the_rows(prepared, tmp_path):
+def test_dense_training_lowers_the_loss(prepared, tmp_path):
     folder = train_dense(command(prepared, tmp_path / "run"))
     (state,) = (tmp_path / "run").glob("checkpoint-12/trainer_state.json")
     values = [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
@@ -93,7 +93,7 @@ def test_a_tiny_llama_learns_the_rows(prepared, tmp_path):
         train_dense(command(prepared, tmp_path / "run"))
 
 
-def test_rows_of_another_tokenizer_and_huginn_adam_are_refused(prepared, tmp_path):
+def test_dense_training_refuses_another_tokenizer_and_huginn_adam(prepared, tmp_path):
     small = LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     LlamaForCausalLM(small).save_pretrained(tmp_path / "small")
     with pytest.raises(ValueError, match="its own tokenizer"):
@@ -109,8 +109,8 @@ def losses(run):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_ranks_train_on_the_rows_of_one(prepared, tmp_path):
-    """The rows of a step are divided among the ranks: the losses and the weights are those of one process."""
+def test_dense_training_on_two_ranks_equals_one_process(prepared, tmp_path):
+    """The rows of a training step are divided among the ranks; losses and weights equal those of one process."""
     one, two = command(prepared, tmp_path / "one", steps=4), command(prepared, tmp_path / "two", steps=4)
     assert run_ranks(train_dense, 1, one) == [0]
     assert run_ranks(train_dense, 2, two) == [0, 0]
@@ -126,7 +126,7 @@ def train_in_use(config, folder) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_folder_in_use_is_refused_on_every_rank(prepared, tmp_path):
+def test_dense_training_refuses_a_folder_in_use_on_every_rank(prepared, tmp_path):
     with output_folder(tmp_path / "run"):
         codes = run_ranks(train_in_use, 2, command(prepared, tmp_path / "run"), tmp_path)
     assert 0 not in codes
@@ -134,7 +134,7 @@ def test_a_folder_in_use_is_refused_on_every_rank(prepared, tmp_path):
         assert f"in use by process {os.getpid()}" in (tmp_path / f"outcome-{rank}.txt").read_text()
 
 
-def test_rows_that_do_not_divide_among_the_ranks_are_refused(prepared, tmp_path, monkeypatch):
+def test_dense_training_refuses_rows_that_do_not_divide_among_ranks(prepared, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="do not divide among 3 ranks"):
         train_dense(command(prepared, tmp_path / "run"))
