@@ -45,6 +45,7 @@ def test_cached_generation_equals_uncached(model, options):
     assert torch.equal(cached, model.generate(**batch, use_cache=False, **(common | plain)))
 
 
+@pytest.mark.slow
 def test_static_cache_works_with_compile(model):
     batch = left_padded(PROMPTS)
     options = {"max_new_tokens": 6, "do_sample": False, "num_steps": 2}

@@ -62,6 +62,7 @@ def test_resume_works_at_another_number_of_ranks(tmp_path):
     close(losses(tmp_path / "moved"), losses(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_muon_resumes_bitwise(tmp_path, world_size):

@@ -100,6 +100,7 @@ def train_beside_a_stale_file(config) -> None:
     train_with_bad_rows(config)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_rewind_does_not_depend_on_a_stale_file_on_other_ranks(tmp_path):
     assert run_ranks(train_beside_a_stale_file, 2, run_config(tmp_path / "stale")) == [0, 0]

@@ -44,7 +44,10 @@ def train_on(config) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("world_size", "number"), [(1, signal.SIGINT), (1, signal.SIGUSR1), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("world_size", "number"),
+    [(1, signal.SIGINT), pytest.param(1, signal.SIGUSR1, marks=pytest.mark.slow), (2, signal.SIGTERM)],
+)
 def test_signal_saves_and_exits_cleanly(tmp_path, world_size, number):
     config = small_run(tmp_path / "stopped")
     assert run_ranks(train_with_signal, world_size, config, 5, world_size - 1, number) == [0] * world_size
