@@ -1,5 +1,7 @@
 """Choose the device and dtype of a command."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 
@@ -24,6 +26,11 @@ def choose_device(name: str = "auto") -> torch.device:
         if (device.index or 0) >= found:
             raise ValueError(f"device is {name!r}, but torch sees {found} CUDA or ROCm device(s); use auto or cpu")
     return device
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which `device` is the current GPU, on which streams and kernels start; nothing on a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

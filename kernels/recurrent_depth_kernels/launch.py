@@ -6,7 +6,7 @@ on fake tensors inside `skipped()`).
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -58,12 +58,17 @@ class Launch:
         self._check_devices()
         kernel = self.kernel if INTERPRETED else torch.library.wrap_triton(self.kernel)
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        kernel[self.grid](**self.arguments, **self.constants, **options)
+        # Triton launches on the current GPU, whatever GPU the tensors are on.
+        gpu = next((value.device for value in self._tensors() if value.is_cuda), None)
+        with torch.cuda.device(gpu) if gpu is not None and torch.cuda.is_available() else nullcontext():
+            kernel[self.grid](**self.arguments, **self.constants, **options)
+
+    def _tensors(self) -> list[Tensor]:
+        return [value for value in self.arguments.values() if type(value) in (Tensor, torch.nn.Parameter)]
 
     def _check_devices(self) -> None:
         wanted = "cpu" if INTERPRETED else "cuda"
-        real = [value for value in self.arguments.values() if type(value) in (Tensor, torch.nn.Parameter)]
-        found = {value.device.type for value in real}
+        found = {value.device.type for value in self._tensors()}
         if found - {wanted}:
             raise ValueError(
                 f"the kernel {self.name} got tensors on {', '.join(sorted(found))}; it needs {wanted} tensors"

@@ -38,6 +38,7 @@ def decode_captured(decoder: "Decoder", requests: Requests) -> Decoded:
     lanes, model = len(requests.prompts), decoder.model
     token = decoder.captured
     if token is None or not token.fits(requests, stopping):
+        decoder.captured = token = None  # free the old buffers before allocating others
         decoder.captured = token = CapturedToken(model, requests, stopping)
     result.cache_bytes = token.cache.num_bytes
     batch = Batch(model, requests, token.reset())
@@ -196,8 +197,10 @@ class CapturedToken:
             for region in self.regions:
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=pool)
-                region()
-                graph.capture_end()
+                try:
+                    region()
+                finally:  # otherwise every later CUDA call of the process fails
+                    graph.capture_end()
                 replays.append(graph.replay)
         torch.cuda.current_stream().wait_stream(side)
         self.state.copy_(state)

@@ -161,6 +161,8 @@ class EngineOptions:
         if self.num_steps is not None:
             check_between("min_steps", self.min_steps, 1, self.num_steps)
         check_at_least("exit_threshold", self.exit_threshold, 0)
+        if self.exit_threshold is not None and self.exit is None:
+            raise ValueError("exit_threshold is given without exit; name the rule, for example exit kl")
         check_at_least("cache_budget", self.cache_budget, 1)
         check_at_least("seed", self.seed, 0)
         self.mode()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from recurrent_depth.devices import current_device
 from recurrent_depth.generation.batch import Batch
 from recurrent_depth.generation.cache import RecurrentCache, cache_shape
 from recurrent_depth.generation.captured import CapturedToken, decode_captured
@@ -49,24 +50,43 @@ class Decoder:
             requests: numbers of the requests, of which sampling is a function; default 0, 1, ...
             on_token: called for every written token; see `OnToken`.
         """
+        self._check_initial_state()
         asked = Requests(self.model, prompts, options or Decoding(), requests, on_token)
+        with current_device(self.model.lm_head.weight.device):
+            return self._decode(asked, len(prompts))
+
+    def _decode(self, asked: Requests, count: int) -> Decoded:
         mode = self.mode
         if isinstance(mode, Captured):
             return decode_captured(self, asked)
         if isinstance(mode, Speculation):
-            cache = self._cache_for(asked, len(prompts), asked.room + mode.tokens)
+            cache = self._cache_for(asked, count, asked.room + mode.tokens)
             return decode_speculatively(self.model, asked, cache, mode)
         if isinstance(mode, Wavefront):
-            return decode_wavefront(self.model, asked, self._cache_for(asked, len(prompts), asked.room), mode)
-        lanes = min(mode.lanes, len(prompts)) if isinstance(mode, Refill) else len(prompts)
+            return decode_wavefront(self.model, asked, self._cache_for(asked, count, asked.room), mode)
+        lanes = min(mode.lanes, count) if isinstance(mode, Refill) else count
         return Batch(self.model, asked, self._cache_for(asked, lanes, asked.room), mode).run()
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor, num_steps: int, cache_budget: int | None = None) -> Tensor:
         """Return the logits [B, T, V] of given tokens [B, T], processed one after another as in decoding."""
         B, T = input_ids.shape
-        tokens = Tokens(self.model, self._cache(B, T, num_steps, cache_budget))
-        return torch.cat([tokens.feed(input_ids[:, t : t + 1], t, num_steps) for t in range(T)], dim=1)
+        if self.model.model_config.block_size < T:
+            raise ValueError(
+                f"a row has {T} tokens and block_size is {self.model.model_config.block_size}; give shorter rows"
+            )
+        self._check_initial_state()
+        with current_device(input_ids.device):
+            tokens = Tokens(self.model, self._cache(B, T, num_steps, cache_budget))
+            return torch.cat([tokens.feed(input_ids[:, t : t + 1], t, num_steps) for t in range(T)], dim=1)
+
+    def _check_initial_state(self) -> None:
+        seed = getattr(getattr(self.model, "config", None), "state_seed", None)
+        if seed is not None:
+            raise ValueError(
+                f"config.state_seed is {seed}, but decoding starts from a zero state; set it to null, or use the "
+                "model's own generate() without custom_generate"
+            )
 
     def _cache_for(self, requests: Requests, lanes: int, length: int) -> RecurrentCache:
         options = requests.options
@@ -81,7 +101,8 @@ class Decoder:
         weight = self.model.lm_head.weight
         shape = (self.model.model_config, lanes, length, num_steps, budget)
         size = math.prod(cache_shape(*shape))
-        if self.memory is None or self.memory.numel() < size or self.memory.dtype != weight.dtype:
-            self.memory = None  # free the old memory before allocating more
+        old = self.memory
+        if old is None or old.numel() < size or old.dtype != weight.dtype or old.device != weight.device:
+            self.memory = old = None  # free the old memory before allocating more
             self.memory = torch.empty(size, dtype=weight.dtype, device=weight.device)
         return RecurrentCache(*shape, released=released, memory=self.memory)

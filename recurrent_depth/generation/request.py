@@ -90,9 +90,10 @@ class Decoded:
 
     Attributes:
         tokens: new ids of each request, a stop id included.
-        steps: core iterations of each request: the mean over its prompt, then one number per new token.
-        core_steps: core iterations summed over all tokens, prompts included.
-        computed_steps: core iterations that were run; more than core_steps if drafts were dropped.
+        steps: core iterations of each request: the mean over its prompt, then one number per new token (speculation:
+            two per round, drafts and check).
+        core_steps: core iterations summed over all tokens, prompts and dropped drafts included.
+        computed_steps: core iterations that were run; more than core_steps if lanes that had stopped were computed.
         flops: FLOPs of the tokens (matrix products; attention at the mean context of a pass).
         cache_bytes: size of the cache.
         passes: passes of the core over the tokens in flight (refilled batches, wavefront).

@@ -112,7 +112,8 @@ class Tokens:
         part = group if chosen is None or len(chosen) == len(group) else group.at(chosen)
         if not len(part):
             return
-        attention = CacheAttention(self.cache, part.layout, part.steps)
+        last = self.cache.num_steps - 1  # positions of an approximate wavefront may iterate longer: at the last place
+        attention = CacheAttention(self.cache, part.layout, [min(taken, last) for taken in part.steps])
         state = self.model.transformer.core_block.step(
             part.state, part.injected, self.adapt, part.layout.rotary, attention, attention.iteration
         )

@@ -1,8 +1,9 @@
 """The element-wise operations of a block in torch, and the choice between them and the Triton kernels.
 
-A module holds an `Ops`, set by `use_ops`, and does not know which implementation it calls. Each function accumulates in
-fp32 and rounds once, to the dtype of its input; with `released_rounding` the norms also round before the weight, as the
-released code does (in fp32 both are the same).
+A module holds an `Ops`, set by `use_ops`, and does not know which implementation it calls. Sums are
+accumulated in fp32. In bfloat16 the torch functions round after every operation, as eager torch does, and the kernels
+once; with `released_rounding` the norms also round before the weight, as the released code does (in fp32 all are the
+same).
 """
 
 import warnings

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from recurrent_depth.files import output_folder, write_text
 from recurrent_depth.hub import check_folder_or_hub_name
+from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.runs import CheckpointError, checkpoints, is_run, load_run_model
 from recurrent_depth.training.checkpoint import check_resume, read_resume_details, verify_all
@@ -22,6 +23,12 @@ from recurrent_depth.training.rewind import REWINDS_FILE, read_rewinds
 from recurrent_depth.training.trainer import Trainer
 
 RECORDER = "flight-recorder"
+
+SAME_FUNCTION = (
+    "n_heads", "n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda", "norm", "norm_eps",
+    "rope_base", "qk_bias", "tie_embeddings",
+)  # fmt: skip
+"""Fields of the model that change what the weights compute, and that the shapes of the weights may not show."""
 
 
 def run(command: TrainCommand) -> None:
@@ -100,7 +107,16 @@ def _write_run_files(run: Path, config: RunConfig, trainer: Trainer, new: bool) 
 @torch.no_grad()
 def load_weights(model: RecurrentDepthModel, path: str) -> None:
     """Copy the weights of a run, checkpoint, export, Huginn folder or hub name into `model` (sharded or not)."""
-    weights = _weights(path)
+    weights, config = _weights(path)
+    differences = [
+        f"{name} is {getattr(config, name)} there and {getattr(model.config, name)} here"
+        for name in SAME_FUNCTION
+        if getattr(config, name) != getattr(model.config, name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"init_from: {path} is another model: {', '.join(differences)}; use the model configuration of that folder"
+        )
     for name, p in model.named_parameters():
         if name not in weights or weights[name].shape != p.shape:
             found = tuple(weights[name].shape) if name in weights else "nothing"
@@ -115,9 +131,11 @@ def load_weights(model: RecurrentDepthModel, path: str) -> None:
             p.copy_(whole)
 
 
-def _weights(path: str) -> dict[str, torch.Tensor]:
+def _weights(path: str) -> tuple[dict[str, torch.Tensor], ModelConfig]:
+    """Return the parameters and the configuration of a folder or hub name."""
     if Path(path).exists() and is_run(path):
-        return dict(load_run_model(path).named_parameters())
+        trained = load_run_model(path)
+        return dict(trained.named_parameters()), trained.config
     try:
         from recurrent_depth.hf.loading import load_model
     except ModuleNotFoundError as error:
@@ -126,4 +144,4 @@ def _weights(path: str) -> dict[str, torch.Tensor]:
             "pip install 'recurrent-depth[hf]'"
         ) from error
     model, _ = load_model(path, dtype=torch.float32)
-    return dict(model.named_parameters())
+    return dict(model.named_parameters()), model.model_config

@@ -54,8 +54,12 @@ class SpikeGuard:
         self.losses = deque(losses, maxlen=self.config.window)
 
     def data_step(self, step: int) -> int:
-        """Return the number that data, depths and noise of a training step are functions of."""
-        return step + sum(rewind.skipped for rewind in self.rewinds if rewind.step <= step)
+        """Return the number that data, depths and noise of a training step are functions of.
+
+        After a later rewind to an older checkpoint, what an earlier one skipped is skipped from there on.
+        """
+        first = [min(later.step for later in self.rewinds[n:]) for n in range(len(self.rewinds))]
+        return step + sum(rewind.skipped for rewind, at in zip(self.rewinds, first, strict=True) if at <= step)
 
     def is_spike(self, loss: float) -> bool:
         """Return whether `loss` is a spike; if not, add it to the losses of the median."""

@@ -1,6 +1,7 @@
 """Decoding in batches against single requests, sampling against its distribution, and thinking budgets."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -257,3 +258,14 @@ def test_a_decoder_goes_on_after_a_call_that_failed(model):
         with pytest.raises(Broken):
             decoder.generate([[5, 6]], options, on_token=fail)
         assert decoder.generate([[5, 6]], options).tokens == decode(model, [[5, 6]], options).tokens
+
+
+def test_decoder_refuses_rows_longer_than_the_block_and_random_initial_states(model):
+    with pytest.raises(ValueError, match="a row has 65 tokens and block_size is 64"):
+        Decoder(model).logits(torch.zeros(1, 65, dtype=torch.long), 2)
+    seeded = SimpleNamespace(
+        transformer=model.transformer, lm_head=model.lm_head, freqs_cis=model.freqs_cis,
+        model_config=model.model_config, config=SimpleNamespace(state_seed=3),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"config\.state_seed is 3, but decoding starts from a zero state"):
+        Decoder(seeded).generate([[5]])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recurrent_depth.generation.captured import CapturedToken
-from recurrent_depth.generation.config import Captured
+from recurrent_depth.generation.config import Captured, Wavefront
 from recurrent_depth.generation.exits import StateChange
 from recurrent_depth.generation.request import Decoding, Requests
 from recurrent_depth.model.ops import TORCH_OPS, choose_ops, use_ops
@@ -31,6 +31,17 @@ def test_decoding_with_kernels_equals_torch_in_fp64(options, mode):
     kernels = {launch.name for launch in launches}
     assert "attend_one" in kernels
     assert ("rotate_and_store" in kernels) == (mode is not None)
+
+
+def test_approximate_wavefront_with_kernels_equals_torch_with_a_full_cache():
+    """Positions that have not converged iterate beyond num_steps: they write and read the last place."""
+    model = lively_model()
+    options, wavefront = Decoding(max_new_tokens=5, num_steps=3), Wavefront(2, width=5, exact=False, threshold=0.02)
+    plain = decode(model, PROMPTS, options, wavefront)
+    assert plain.computed_steps > 3 * (len(PROMPTS[0]) + len(PROMPTS[1]) + 2 * 5)
+    use_ops(model, replace(TORCH_OPS, decode_attention=decode_attention, rope_into_cache=rope_into_cache))
+    fused = decode(model, PROMPTS, options, wavefront)
+    assert (fused.tokens, fused.steps) == (plain.tokens, plain.steps)
 
 
 def test_captured_iteration_has_the_expected_launches(device):

@@ -101,6 +101,7 @@ def refused(capsys, *options):
         (("--num-steps", "1000000"), "num_steps is 1000000; it must be at least 1 and at most 4096"),
         (("--min-steps", "0"), "min_steps is 0"),
         (("--num-steps", "4", "--min-steps", "5"), "min_steps is 5; it must lie in [1, 4]"),
+        (("--exit-threshold", "0.1"), "exit_threshold is given without exit; name the rule"),
         (("--exit", "kl", "--exit-threshold", "-1"), "exit_threshold is -1.0; it must be at least 0"),
         (("--exit", "kl", "--exit-threshold", ".nan"), "exit_threshold is '.nan'; it must be a number"),
         (("--exit", "kl", "--exit-threshold", ".inf"), "exit_threshold is inf"),

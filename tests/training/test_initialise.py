@@ -50,6 +50,18 @@ def test_init_from_another_shape_is_refused(tmp_path):
         train(dataclasses.replace(config, model=dataclasses.replace(config.model, n_embd=48)))
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("rope_base", 10_000.0), ("n_layers_in_prelude", 1), ("norm", "layer"), ("norm_eps", 1e-4)]
+)
+def test_init_from_a_model_that_computes_something_else_is_refused(tmp_path, field, value):
+    first = small_run(tmp_path / "first", steps=1)
+    first = dataclasses.replace(first, model=dataclasses.replace(first.model, n_layers_in_prelude=2))
+    train(first)
+    second = small_run(tmp_path / "second", init_from=str(tmp_path / "first"))
+    with pytest.raises(CheckpointError, match=rf"{field} is .* there and {value} here"):
+        train(dataclasses.replace(second, model=dataclasses.replace(first.model, **{field: value})))
+
+
 def test_init_from_names_a_missing_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     for name in [name for name in sys.modules if name.startswith("recurrent_depth.hf")]:

@@ -13,7 +13,7 @@ from recurrent_depth.runs import CheckpointError, checkpoints
 from recurrent_depth.training.config import CheckpointConfig, SpikeConfig
 from recurrent_depth.training.health import TrainingAborted
 from recurrent_depth.training.launch import train
-from recurrent_depth.training.rewind import REWINDS_FILE, SpikeGuard, read_rewinds
+from recurrent_depth.training.rewind import REWINDS_FILE, Rewind, SpikeGuard, read_rewinds
 from recurrent_depth.training.trainer import Trainer
 from support import assert_equal_runs, changed_loss, final_tensors, losses, run_ranks, small_run
 
@@ -106,6 +106,13 @@ def test_rewind_does_not_depend_on_a_stale_file_on_other_ranks(tmp_path):
     assert run_ranks(train_beside_a_stale_file, 2, run_config(tmp_path / "stale")) == [0, 0]
     assert run_ranks(train_with_bad_rows, 2, run_config(tmp_path / "plain")) == [0, 0]
     assert_equal_runs(tmp_path / "stale", tmp_path / "plain")
+
+
+def test_rewind_to_an_older_checkpoint_does_not_return_to_skipped_data(tmp_path):
+    guard = SpikeGuard(SPIKES, tmp_path)
+    guard.rewinds = [Rewind(step=8, skipped=3, spike=10, loss=3.0, median=1.0), Rewind(4, 6, 9, 3.0, 1.0)]
+    # data 0 to 3, then what follows the spike at training step 9, which had read data 12
+    assert [guard.data_step(step) for step in (0, 3, 4, 5, 8, 20)] == [0, 3, 13, 14, 17, 29]
 
 
 def test_rewind_file_damage_is_named(tmp_path):
