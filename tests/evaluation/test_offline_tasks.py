@@ -153,7 +153,7 @@ def test_offline_examples_come_from_another_split_than_the_questions(tasks):
 @pytest.mark.slow  # lm-eval reads all its task files
 def test_eval_sweeps_an_offline_task(written, chat_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    arguments = ["--tasks", "sciq_offline", "--include-path", str(written), "--num-steps", "1,2"]
+    arguments = ["--tasks", "sciq_offline", "--lm-eval.include-path", str(written), "--num-steps", "1,2"]
     assert main(["eval", "--model", str(chat_folder), "--out", str(tmp_path), *arguments]) == 0
     with (tmp_path / "results.csv").open() as file:
         found = {(row["task"], row["metric"], row["num_steps"], row["n"]) for row in csv.DictReader(file)}

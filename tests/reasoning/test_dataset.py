@@ -17,6 +17,7 @@ from recurrent_depth.reasoning.config import ReasoningDataConfig, ThinkingFormat
 from recurrent_depth.reasoning.dataset import Tokens, lay_out, prepare_reasoning, tokenize
 from recurrent_depth.reasoning.format import Formatter
 from recurrent_depth.reasoning.pool import Example
+from recurrent_depth.training.config import ValidationConfig
 from recurrent_depth.training.launch import train
 from support import losses, small_run
 
@@ -159,7 +160,8 @@ def test_fine_tuning_on_prepared_rows_lowers_the_loss(tmp_path):
     prepare_reasoning(config)
     model = small_model().config
     data = DataConfig(packed=PackedDataConfig(config.out, document_masking=True, restart_positions=True))
-    run = train(small_run(tmp_path / "run", data=data, model=model, steps=20))
+    validation = ValidationConfig(every=100, rows=1, num_steps=(2,))
+    run = train(small_run(tmp_path / "run", data=data, model=model, steps=20, validation=validation))
     values = losses(run)
     assert sum(values[-5:]) < 0.8 * sum(values[:5])
     assert (run / "tokenizer.json").is_file()
