@@ -30,7 +30,7 @@ def check_folder_or_hub_name(name: str, option: str = "model", kind: Literal["mo
         return
     if path.is_file():
         raise FileNotFoundError(f"{option} is {name!r}, a file; give the folder that holds it")
-    missing = f"{option}: there is no folder {name!r}"
+    missing = f"{option}: no such folder {name!r}"
     if not _HUB_NAME.fullmatch(name):
         raise FileNotFoundError(f"{missing}{_similar(path)}; a {kind} on the Hugging Face hub is written ORG/NAME")
     if path.parent.is_dir():

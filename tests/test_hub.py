@@ -20,17 +20,17 @@ def empty_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("runs/frist", r"model: there is no folder 'runs/frist'; did you mean runs/first\?"),
-        ("runs/other", "no folder 'runs/other'; correct the path"),
-        ("nowhere", "no folder 'nowhere'; a model on the Hugging Face hub is written ORG/NAME"),
-        ("./tomg/huginn", r"no folder './tomg/huginn'"),
-        ("/tomg-group/huginn", "no folder '/tomg-group/huginn'"),
-        ("a/b/c", "no folder 'a/b/c'"),
-        ("org/name/", "no folder 'org/name/'"),
-        ("", "no folder ''"),
-        ("~/model", "no folder '~/model'"),
+        ("runs/frist", r"model: no such folder 'runs/frist'; did you mean runs/first\?"),
+        ("runs/other", "no such folder 'runs/other'; correct the path"),
+        ("nowhere", "no such folder 'nowhere'; a model on the Hugging Face hub is written ORG/NAME"),
+        ("./tomg/huginn", r"no such folder './tomg/huginn'"),
+        ("/tomg-group/huginn", "no such folder '/tomg-group/huginn'"),
+        ("a/b/c", "no such folder 'a/b/c'"),
+        ("org/name/", "no such folder 'org/name/'"),
+        ("", "no such folder ''"),
+        ("~/model", "no such folder '~/model'"),
         ("weights.bin", "a file; give the folder"),
-        ("org\\name", "no folder"),
+        ("org\\name", "no such folder"),
     ],
 )
 def test_folder_name_that_does_not_exist_is_an_error(name, message):
@@ -46,7 +46,7 @@ def test_folder_or_possible_hub_name_passes(name):
 @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
 def test_hub_name_is_an_error_when_the_hub_is_forbidden(variable, monkeypatch):
     monkeypatch.setenv(variable, "1")
-    with pytest.raises(FileNotFoundError, match=r"init_from: there is no folder 'org/name', and HF_HUB_OFFLINE"):
+    with pytest.raises(FileNotFoundError, match=r"init_from: no such folder 'org/name', and HF_HUB_OFFLINE"):
         check_folder_or_hub_name("org/name", "init_from")
 
 

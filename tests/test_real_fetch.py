@@ -105,7 +105,7 @@ def test_fetch_refuses_another_hash_and_leaves_nothing(registry, tmp_path):
 
 def test_gsm8k_is_copied_only_if_it_is_the_pinned_file(tmp_path):
     arguments = ["--out", str(tmp_path / "real"), "--only", "gsm8k"]
-    assert fetch_real.main(arguments) == 0  # no folder: skipped
+    assert fetch_real.main(arguments) == 0  # no such folder: skipped
     for name in ("train.jsonl", "test.jsonl"):
         (tmp_path / name).write_text("{}\n")
     assert fetch_real.main([*arguments, "--gsm8k", str(tmp_path)]) == 1

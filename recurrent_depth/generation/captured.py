@@ -10,7 +10,6 @@ Shapes: B requests, D width, V vocabulary, M numbers kept by an exit rule.
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,9 +21,6 @@ from recurrent_depth.generation.request import DecodableModel, Decoded, Requests
 from recurrent_depth.model.layers import rotary_at
 from recurrent_depth.model.loss import to_float32
 
-if TYPE_CHECKING:
-    from recurrent_depth.generation.engine import Decoder
-
 Region = Callable[[], None]
 """Device work that only reads and writes buffers, without host synchronisation; it can be captured."""
 
@@ -32,14 +28,9 @@ ROOM = 256
 """On a GPU the cache length is rounded up to a multiple of this, so that graphs can be used for more calls."""
 
 
-def decode_captured(decoder: "Decoder", requests: Requests) -> Decoded:
-    """Decode with the graphs that the decoder keeps. The tokens equal those of plain decoding."""
-    stopping, result = requests.one_depth("captured decoding"), requests.result
-    lanes, model = len(requests.prompts), decoder.model
-    token = decoder.captured
-    if token is None or not token.fits(requests, stopping):
-        decoder.captured = token = None  # free the old buffers before allocating others
-        decoder.captured = token = CapturedToken(model, requests, stopping)
+def decode_captured(model: DecodableModel, requests: Requests, token: "CapturedToken") -> Decoded:
+    """Decode with buffers and graphs that fit these requests. The tokens equal those of plain decoding."""
+    result, lanes = requests.result, len(requests.prompts)
     result.cache_bytes = token.cache.num_bytes
     batch = Batch(model, requests, token.reset())
     logits, states = prefill(batch)

@@ -58,7 +58,7 @@ class Decoder:
     def _decode(self, asked: Requests, count: int) -> Decoded:
         mode = self.mode
         if isinstance(mode, Captured):
-            return decode_captured(self, asked)
+            return decode_captured(self.model, asked, self._token_for(asked))
         if isinstance(mode, Speculation):
             cache = self._cache_for(asked, count, asked.room + mode.tokens)
             return decode_speculatively(self.model, asked, cache, mode)
@@ -87,6 +87,14 @@ class Decoder:
                 f"config.state_seed is {seed}, but decoding starts from a zero state; set it to null, or use the "
                 "model's own generate() without custom_generate"
             )
+
+    def _token_for(self, requests: Requests) -> CapturedToken:
+        """Return the buffers and graphs for a call; those of an earlier call are used again if they fit."""
+        stopping = requests.one_depth("captured decoding")
+        if self.captured is None or not self.captured.fits(requests, stopping):
+            self.captured = None  # free the old buffers before allocating others
+            self.captured = CapturedToken(self.model, requests, stopping)
+        return self.captured
 
     def _cache_for(self, requests: Requests, lanes: int, length: int) -> RecurrentCache:
         options = requests.options

@@ -118,7 +118,7 @@ def _where(path: str | Path) -> dict[str, Any]:
         if in_hub_cache(name):
             return {"local_files_only": True}
         raise ModelError(
-            f"model: there is no folder {name!r}, and it cannot be loaded from the hub ({_first_line(error)}); correct "
+            f"model: no such folder {name!r}, and it cannot be loaded from the hub ({_first_line(error)}); correct "
             "the path or the name"
         ) from error
     return {}

@@ -98,7 +98,7 @@ def test_verbs_report_a_damaged_folder_in_one_line(folder, tmp_path, capsys, ver
 @pytest.mark.parametrize("name", ["/no/such/folder", "./runs/none", "runs/text/none", "runs/none", "none", "a b"])
 def test_missing_model_is_reported_at_once(name):
     start = time.monotonic()
-    with pytest.raises((ModelError, FileNotFoundError), match=f"there is no folder '{name}'"):
+    with pytest.raises((ModelError, FileNotFoundError), match=f"no such folder '{name}'"):
         load_model(name)
     assert time.monotonic() - start < 10  # the client of the hub would retry for over a minute
 

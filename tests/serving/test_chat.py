@@ -95,7 +95,7 @@ def test_chat_reports_another_model_and_another_key(capsys, answering, strict_se
         (["--max-new-tokens", "0"], "max_new_tokens"),
         (["--num-steps", "0"], "num_steps"),
         (["--url", "localhost:8000"], "url"),
-        (["--model", "/no/such/folder"], "there is no folder"),
+        (["--model", "/no/such/folder"], "no such folder"),
         ([], "give a model"),
     ],
 )

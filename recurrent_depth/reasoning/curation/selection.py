@@ -143,10 +143,9 @@ def longest_first(example: Example) -> tuple[int, str]:
     return -(example.trace_tokens or 0), example.id
 
 
-@stage("random")
 @dataclass(frozen=True)
-class RandomRows(Stage):
-    """Select `size` rows at random, every set equally likely.
+class SizedSelection(Stage):
+    """Select rows of a set.
 
     Args:
         size: rows of the set.
@@ -156,6 +155,12 @@ class RandomRows(Stage):
 
     def __post_init__(self) -> None:
         check_at_least("size", self.size, 1)
+
+
+@stage("random")
+@dataclass(frozen=True)
+class RandomRows(SizedSelection):
+    """Select `size` rows at random, every set equally likely."""
 
     def apply(self, examples: list[Example], context: Context) -> Outcome:
         _check_enough(examples, self.size)
@@ -165,17 +170,8 @@ class RandomRows(Stage):
 
 @stage("longest")
 @dataclass(frozen=True)
-class LongestRows(Stage):
-    """Select the `size` rows with the longest traces.
-
-    Args:
-        size: rows of the set.
-    """
-
-    size: int
-
-    def __post_init__(self) -> None:
-        check_at_least("size", self.size, 1)
+class LongestRows(SizedSelection):
+    """Select the `size` rows with the longest traces."""
 
     def apply(self, examples: list[Example], context: Context) -> Outcome:
         _check_enough(examples, self.size)

@@ -255,7 +255,7 @@ class TestCurateErrors:
             ("transformers", {"stage": "lengths", "tokenizer": "a/b"}, "package transformers"),
             ("datasets", {"stage": "decontaminate", "against": [{"path": "a/b"}]}, "package datasets"),
             ("", {"stage": "decontaminate", "against": [{"path": "none.jsonl"}]}, r"none\.jsonl does not exist"),
-            ("", {"stage": "teacher", "writer": {"local": {"model": "no/folder"}}}, "there is no folder 'no/folder'"),
+            ("", {"stage": "teacher", "writer": {"local": {"model": "no/folder"}}}, "no such folder 'no/folder'"),
             ("", {"stage": "lengths", "tokenizer": "nothing.json"}, r"nothing\.json does not exist"),
             ("", {"stage": "difficulty", "models": [{"name": "a", "recorded": "none.jsonl"}]}, r"none\.jsonl does not"),
         ],
