@@ -10,8 +10,10 @@ HELPERS = ("__init__", "__main__", "common", "puzzle_models")
 
 def names() -> dict[str, str]:
     """Return the first line of every benchmark's docstring, by name."""
-    files = sorted(path for path in Path(__file__).parent.glob("*.py") if path.stem not in HELPERS)
-    texts = {path.stem: ast.get_docstring(ast.parse(path.read_text())) or "" for path in files}
+    folder = Path(__file__).parent
+    files = {path.stem: path for path in folder.glob("*.py") if path.stem not in HELPERS}
+    files |= {path.parent.name: path for path in folder.glob("*/__init__.py")}
+    texts = {name: ast.get_docstring(ast.parse(path.read_text())) or "" for name, path in sorted(files.items())}
     return {name: text.splitlines()[0] for name, text in texts.items()}
 
 

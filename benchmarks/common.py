@@ -6,11 +6,13 @@ import os
 import platform
 import statistics
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from recurrent_depth.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -25,8 +27,18 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "recurrent_depth": version("recurrent-depth"),
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "recurrent_depth": _version("recurrent-depth"),
     }
+
+
+def _version(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed, as in a plain checkout."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:
@@ -72,8 +84,6 @@ def write_result(name: str, payload: dict[str, Any]) -> Path:
     """benchmarks/results/NAME.json, with the environment."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"environment": environment(), **payload}, indent=1) + "\n")
-    temporary.replace(path)
+    write_json(path, {"environment": environment(), **payload})
     print(f"wrote {path}")
     return path

@@ -1,19 +1,18 @@
-"""The element-wise operations of a block: bytes moved, time, and share of what memory can give; and a core step.
+"""The bytes that the element-wise operations of a block move: eager, compiled, and with the kernels.
 
-    python -m benchmarks kernels        writes kernels_{cpu,gpu}.json; times are measured on a GPU alone
+    python -m benchmarks kernels        writes kernels_cpu.json
 
 Bytes are counted at the 3.5B shape on any machine: for eager torch every operation's inputs and outputs, for
-torch.compile what Inductor counts of the kernels it writes, for ours each tensor of a launch once. Times are medians.
+torch.compile what Inductor counts of the kernels it writes, for ours each tensor of a launch once. Times are measured
+by the GPU suite (`benchmarks/gpu/roofline.py`).
 """
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor import compile_fx, metrics
 from torch._inductor import config as inductor
@@ -22,15 +21,11 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.common import write_result
 from recurrent_depth.model import ops
-from recurrent_depth.model.attention import causal
-from recurrent_depth.model.config import SHAPES, ModelConfig
+from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.layers import rotary_at, rotary_table
-from recurrent_depth.model.ops import choose_ops, use_ops
-from recurrent_depth.model.recurrence import RecurrentCore
 
 D, H, INNER, K = 5280, 55, 17_920, 96  # of the 3.5B model
 TOKENS = 4096
-NOT_MEASURED = "not measured"
 
 Op = Callable[..., Any]
 
@@ -91,7 +86,7 @@ def liger_op(case: Case) -> Op | None:
     return None
 
 
-def run(op: Op, inputs: list[Any], backward: bool) -> None:
+def run_op(op: Op, inputs: list[Any], backward: bool) -> None:
     """Forward, and backward with gradients of ones that exist before."""
     if not backward:
         with torch.no_grad():
@@ -100,9 +95,6 @@ def run(op: Op, inputs: list[Any], backward: bool) -> None:
     outputs = [y for y in tree_leaves(op(*inputs)) if y.requires_grad]
     leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
     torch.autograd.grad(outputs, leaves, [torch.empty_like(y) for y in outputs])
-
-
-# Bytes
 
 
 class EagerTraffic(TorchDispatchMode):
@@ -124,7 +116,7 @@ class EagerTraffic(TorchDispatchMode):
 
 def eager_traffic(op: Op, inputs: list[Any], backward: bool) -> tuple[int, int]:
     with EagerTraffic() as traffic:
-        run(op, inputs, backward)
+        run_op(op, inputs, backward)
     return traffic.bytes, traffic.kernels
 
 
@@ -135,7 +127,7 @@ def compiled_traffic(op: Op, inputs: list[Any], backward: bool) -> int:
     compile_fx.inductor_metrics_log.setLevel(logging.INFO)  # without which nothing is counted
     compile_fx.inductor_metrics_log.propagate = False
     with inductor.patch(force_disable_caches=True):  # nor for a graph out of the cache
-        run(torch.compile(op, fullgraph=True), inputs, backward)
+        run_op(torch.compile(op, fullgraph=True), inputs, backward)
     return metrics.num_bytes_accessed
 
 
@@ -146,7 +138,7 @@ def fused_traffic(case: Case, rows: int, dtype: torch.dtype, backward: bool) -> 
     inputs = [x.to("meta") if isinstance(x, Tensor) else x for x in case.inputs(8, torch.device("cpu"), dtype)]
     inputs = [_lengthened(x, rows) for x in inputs]
     with planned("sm_90") as launches:
-        run(fused_op(case), inputs, backward)
+        run_op(fused_op(case), inputs, backward)
     total = 0
     for launch in launches:
         named = {id(x): (name, x) for name, x in launch.arguments.items() if isinstance(x, Tensor)}
@@ -187,92 +179,9 @@ def traffic_table() -> list[dict[str, Any]]:
     return rows
 
 
-# Time
-
-
-def median_seconds(action: Callable[[], Any]) -> float:
-    """Of many runs on the GPU, its caches flushed between them."""
-    import triton
-
-    return triton.testing.do_bench(action, return_mode="median", rep=200) / 1e3
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a large copy, read and written."""
-    source = torch.empty(2**28, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source))
-
-
-def time_table(device: torch.device, bandwidth: float) -> list[dict[str, Any]]:
-    """Medians of each implementation in bfloat16, with the bytes that a fused kernel has to move in that time."""
-    dtype = torch.bfloat16
-    table = []
-    for case in CASES:
-        for backward in (False, True):
-            inputs = case.inputs(TOKENS, device, dtype)
-            needed, _ = fused_traffic(case, TOKENS, dtype, backward)
-            variants: dict[str, Op | None] = {"eager": case.plain, "compiled": torch.compile(case.plain)}
-            variants |= {"liger": liger_op(case), "triton": fused_op(case)}
-            row: dict[str, Any] = {"op": case.name, "pass": "forward + backward" if backward else "forward"}
-            for name, op in variants.items():
-                if op is None:
-                    row[name] = NOT_MEASURED
-                    continue
-                torch._dynamo.reset()
-                seconds = median_seconds(partial(run, op, inputs, backward))
-                row[name] = {
-                    "seconds": seconds, "bytes_per_second": needed / seconds,
-                    "share_of_copy": needed / seconds / bandwidth,
-                }  # fmt: skip
-            table.append(row)
-            print(row, flush=True)
-    return table
-
-
-def core_step(device: torch.device) -> dict[str, float]:
-    """Seconds of one step of the 3.5B core, forward and backward, 4096 tokens in bfloat16."""
-    config = SHAPES["huginn-3.5b"]
-    with torch.device(device):
-        core, table = RecurrentCore(config).bfloat16(), rotary_table(config)
-        shape, square = (1, TOKENS, config.n_embd), (config.n_embd, config.n_embd)
-        state, injection = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-        weight = (torch.randn(square) * config.init_std).bfloat16().requires_grad_()
-        rotary = rotary_at(table, torch.arange(TOKENS)[None])
-    leaves = [state, injection, weight, *core.parameters()]
-
-    def step() -> None:
-        adapt = lambda s, e: F.linear(s, weight) + e  # noqa: E731
-        y = core.step(state, injection, adapt, rotary, causal, 0)
-        torch.autograd.grad(y, leaves, torch.ones_like(y))
-
-    found = {}
-    for name in ("eager", "compiled", "triton", "triton, compiled"):
-        torch._dynamo.reset()
-        use_ops(core, choose_ops("triton" if "triton" in name else "torch", device))
-        for block in core:
-            block._compiled_call_impl = None
-            if "compiled" in name:
-                block.compile()
-        found[name] = median_seconds(step)
-        print(name, found[name], flush=True)
-    return found
-
-
 def main() -> None:
-    payload: dict[str, Any] = {
-        "shape": {"width": D, "heads": H, "inner": INNER, "tokens": TOKENS, "dtype": "bfloat16"},
-        "traffic": traffic_table(),
-        "copy_bytes_per_second": NOT_MEASURED,
-        "times": NOT_MEASURED,
-        "core_step_seconds": NOT_MEASURED,
-    }
-    if torch.cuda.is_available():
-        device = torch.device("cuda")
-        payload["copy_bytes_per_second"] = copy_bandwidth(device)
-        payload["times"] = time_table(device, payload["copy_bytes_per_second"])
-        payload["core_step_seconds"] = core_step(device)
-    write_result(f"kernels_{'gpu' if torch.cuda.is_available() else 'cpu'}", payload)
+    shape = {"width": D, "heads": H, "inner": INNER, "tokens": TOKENS, "dtype": "bfloat16"}
+    write_result("kernels_cpu", {"shape": shape, "traffic": traffic_table()})
 
 
 if __name__ == "__main__":

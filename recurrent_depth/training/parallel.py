@@ -108,12 +108,17 @@ def compute_dtype(config: RuntimeConfig, device: torch.device) -> torch.dtype:
     return getattr(torch, config.dtype)
 
 
-def build_model(config: ModelConfig, runtime: RuntimeConfig, ranks: Ranks, seed: int) -> RecurrentDepthModel:
-    """Return the model, sharded unless there is one rank in float32. Initial weights depend on (seed, name) only."""
+def build_model(config: ModelConfig, runtime: RuntimeConfig, ranks: Ranks, seed: int | None) -> RecurrentDepthModel:
+    """Return the model, sharded unless there is one rank in float32.
+
+    Args:
+        seed: initial weights depend on (seed, name) only; None leaves them uninitialised, which takes no time.
+    """
     dtype = compute_dtype(runtime, ranks.device)
     if ranks.world_size == 1 and dtype == torch.float32:
         model = RecurrentDepthModel(config).to(ranks.device)
-        model.initialise(seed)
+        if seed is not None:
+            model.initialise(seed)
     else:
         with torch.device("meta"):
             model = RecurrentDepthModel(config)
@@ -160,10 +165,12 @@ def _shard(model: RecurrentDepthModel, runtime: RuntimeConfig, ranks: Ranks, dty
 
 
 @torch.no_grad()
-def _initialise_shards(model: RecurrentDepthModel, config: ModelConfig, seed: int) -> None:
+def _initialise_shards(model: RecurrentDepthModel, config: ModelConfig, seed: int | None) -> None:
     if config.tie_embeddings:  # to_empty has allocated two tensors
         model.lm_head.weight = model.transformer.wte.weight
     model.freqs_cis.copy_(rotary_table(config))
+    if seed is None:
+        return
     for name, p in model.named_parameters():
         assert isinstance(p, DTensor)
         whole = initial_value(name, p.shape, config, seed).to(p.device)

@@ -1,0 +1,47 @@
+"""Stage `machine`: copy bandwidth and matrix rate, the ceilings of all other numbers."""
+
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.stage import Stage
+from recurrent_depth.model.flops import PEAK_FLOPS
+
+
+def run(stage: Stage) -> None:
+    stage.measure("device", device, stage)
+    stage.measure("copy", copy, stage)
+    stage.measure("matrix product", matrix_product, stage)
+
+
+def device(stage: Stage) -> dict[str, Any]:
+    """Return what torch says about the device."""
+    if stage.toy:
+        return {"name": "cpu"}
+    found = torch.cuda.get_device_properties(stage.device)
+    return {
+        "name": found.name, "memory_bytes": found.total_memory, "processors": found.multi_processor_count,
+        "hip": torch.version.hip, "cuda": torch.version.cuda,
+    }  # fmt: skip
+
+
+def copy(stage: Stage) -> dict[str, float]:
+    """Return the bytes per second of a large copy, read and written."""
+    source = torch.randn(2**10 if stage.toy else 2**30, device=stage.device)
+    target = torch.empty_like(source)
+    seconds = stage.seconds(lambda: target.copy_(source))
+    return {"bytes_per_second": 2 * source.nbytes / seconds}
+
+
+def matrix_product(stage: Stage) -> dict[str, float]:
+    """Return the FLOP/s of a square bfloat16 product of random numbers, and the share of the data sheet's peak."""
+    n = 64 if stage.toy else 8192
+    a, b = (torch.randn(n, n, device=stage.device, dtype=torch.bfloat16) for _ in range(2))
+    rate = 2 * n**3 / stage.seconds(lambda: a @ b)
+    return {"flops_per_second": rate, "share_of_peak": rate / peak_flops(stage)}
+
+
+def peak_flops(stage: Stage) -> float:
+    """Return the dense bfloat16 peak of the device by its data sheet; NaN if it is not known."""
+    name = "" if stage.toy else torch.cuda.get_device_name(stage.device)
+    return next((value for chip, value in PEAK_FLOPS.items() if chip in name), float("nan"))
