@@ -72,19 +72,20 @@ def random_state(
     return ops.truncated_normal(rows, positions, config.n_embd, seed=seed, step=step) * config.state_std
 
 
-class RecurrentCore(nn.ModuleList):
+class RecurrentCore(nn.Sequential):
     """The core blocks and the loop over them, in one module, so that sharding gathers its weights once for the loop.
 
+    An nn.Sequential, because FSDP of torch 2.11 refuses an nn.ModuleList even if it has a forward method.
     `activation_checkpointing` recomputes whole iterations or single blocks in the backward pass.
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(SandwichBlock(config) for _ in range(config.n_layers_in_recurrent_block))
+        super().__init__(*(SandwichBlock(config) for _ in range(config.n_layers_in_recurrent_block)))
         self.first_layer = config.n_layers_in_prelude + config.n_layers_in_coda  # layer indices before the core's
         self.ops = TORCH_OPS
         self.activation_checkpointing: Checkpointing = "none"
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         state: Tensor,
         injection: Tensor,

@@ -203,8 +203,12 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     if name.endswith("bias"):
         return torch.zeros(shape)
     std = config.output_std if name.endswith("proj.weight") else config.init_std
-    value = torch.empty(shape)
-    return nn.init.trunc_normal_(value, std=std, a=-3 * std, b=3 * std, generator=named_generator(seed, name))
+    generator = named_generator(seed, name)
+    value = torch.empty(shape).normal_(std=std, generator=generator)
+    # Truncated as by nn.init.trunc_normal_ of torch 2.13, which draws other numbers in other versions.
+    while (outside := value.abs() > 3 * std).any():
+        value = torch.where(outside, torch.empty(shape).normal_(std=std, generator=generator), value)
+    return value
 
 
 def _labels_loss(logits: Tensor, labels: Tensor | None) -> Tensor | None:
