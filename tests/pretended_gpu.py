@@ -5,13 +5,12 @@ no values, on which decoding depends.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 _READS = {
@@ -44,7 +43,7 @@ class PretendedGPU(TorchFunctionMode):
         if func == Tensor.is_cpu.__get__:  # type: ignore[attr-defined]
             return device_of(args[0]) == CPU
         name = getattr(func, "__name__", "")
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [*_tensors(args), *_tensors(kwargs)]
         on_gpu = any(device_of(tensor) == CUDA for tensor in tensors)
         if on_gpu and name in _READS:
             self.reads[name] += 1
@@ -58,7 +57,7 @@ class PretendedGPU(TorchFunctionMode):
         kwargs.pop("pin_memory", None)
         result = func(*args, **kwargs)
         if wanted == CUDA or (wanted is None and on_gpu):
-            _mark(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+            _mark(_tensors(result))
         return result
 
 
@@ -67,6 +66,15 @@ def device_of(tensor: Tensor) -> torch.device:
     with torch._C.DisableTorchFunction():
         real = tensor.device
         return CUDA if real == CPU and getattr(_storage(tensor), "pretended", False) else real
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a value, which may be a nested tuple, list or dictionary."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def _mark(tensors: Iterable[Tensor]) -> None:

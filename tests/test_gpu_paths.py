@@ -46,11 +46,11 @@ class Event:
 
 
 def rehearse_only(self: CapturedToken) -> None:
-    """Run the regions as before a capture, and keep them instead of graphs."""
+    """Run all regions as before a capture, and capture none."""
     state = self.state.clone()
     self.rehearse()
     self.state.copy_(state)
-    self.is_captured = True
+    self.uses_graphs = False
 
 
 @pytest.fixture
