@@ -8,11 +8,12 @@ whether any lane is still iterating one iteration late, so that the device alway
 Shapes: B requests, D width, V vocabulary, M numbers kept by an exit rule.
 """
 
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from recurrent_depth.generation.attention import StaticAttention
 from recurrent_depth.generation.batch import Batch, prefill
@@ -20,9 +21,6 @@ from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.generation.request import DecodableModel, Decoded, Requests, Stopping
 from recurrent_depth.model.layers import rotary_at
 from recurrent_depth.model.loss import to_float32
-
-Region = Callable[[], None]
-"""Device work that only reads and writes buffers, without host synchronisation; it can be captured."""
 
 ROOM = 256
 """On a GPU the cache length is rounded up to a multiple of this, so that graphs can be used for more calls."""
@@ -45,9 +43,10 @@ def decode_captured(model: DecodableModel, requests: Requests, token: "CapturedT
         if not any(requests.running):
             result.computed_steps += batch.tokens.computed
             return result
-        if token.uses_graphs and not token.is_captured:
+        if token.uses_graphs and not token.graphs:
             token.capture()
         result.computed_steps += lanes * token.run([written[-1] for written in result.tokens], requests.running)
+        # host synchronisation: the cost of a request is counted on the host, which needs the new tokens next anyway
         for request, core_steps in enumerate(token.taken[:, 0].tolist()):
             if requests.running[request]:
                 requests.count(request, 1, core_steps, lengths[request] + 1)
@@ -57,6 +56,9 @@ def decode_captured(model: DecodableModel, requests: Requests, token: "CapturedT
 class CapturedToken:
     """Decode one new token per request, with buffers at fixed addresses and regions that can be captured.
 
+    The regions are `begin`, one `iterate` per core iteration, and `finish`: device work that only reads and writes
+    buffers, without host synchronisation.
+
     Args:
         stopping: when a token stops iterating.
     """
@@ -64,10 +66,11 @@ class CapturedToken:
     def __init__(self, model: DecodableModel, requests: Requests, stopping: Stopping) -> None:
         config, options, weight = model.model_config, requests.options, model.lm_head.weight
         B, device, dtype = len(requests.prompts), weight.device, weight.dtype
-        self.uses_graphs, self.is_captured = weight.is_cuda, False
+        self.uses_graphs = weight.is_cuda
+        self.graphs: list[torch.cuda.CUDAGraph] = []  # of each region, after `capture`
         room = -(-requests.room // ROOM) * ROOM if self.uses_graphs else requests.room
         self.model, self.stopping, self.warm_start = model, stopping, options.warm_start
-        self.weights = _addresses(model)
+        self.captured_model = _what_graphs_depend_on(model)
         self.cache = RecurrentCache(
             config, B, room, stopping.most, options.cache_budget, dtype, device, options.released_cache
         )
@@ -89,9 +92,6 @@ class CapturedToken:
         self.attention = StaticAttention(
             self.cache, self.iterations, self.columns, self.starts, self.running, self.active
         )
-        self.regions: list[Region] = [
-            self.begin, *(partial(self.iterate, i) for i in range(stopping.most)), self.finish
-        ]  # fmt: skip
 
     def fits(self, requests: Requests, stopping: Stopping) -> bool:
         """Return whether the buffers and captured graphs can be used for another call."""
@@ -101,7 +101,8 @@ class CapturedToken:
             len(requests.prompts), budget, options.released_cache, options.warm_start
         )  # fmt: skip
         rule = stopping.rule is self.stopping.rule and stopping[:2] == self.stopping[:2]
-        return same and rule and requests.room <= cache.max_length and self.weights == _addresses(self.model)
+        unchanged = self.captured_model == _what_graphs_depend_on(self.model)
+        return same and rule and requests.room <= cache.max_length and unchanged
 
     def reset(self) -> RecurrentCache:
         """Empty the cache, at the same address, and return it."""
@@ -119,18 +120,32 @@ class CapturedToken:
         """Feed each request its next token and return the number of iterations run. Results are in the buffers."""
         self.ids.copy_(torch.tensor(tokens)[:, None])
         self.running.copy_(torch.tensor(running)[:, None])
-        begin, *iterations, finish = self.regions
-        begin()
+        self.run_region(0)
         done = 0
         late = _DelayedCheck(self.going) if self.stopping.rule is not None else None
-        for i, iterate in enumerate(iterations):
-            iterate()
+        for i in range(self.stopping.most):
+            self.run_region(i + 1)
             done = i + 1
             if late is not None and late.all_have_stopped(after=i):
                 break
-        finish()
+        self.run_region(self.num_regions - 1)
         self.columns += 1
         return done
+
+    @property
+    def num_regions(self) -> int:
+        return self.stopping.most + 2
+
+    def run_region(self, number: int) -> None:
+        """Run a region, or replay its graph: 0 is `begin`, i + 1 is `iterate(i)`, and the last one is `finish`."""
+        if self.graphs:
+            self.graphs[number].replay()
+        elif number == 0:
+            self.begin()
+        elif number <= self.stopping.most:
+            self.iterate(number - 1)
+        else:
+            self.finish()
 
     def begin(self) -> None:
         """Run embedding and prelude."""
@@ -173,29 +188,29 @@ class CapturedToken:
         return to_float32(self.model.lm_head(hidden))
 
     def capture(self) -> None:
-        """Capture each region and replace it by the replay of its CUDA graph. Regions must then be called in order.
+        """Capture each region in a CUDA graph, which is replayed from then on. Regions must then be called in order.
 
         All regions are run once before, so that libraries initialise and kernels compile outside of the graphs.
         """
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        replays: list[Region] = []
+        graphs: list[torch.cuda.CUDAGraph] = []
         state = self.state.clone()
         with torch.cuda.stream(side):
             self.rehearse()
             torch.cuda.synchronize()
             pool = torch.cuda.graph_pool_handle()
-            for region in self.regions:
+            for number in range(self.num_regions):
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool=pool)
                 try:
-                    region()
+                    self.run_region(number)
                 finally:  # otherwise every later CUDA call of the process fails
                     graph.capture_end()
-                replays.append(graph.replay)
+                graphs.append(graph)
         torch.cuda.current_stream().wait_stream(side)
         self.state.copy_(state)
-        self.regions, self.is_captured = replays, True
+        self.graphs = graphs
 
     def rehearse(self) -> None:
         """Run every region with no request running.
@@ -203,14 +218,31 @@ class CapturedToken:
         No keys and values are written; the depth at the next column is set again by its token. State and logits change.
         """
         self.running.zero_()
-        for region in self.regions:
-            region()
+        for number in range(self.num_regions):
+            self.run_region(number)
 
 
-def _addresses(model: DecodableModel) -> list[tuple[int, torch.dtype]]:
-    """Return the addresses of the weights, at which captured graphs read them."""
-    modules = (model.transformer, model.lm_head)
-    return [(weight.data_ptr(), weight.dtype) for module in modules for weight in module.parameters()]
+def _what_graphs_depend_on(model: DecodableModel) -> list[Any]:
+    """Return what a captured graph has fixed: the modules, their operations and hooks, and the addresses of weights.
+
+    Values of weights may change in place. Settings inside modules of other libraries are not noticed.
+    """
+    modules = [*model.transformer.modules(), *model.lm_head.modules()]
+    # Modules compare by identity. They are kept alive here, so that no other module gets the same identity.
+    called = [
+        (module, getattr(module, "ops", None), vars(module).get("forward"), [*module._forward_pre_hooks.values()],
+         [*module._forward_hooks.values()])
+        for module in modules
+    ]  # fmt: skip
+    tensors = [t for module in modules for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
+    return [called, [address for tensor in [*tensors, model.freqs_cis] for address in _addresses(tensor)]]
+
+
+def _addresses(tensor: Tensor) -> list[tuple[int, torch.dtype]]:
+    """Return the address of a tensor; for a quantised one, which consists of several tensors, all addresses."""
+    if is_traceable_wrapper_subclass(tensor):
+        return [part for name in tensor.__tensor_flatten__()[0] for part in _addresses(getattr(tensor, name))]
+    return [(tensor.data_ptr(), tensor.dtype)]
 
 
 class _DelayedCheck:
@@ -229,4 +261,4 @@ class _DelayedCheck:
             self.events[after].record()
             if after:
                 self.events[after - 1].synchronize()
-        return after > 0 and not bool(self.known[after - 1])
+        return after > 0 and not bool(self.known[after - 1])  # on the host already, and written: see the event

@@ -116,13 +116,13 @@ def _flex_documents(document_ids: Tensor) -> AttentionFunction:
     block_mask = create_block_mask(same_document, B, None, T, T, device=str(document_ids.device))
 
     def attention(projection: Projection, layer_index: int) -> Tensor:
-        return merge_heads(_compiled_flex()(*projection.heads(), block_mask=block_mask))
+        return merge_heads(compiled_flex()(*projection.heads(), block_mask=block_mask))
 
     return attention
 
 
 @cache
-def _compiled_flex() -> Callable[..., Tensor]:
+def compiled_flex() -> Callable[..., Tensor]:
     """Return flex_attention, compiled once: without compilation it would materialise the scores."""
     from torch.nn.attention.flex_attention import flex_attention
 

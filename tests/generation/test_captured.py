@@ -1,5 +1,9 @@
 """Captured decoding: tokens and depths of plain decoding, without decisions on the host within an iteration."""
 
+import gc
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +16,7 @@ from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.exits import RULES, OutputKL, StateChange, exit_rule
 from recurrent_depth.generation.forcing import ThinkingBudget
 from recurrent_depth.generation.request import Decoding, Requests
+from recurrent_depth.model.ops import TORCH_OPS, swiglu, use_ops
 from support import decode, lively_model
 
 PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [3]]
@@ -89,8 +94,8 @@ def test_captured_regions_read_no_value_on_the_host(model, rule):
     chosen = None if rule is None else exit_rule(rule, THRESHOLDS[rule])
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         token = captured_token(model, chosen)
-        for region in token.regions:
-            region()
+        for number in range(token.num_regions):
+            token.run_region(number)
         with pytest.raises(DataDependentOutputException):
             bool(token.going[0])
 
@@ -197,3 +202,56 @@ def test_weights_that_moved_are_captured_again():
     moving.transformer.adapter.weight = torch.nn.Parameter(moving.transformer.adapter.weight * 0.5)
     assert decoder.generate(PROMPTS, options).tokens == decode(moving, PROMPTS, options).tokens
     assert decoder.captured is not kept
+
+
+class Doubled(torch.nn.Module):
+    """An adapter as a library wraps it: it has the weights of the inner one."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    @property
+    def weight(self):
+        return self.inner.weight
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+def replace_adapter(model):
+    model.transformer.adapter = Doubled(model.transformer.adapter)
+
+
+def hook_the_adapter(model):
+    model.transformer.adapter.register_forward_hook(lambda module, args, y: 2 * y)
+
+
+def change_the_operations(model):
+    use_ops(model, replace(TORCH_OPS, swiglu=lambda x: 2 * swiglu(x)))
+
+
+@pytest.mark.parametrize("change", [replace_adapter, hook_the_adapter, change_the_operations])
+def test_changed_modules_are_captured_again(change):
+    """The addresses of the weights stay the same, but a graph runs the modules it was captured with."""
+    changed, options = lively_model(block_size=64), Decoding(max_new_tokens=6, num_steps=4)
+    decoder = Decoder(changed, Captured())
+    before = decoder.generate(PROMPTS, options)
+    kept = decoder.captured
+    change(changed)
+    after = decoder.generate(PROMPTS, options)
+    assert after.tokens == decode(changed, PROMPTS, options).tokens != before.tokens
+    assert decoder.captured is not kept
+
+
+def test_memory_of_captured_decoding_is_freed_with_the_decoder(model):
+    """Without waiting for the garbage collector, since other buffers are allocated next."""
+    decoder = Decoder(model, Captured())
+    decoder.generate(PROMPTS, Decoding(max_new_tokens=2, num_steps=2))
+    alive = weakref.ref(decoder.captured)
+    gc.disable()
+    try:
+        decoder.captured = None
+        assert alive() is None
+    finally:
+        gc.enable()
