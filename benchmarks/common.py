@@ -6,12 +6,12 @@ import os
 import platform
 import statistics
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from recurrent_depth.extras import package_version
 from recurrent_depth.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -25,20 +25,12 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gpu": device,
         "platform": platform.platform(),
-        "python": platform.python_version(),
+        "python": platform.pythonpackage_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
-        "recurrent_depth": _version("recurrent-depth"),
+        "triton": package_version("triton"),
+        "transformers": package_version("transformers"),
+        "recurrent_depth": package_version("recurrent-depth"),
     }
-
-
-def _version(package: str) -> str | None:
-    """Return the version of an installed package; None if it is not installed, as in a plain checkout."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _cpu_name() -> str:

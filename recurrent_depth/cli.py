@@ -1,7 +1,6 @@
 """`recurrent-depth VERB`: each verb is a frozen dataclass of options and a function that takes it."""
 
 import importlib
-import importlib.metadata
 import os
 import shutil
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from recurrent_depth.errors import UserError
+from recurrent_depth.extras import package_version
 from recurrent_depth.files import LOCK_FILE
 from recurrent_depth.help import completion_script, help_text, usage
 from recurrent_depth.parsing import SHIPPED, OptionError, parse_options, shipped_configs
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help", "help"):
         print(_overview())
     elif name == "--version":
-        print(f"recurrent-depth {importlib.metadata.version('recurrent-depth')}")
+        print(f"recurrent-depth {package_version('recurrent-depth') or '(checkout)'}")
     elif name == "configs":
         print("\n".join(map(_config_line, shipped_configs())))
     elif name == "completion":

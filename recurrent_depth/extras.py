@@ -1,5 +1,6 @@
 """Check for optional packages; the error says how to install them."""
 
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from recurrent_depth.errors import UserError
@@ -19,3 +20,11 @@ def require(package: str, install: str, what: str) -> None:
     """
     if find_spec(package) is None:
         raise MissingPackageError(f"{what} needs the package {package}, which is missing; run pip install '{install}'")
+
+
+def package_version(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed, as this one in a plain checkout."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

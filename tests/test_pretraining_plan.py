@@ -33,7 +33,7 @@ def wide_run(out, optimizer="huginn", micro_steps=1, **runtime):
         data=DataConfig(task=TaskDataConfig(name="shell_game", min_length=TOKENS - 1, max_length=TOKENS - 1)),
         micro_steps=micro_steps,
         optimizer=OptimizerConfig(name=optimizer),
-        runtime=RuntimeConfig(**{"device": "cpu", "threads": 1, "dtype": "bfloat16"} | runtime),
+        runtime=RuntimeConfig(**{"device": "cpu", "threads": 1, "dtype": "bfloat16", "kernels": "torch"} | runtime),
     )
 
 

@@ -146,13 +146,13 @@ def decode_attention(device: torch.device, dtype: torch.dtype, shape: Shape, fus
 
 
 def noise(device: torch.device, shape: Shape, fused: Ops) -> dict[str, float]:
-    """Compare the noise of the kernel on the device with torch on the CPU: equal bits, normals to 1e-6."""
+    """Compare the noise of the kernel on the device with torch on the CPU: equal bits, normals to 4e-6."""
     rows, positions = torch.arange(2), torch.arange(shape.rows)[None]
     expected = ops.truncated_normal(rows, positions, shape.width, seed=3, step=4)
     actual = fused.truncated_normal(rows.to(device), positions.to(device), shape.width, seed=3, step=4)
     error = (actual.cpu() - expected).abs().max().item()
-    assert error < 2e-6, f"error {error:.2e}, limit 2e-6"
-    return {"error": error, "limit": 2e-6}
+    assert error < 4e-6, f"error {error:.2e}, limit 4e-6"
+    return {"error": error, "limit": 4e-6}
 
 
 CASES = {case.__name__: case for case in (rms_norm, add_norm, swiglu, bias_rope, rope_into_cache, decode_attention)}

@@ -33,12 +33,13 @@ def key(op: str, width: int, dtype: torch.dtype, device_name: str) -> str:
 def measured(op: str, width: int, dtype: torch.dtype, device: torch.device) -> Settings:
     """Return the settings measured for this op on this GPU; empty if there are none."""
     name = targets.device_name(device)
-    return {} if name is None else _load(cache_file()).get(key(op, width, dtype, name), {})
+    return {} if name is None else _measured(op, width, dtype, name, os.environ.get("RECURRENT_DEPTH_CACHE"))
 
 
 @lru_cache
-def _load(path: Path) -> dict[str, Settings]:
-    return read(path)
+def _measured(op: str, width: int, dtype: torch.dtype, device_name: str, folder: str | None) -> Settings:
+    """Return what `measured` does; kept, because it is asked for at every launch."""
+    return read(cache_file()).get(key(op, width, dtype, device_name), {})
 
 
 def read(path: Path) -> dict[str, Settings]:
@@ -59,7 +60,7 @@ def write(path: Path, entries: dict[str, Settings]) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
         json.dump(merged, file, indent=1, sort_keys=True)
     Path(file.name).replace(path)
-    _load.cache_clear()
+    _measured.cache_clear()
 
 
 def best(candidates: list[Settings], seconds: Callable[[Settings], float]) -> tuple[Settings, float]:

@@ -30,18 +30,16 @@ def read_place(step, depth, BUDGET: tl.constexpr, RELEASED: tl.constexpr):
 
 
 @triton.jit
-def _columns(
-    start, end, step, depths, stride_place, stride_s,
-    BUDGET: tl.constexpr, RELEASED: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """Return the columns from `start` on, a mask of those before `end`, and the offsets of the entries to read."""
-    column = start + tl.arange(0, BLOCK_S)
-    held = column < end
+def _load_depths(depths, column, end, BUDGET: tl.constexpr):
+    """Return the depths of the tokens at these columns; with a budget of one they are not needed."""
+    return tl.load(depths + column, mask=column < end, other=1) if BUDGET > 1 else column.to(tl.int64)
+
+
+@triton.jit
+def _offsets(column, depth, step, stride_place, stride_s, BUDGET: tl.constexpr, RELEASED: tl.constexpr):
+    """Return the offsets of the entries that an iteration reads at these columns."""
     at = column.to(tl.int64) * stride_s
-    if BUDGET > 1:
-        depth = tl.load(depths + column, mask=held, other=1)
-        at += read_place(step, depth, BUDGET, RELEASED) * stride_place
-    return column, held, at
+    return at + read_place(step, depth, BUDGET, RELEASED) * stride_place if BUDGET > 1 else at
 
 
 @triton.jit
@@ -68,11 +66,14 @@ def attend_one(
     m = tl.full((BLOCK_S,), LOWEST, ACCUMULATE)
     z = tl.zeros((BLOCK_S,), ACCUMULATE)
     y = tl.zeros((BLOCK_S, BLOCK_K), ACCUMULATE)
-    end = tl.minimum(first + split * chunk + chunk, length)
-    for start in range(first + split * chunk, end, BLOCK_S):
-        _, held, at = _columns(
-            start, end, step, depths + lane * stride_db, stride_place, stride_s, BUDGET, RELEASED, BLOCK_S
-        )  # fmt: skip
+    begin, end = first + split * chunk, tl.minimum(first + split * chunk + chunk, length)
+    depths += lane * stride_db
+    depth = _load_depths(depths, begin + tl.arange(0, BLOCK_S), end, BUDGET)
+    for start in range(begin, end, BLOCK_S):
+        column = start + tl.arange(0, BLOCK_S)
+        held = column < end
+        at = _offsets(column, depth, step, stride_place, stride_s, BUDGET, RELEASED)
+        depth = _load_depths(depths, column + BLOCK_S, end, BUDGET)  # of the next block, while this one is computed
         pointer, wanted = base + at[:, None] + channel[None, :], held[:, None] & real[None, :]
         k = tl.load(pointer, mask=wanted, other=0)
         v = tl.load(pointer + stride_kv, mask=wanted, other=0)
@@ -119,11 +120,14 @@ def attend_many(
     m = tl.full((ROWS,), LOWEST, ACCUMULATE)
     z = tl.zeros((ROWS,), ACCUMULATE)
     y = tl.zeros((ROWS, BLOCK_K), ACCUMULATE)
-    end = tl.minimum(first + split * chunk + chunk, length)
-    for start in range(first + split * chunk, end, BLOCK_S):
-        column, held, at = _columns(
-            start, end, step, depths + lane * stride_db, stride_place, stride_s, BUDGET, RELEASED, BLOCK_S
-        )  # fmt: skip
+    begin, end = first + split * chunk, tl.minimum(first + split * chunk + chunk, length)
+    depths += lane * stride_db
+    depth = _load_depths(depths, begin + tl.arange(0, BLOCK_S), end, BUDGET)
+    for start in range(begin, end, BLOCK_S):
+        column = start + tl.arange(0, BLOCK_S)
+        held = column < end
+        at = _offsets(column, depth, step, stride_place, stride_s, BUDGET, RELEASED)
+        depth = _load_depths(depths, column + BLOCK_S, end, BUDGET)  # of the next block, while this one is computed
         pointer, wanted = base + at[:, None] + channel[None, :], held[:, None] & real[None, :]
         k = tl.load(pointer, mask=wanted, other=0)
         v = tl.load(pointer + stride_kv, mask=wanted, other=0)

@@ -26,7 +26,7 @@ _TYPES = {
 }  # fmt: skip
 
 _skipped: ContextVar[bool] = ContextVar("skipped", default=False)
-_seen: ContextVar["list[Launch] | None"] = ContextVar("seen", default=None)
+_watchers: list["list[Launch]"] = []  # of the whole process: on a GPU the backward pass runs in another thread
 
 
 @dataclass(frozen=True)
@@ -50,25 +50,25 @@ class Launch:
 
     def run(self) -> None:
         """Launch the kernel, unless inside `skipped()` or `planned()`. An empty grid does nothing."""
-        seen = _seen.get()
-        if seen is not None:
+        for seen in _watchers:
             seen.append(self)
         if _skipped.get() or 0 in self.grid:
             return
-        self._check_devices()
-        kernel = self.kernel if INTERPRETED else torch.library.wrap_triton(self.kernel)
+        devices = {x.device for x in self.arguments.values() if type(x) in (Tensor, torch.nn.Parameter)}
+        self._check_devices(devices)
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if INTERPRETED:
+            self.kernel[self.grid](**self.arguments, **self.constants, **options)
+            return
+        kernel = torch.library.wrap_triton(self.kernel) if torch.compiler.is_compiling() or not devices else self.kernel
         # Triton launches on the current GPU, whatever GPU the tensors are on.
-        gpu = next((value.device for value in self._tensors() if value.is_cuda), None)
-        with torch.cuda.device(gpu) if gpu is not None and torch.cuda.is_available() else nullcontext():
+        gpu = next(iter(devices), None)
+        with torch.cuda.device(gpu) if gpu is not None and gpu.index != torch.cuda.current_device() else nullcontext():
             kernel[self.grid](**self.arguments, **self.constants, **options)
 
-    def _tensors(self) -> list[Tensor]:
-        return [value for value in self.arguments.values() if type(value) in (Tensor, torch.nn.Parameter)]
-
-    def _check_devices(self) -> None:
+    def _check_devices(self, devices: set[torch.device]) -> None:
         wanted = "cpu" if INTERPRETED else "cuda"
-        found = {value.device.type for value in self._tensors()}
+        found = {device.type for device in devices}
         if found - {wanted}:
             raise ValueError(
                 f"the kernel {self.name} got tensors on {', '.join(sorted(found))}; it needs {wanted} tensors"
@@ -137,11 +137,11 @@ def skipped() -> Iterator[None]:
 def watched() -> Iterator[list[Launch]]:
     """Yield a list that collects the launches inside, in order, while they run."""
     launches: list[Launch] = []
-    token = _seen.set(launches)
+    _watchers.append(launches)
     try:
         yield launches
     finally:
-        _seen.reset(token)
+        _watchers.pop()
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 Each number is a function of (seed, stream, step, row, position, channel) as in recurrent_depth/model/random.py:
 Philox4x32-10 with counter (channel / 4, position, row, step) and key (seed, stream). Random bits are the same on every
-device; normal numbers agree to 1e-6.
+device; normal numbers agree to 4e-6 (3.6e-6 measured on an H200, whose logarithm is approximate).
 
 Shapes: B batch, T tokens, D channels.
 """

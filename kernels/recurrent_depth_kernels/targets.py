@@ -48,6 +48,11 @@ def device_name(device: torch.device) -> str | None:
     """Return the name of the GPU; None without a GPU."""
     if _assumed.get() is not None or device.type != "cuda":
         return None
+    return _name(device)
+
+
+@lru_cache
+def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 
 

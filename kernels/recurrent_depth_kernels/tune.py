@@ -39,13 +39,23 @@ def examples(
     entries = torch.randn(4, 2, 1, heads, rows, width // heads, device=device, dtype=dtype)  # a budget of 4
     queries = torch.randn(1, heads, 4, width // heads, device=device, dtype=dtype)
     cached = torch.ones_like(position[None]), None, position[:1], position[:1] + rows, position[:1], False
+    # A batch of 32 with a quarter of the columns, and one request: one setting must serve both.
+    batch, columns = torch.zeros(32, dtype=torch.long, device=device), rows // 4
+    many = torch.randn(4, 2, 32, heads, columns, width // heads, device=device, dtype=dtype)
+    many_queries = torch.randn(32, heads, 1, width // heads, device=device, dtype=dtype)
+    many_cached = torch.ones(32, columns, dtype=torch.long, device=device), None, batch, batch + columns, batch, False
+
+    def attend_one() -> None:
+        decode_attention(queries[:, :, :1], entries, *cached)
+        decode_attention(many_queries, many, *many_cached)
+
     return {
         "norm": (width, lambda: norm_rows(x, x, weight, 1e-6, False)),
         "norm_backward": (width, lambda: norm_rows_backward(x, x, weight, scale, x, False)),
         "rope": (width, lambda: rope(qkv, bias, table, table, heads)),
         "rope_backward": (width, lambda: rope_gradient(grad, grad, grad, table, table, True)),
         "swiglu": (inner, lambda: swiglu_rows(gate_up)),
-        "attend_one": (width // heads, lambda: decode_attention(queries[:, :, :1], entries, *cached)),
+        "attend_one": (width // heads, attend_one),
         "attend_many": (width // heads, lambda: decode_attention(queries, entries, *cached)),
         "noise": (width, lambda: truncated_normal_rows(position[:1], position[None], width, 0, 0, 0)),
     }

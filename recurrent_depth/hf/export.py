@@ -2,13 +2,13 @@
 
 import json
 import os
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import yaml
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from recurrent_depth.extras import package_version
 from recurrent_depth.files import atomic_folder, check_new_folder
 from recurrent_depth.hf.loading import ModelError, load_model
 from recurrent_depth.hf.modeling import RecurrentDepthForCausalLM
@@ -91,7 +91,7 @@ def model_card(config: ExportConfig, model: RecurrentDepthForCausalLM, evaluatio
         "```", "",
         "## Evaluation", "",
         *evaluation, "",
-        f"Written by recurrent-depth {version('recurrent-depth')}.", "",
+        f"Written by recurrent-depth {package_version('recurrent-depth') or 'from a checkout'}.", "",
     ]  # fmt: skip
     return "\n".join(lines)
 

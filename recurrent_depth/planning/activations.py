@@ -4,15 +4,19 @@ The model runs on the meta device, which allocates nothing, and every tensor tha
 Shapes: B batch, T tokens, H heads, K head size.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from recurrent_depth.model.attention import on_heads
-from recurrent_depth.model.config import Checkpointing, ModelConfig
+from recurrent_depth.model.config import Checkpointing, Kernels, ModelConfig
 from recurrent_depth.model.layers import rotary_at
+from recurrent_depth.model.ops import Ops, use_ops
 from recurrent_depth.model.transformer import RecurrentDepthModel
 
 
@@ -38,6 +42,7 @@ def activation_bytes(
     steps: tuple[int, int],
     checkpointing: Checkpointing = "none",
     dtype: torch.dtype = torch.bfloat16,
+    kernels: Kernels = "torch",
 ) -> int:
     """Return the bytes that autograd keeps from prelude to coda; the head and its loss are not included.
 
@@ -45,6 +50,7 @@ def activation_bytes(
         steps: iterations without and with gradient.
         checkpointing: what the backward pass recomputes: nothing, every iteration (`step`) or every block.
         dtype: of weights and activations.
+        kernels: the kernels keep fewer tensors than torch's operations; without Triton the latter are counted.
     """
     with torch.device("meta"):
         model = RecurrentDepthModel(config).to(dtype)
@@ -65,12 +71,23 @@ def activation_bytes(
         return _Flash.apply(q, k, v)
 
     part = model.transformer
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with _operations(model, kernels), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         attention = on_heads(attend)
         e = part.run_prelude(part.embed(ids), rotary, attention)
         state = part.iterate(torch.zeros_like(e), e, steps, rotary, attention)
         part.run_coda(state, rotary, attention)
     return sum(size for size, _ in kept.values())
+
+
+def _operations(model: RecurrentDepthModel, kernels: Kernels) -> AbstractContextManager[object]:
+    """Give a model on the meta device its operations; return the context in which kernels are not launched."""
+    if kernels == "torch" or find_spec("triton") is None or find_spec("recurrent_depth_kernels") is None:
+        return nullcontext()
+    import recurrent_depth_kernels as fused
+    from recurrent_depth_kernels.launch import planned
+
+    use_ops(model, Ops(**{field.name: getattr(fused, field.name) for field in fields(Ops)}))
+    return planned("sm_90")
 
 
 def head_bytes(config: ModelConfig, batch: int, tokens: int) -> int:
@@ -82,10 +99,15 @@ def head_bytes(config: ModelConfig, batch: int, tokens: int) -> int:
 
 
 def recomputed_bytes(
-    config: ModelConfig, batch: int, tokens: int, checkpointing: Checkpointing, dtype: torch.dtype = torch.bfloat16
+    config: ModelConfig,
+    batch: int,
+    tokens: int,
+    checkpointing: Checkpointing,
+    dtype: torch.dtype = torch.bfloat16,
+    kernels: Kernels = "torch",
 ) -> int:
     """Return the bytes that a recomputed block, or a recomputed iteration, keeps while its backward pass runs."""
     if checkpointing == "none":
         return 0
-    one, two = (activation_bytes(config, batch, tokens, (0, k), "none", dtype) for k in (1, 2))
+    one, two = (activation_bytes(config, batch, tokens, (0, k), "none", dtype, kernels) for k in (1, 2))
     return (two - one) // (config.n_layers_in_recurrent_block if checkpointing == "block" else 1)

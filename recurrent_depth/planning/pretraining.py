@@ -130,9 +130,10 @@ def _activations(job: Job) -> tuple[int, int, int]:
     """Return the bytes kept for the backward pass, of a recomputed part, and of the head."""
     run, runtime, config, dtype = job.run, job.run.runtime, job.run.model, job.compute_dtype
     rows, recompute = run.rows_per_rank(job.gpus), runtime.activation_checkpointing
-    one, two = (activation_bytes(config, rows, job.tokens, (0, k), recompute, dtype) for k in (1, 2))
+    kernels = runtime.kernels
+    one, two = (activation_bytes(config, rows, job.tokens, (0, k), recompute, dtype, kernels) for k in (1, 2))
     kept = one + (_deepest(job) - 1) * (two - one)  # every iteration keeps the same number of bytes
-    again = recomputed_bytes(config, rows, job.tokens, recompute, dtype)
+    again = recomputed_bytes(config, rows, job.tokens, recompute, dtype, kernels)
     at_once = min(rows * job.tokens, runtime.loss_chunk_size or rows * job.tokens)
     return kept, again, head_bytes(config, 1, at_once)
 

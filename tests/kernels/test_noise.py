@@ -10,6 +10,10 @@ from recurrent_depth.model import random
 from recurrent_depth_kernels.noise import truncated_normal_rows
 
 
+LIMIT = {"cpu": 1e-6, "cuda": 4e-6}
+"""Error of normal numbers; the logarithm of a GPU is approximate."""
+
+
 def named(device, rows, positions):
     return torch.tensor(rows, device=device), torch.tensor(positions, device=device)
 
@@ -24,8 +28,8 @@ def test_noise_equals_that_of_the_model(seed, step, stream, device):
     recovered = torch.special.erf(actual.double() / math.sqrt(2)) / (2 * math.erf(3 / math.sqrt(2))) + 0.5
     assert (recovered - u.double()).abs().max() < 2.0**-23 * 2
     exact = torch.erfinv(((2 * u - 1) * math.erf(3 / math.sqrt(2))).double()) * math.sqrt(2)
-    assert (actual - exact).abs().max() < 1e-6
-    assert (actual - random.truncated_normal(rows, positions, 267, **names)).abs().max() < 1e-6
+    assert (actual - exact).abs().max() < LIMIT[device]
+    assert (actual - random.truncated_normal(rows, positions, 267, **names)).abs().max() < LIMIT[device]
 
 
 def test_noise_depends_on_its_counter_not_on_the_layout(device):
@@ -45,9 +49,9 @@ def test_noise_is_right_in_the_tails(device):
     u = random.uniform(rows, positions, channels, seed=11).flatten()
     exact = torch.erfinv(((2 * u - 1) * math.erf(3 / math.sqrt(2))).double()) * math.sqrt(2)
     assert actual.abs().max() > 2.99
-    assert (actual - exact).abs().max() < 1e-6
+    assert (actual - exact).abs().max() < LIMIT[device]
 
 
 def test_noise_passes_opcheck(device):
     rows, positions = named(device, [0, 5], [[0, 1, 7]])
-    torch.library.opcheck(truncated_normal_rows, (rows, positions, 10, 3, 1, -2))
+    torch.library.opcheck(truncated_normal_rows.overload, (rows, positions, 10, 3, 1, -2))

@@ -101,7 +101,7 @@ def test_norm_kernel_refuses_float64(device):
 def test_norms_pass_opcheck(device):
     x, y = (random(2, 3, 40, dtype=torch.bfloat16, device=device, seed=s) for s in (1, 2))
     (weight,) = weights(40, 1, torch.bfloat16, device)
-    torch.library.opcheck(norm_rows, (x, None, weight, EPS, False))
-    torch.library.opcheck(norm_rows, (x.transpose(0, 1), y.transpose(0, 1), weight, EPS, True))
+    torch.library.opcheck(norm_rows.overload, (x, None, weight, EPS, False))
+    torch.library.opcheck(norm_rows.overload, (x.transpose(0, 1), y.transpose(0, 1), weight, EPS, True))
     out, scale = (t.detach() for t in norm_rows(x, y, weight, EPS, False))
-    torch.library.opcheck(norm_rows_backward, (*(t.detach() for t in (x, y, weight)), scale, out, False))
+    torch.library.opcheck(norm_rows_backward.overload, (*(t.detach() for t in (x, y, weight)), scale, out, False))

@@ -76,7 +76,7 @@ def test_rope_passes_opcheck(device):
     qkv = random(2, 3, 3 * 16, dtype=dtype, device=device, gradient=False)
     bias = random(2, 1, 2, 8, dtype=dtype, device=device, gradient=False)
     cos, sin = rotary(8, torch.arange(3)[None], device)
-    torch.library.opcheck(rope, (qkv, bias, cos, sin, 2))
-    torch.library.opcheck(rope, (qkv, None, cos, sin, 2))
+    torch.library.opcheck(rope.overload, (qkv, bias, cos, sin, 2))
+    torch.library.opcheck(rope.overload, (qkv, None, cos, sin, 2))
     grads = [random(2, 2, 3, 8, dtype=dtype, device=device, gradient=False).transpose(1, 2) for _ in range(3)]
-    torch.library.opcheck(rope_gradient, (*grads, cos, sin, True))
+    torch.library.opcheck(rope_gradient.overload, (*grads, cos, sin, True))

@@ -116,4 +116,4 @@ def test_rope_into_cache_refuses_wrong_shapes():
 
 def test_rope_into_cache_passes_opcheck(device):
     arguments = case(K=16, device=device)
-    torch.library.opcheck(rope_into_cache, tuple(arguments.values()))
+    torch.library.opcheck(rope_into_cache.overload, tuple(arguments.values()))

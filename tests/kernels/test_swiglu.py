@@ -35,6 +35,6 @@ def test_swiglu_saturates_for_large_gates(device):
 
 def test_swiglu_passes_opcheck(device):
     x = random(2, 3, 2 * 10, dtype=torch.bfloat16, device=device)
-    torch.library.opcheck(swiglu_rows, (x,))
-    torch.library.opcheck(swiglu_rows, (x.transpose(0, 1),))
-    torch.library.opcheck(swiglu_rows_backward, (x.detach(), x.detach()[..., :10]))
+    torch.library.opcheck(swiglu_rows.overload, (x,))
+    torch.library.opcheck(swiglu_rows.overload, (x.transpose(0, 1),))
+    torch.library.opcheck(swiglu_rows_backward.overload, (x.detach(), x.detach()[..., :10]))

@@ -141,7 +141,7 @@ def test_catalogue_launches_fit_the_limits_of_every_gpu(arch):
 def some_gpu(tmp_path, monkeypatch):
     """Simulate a GPU's name, with an empty cache of settings."""
     monkeypatch.setenv("RECURRENT_DEPTH_CACHE", str(tmp_path))
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr("recurrent_depth_kernels.targets._name", lambda device: "Some GPU")
     monkeypatch.setattr("recurrent_depth_kernels.targets._of_device", lambda device: "sm_90")
 
 

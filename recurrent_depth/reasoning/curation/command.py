@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 
 from recurrent_depth.data.layout import MANIFEST, DataError
 from recurrent_depth.data.records import read_parquet
+from recurrent_depth.extras import package_version
 from recurrent_depth.files import (
     FolderInUseError,
     atomic_file,
@@ -183,7 +183,7 @@ def _write(
         "rows": len(examples),
         "sources": sources,
         "steps": [asdict(step) for step in steps],
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: package_version(name) for name in _PACKAGES},
         "files": {name: file_hash(out / name) for name in (EXAMPLES, DROPPED)},
     }
     write_report(out, manifest, examples, drops)
@@ -196,9 +196,3 @@ def _write_table(table: pa.Table, file: Path) -> None:
     with atomic_file(file) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
