@@ -128,7 +128,9 @@ KINDS = ["plain", "labels", "targets", "chunked loss", "padded", "documents", "i
 def test_forward_and_backward_stay_on_the_gpu(gpu, model, kind):
     expected = model(**arguments(kind), num_steps=(1, 3))
     model = on_gpu(model)
-    given = {name: value.to(CUDA) if isinstance(value, torch.Tensor) else value for name, value in arguments(kind).items()}
+    given = {
+        name: value.to(CUDA) if isinstance(value, torch.Tensor) else value for name, value in arguments(kind).items()
+    }
     actual = model(**given, num_steps=(1, 3))
     assert_all_on_gpu(actual)
     torch.testing.assert_close(actual.state.cpu(), expected.state)

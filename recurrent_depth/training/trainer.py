@@ -15,6 +15,7 @@ from torch import Tensor
 
 from recurrent_depth.data.batch import Batch
 from recurrent_depth.data.loader import open_source
+from recurrent_depth.devices import choose_dtype
 from recurrent_depth.model.flops import training_flops
 from recurrent_depth.model.loss import valid_targets
 from recurrent_depth.model.recurrence import random_state, sample_depth
@@ -30,7 +31,7 @@ from recurrent_depth.training.config import RunConfig
 from recurrent_depth.training.health import HealthMonitor, validate
 from recurrent_depth.training.logging import Deadline, RunLog
 from recurrent_depth.training.optimizer import build_optimizer, clip_gradients, learning_rate, ramped, set_learning_rate
-from recurrent_depth.training.parallel import Ranks, build_model, compute_dtype, set_last_micro_step
+from recurrent_depth.training.parallel import Ranks, build_model, set_last_micro_step
 from recurrent_depth.training.rewind import Rewind, SpikeGuard
 
 
@@ -224,7 +225,7 @@ class Trainer:
         return (
             f"{'continuing' if self.step else 'training'} {self.model.num_parameters:,} parameters on {source.name}, "
             f"{config.batch_size} rows of up to {source.sequence_length} tokens per step, {devices} "
-            f"({str(compute_dtype(config.runtime, ranks.device)).removeprefix('torch.')}), "
+            f"({str(choose_dtype(config.runtime.dtype, ranks.device)).removeprefix('torch.')}), "
             f"steps {self.step} to {config.steps}, out {self.run}"
         )
 
