@@ -21,7 +21,9 @@ REDUCTIONS = {"all", "any", "max", "min", "sum", "mean", "norm", "argmax", "prod
 
 
 def test_factory_without_a_device_is_found():
-    source = "import torch\nx = torch.zeros(3)\ny = torch.ones(3, device=x.device)\nz = torch.eye(2)  # device: default\n"
+    source = (
+        "import torch\nx = torch.zeros(3)\ny = torch.ones(3, device=x.device)\nz = torch.eye(2)  # device: default\n"
+    )
     assert factories_without_device(source) == [(2, "torch.zeros")]
 
 
@@ -67,9 +69,7 @@ def unexplained_reads(source):
     found = []
     for node in calls(source, "host:"):
         function = node.func
-        if isinstance(function, ast.Attribute) and (
-            function.attr in READS or ast.unparse(function) == "torch.equal"
-        ):
+        if isinstance(function, ast.Attribute) and (function.attr in READS or ast.unparse(function) == "torch.equal"):
             found.append((node.lineno, function.attr))
         elif isinstance(function, ast.Name) and function.id in ("bool", "int", "float") and node.args:
             inner = node.args[0]

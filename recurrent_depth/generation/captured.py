@@ -46,7 +46,7 @@ def decode_captured(model: DecodableModel, requests: Requests, token: "CapturedT
         if token.uses_graphs and not token.graphs:
             token.capture()
         result.computed_steps += lanes * token.run([written[-1] for written in result.tokens], requests.running)
-        # host synchronisation: the cost of a request is counted on the host, which needs the new tokens next anyway
+        # host: iterations are counted there, which reads the new tokens next anyway
         for request, core_steps in enumerate(token.taken[:, 0].tolist()):
             if requests.running[request]:
                 requests.count(request, 1, core_steps, lengths[request] + 1)
@@ -113,13 +113,13 @@ class CapturedToken:
 
     def place(self, starts: list[int], columns: list[int]) -> None:
         """Set the first column of each lane, and the column of its next token."""
-        self.starts.copy_(torch.tensor(starts))
-        self.columns.copy_(torch.tensor(columns))
+        self.starts.copy_(torch.tensor(starts, device=self.starts.device))
+        self.columns.copy_(torch.tensor(columns, device=self.columns.device))
 
     def run(self, tokens: list[int], running: list[bool]) -> int:
         """Feed each request its next token and return the number of iterations run. Results are in the buffers."""
-        self.ids.copy_(torch.tensor(tokens)[:, None])
-        self.running.copy_(torch.tensor(running)[:, None])
+        self.ids.copy_(torch.tensor(tokens, device=self.ids.device)[:, None])
+        self.running.copy_(torch.tensor(running, device=self.running.device)[:, None])
         self.run_region(0)
         done = 0
         late = _DelayedCheck(self.going) if self.stopping.rule is not None else None
@@ -250,7 +250,7 @@ class _DelayedCheck:
 
     def __init__(self, going: Tensor) -> None:
         self.going = going
-        self.known = torch.ones(going.shape, dtype=torch.bool, pin_memory=going.is_cuda)
+        self.known = torch.ones(going.shape, dtype=torch.bool, device="cpu", pin_memory=going.is_cuda)
         self.events: list[torch.cuda.Event] = []
 
     def all_have_stopped(self, after: int) -> bool:
