@@ -25,7 +25,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gpu": device,
         "platform": platform.platform(),
-        "python": platform.pythonpackage_version(),
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": package_version("triton"),
         "transformers": package_version("transformers"),

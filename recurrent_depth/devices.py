@@ -28,6 +28,25 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
+def device_of_process(name: str, local_rank: int) -> torch.device:
+    """Return the device called `name` for one of several processes: on GPUs each process takes its own.
+
+    Args:
+        name: see `choose_device`.
+        local_rank: number of the process on its node.
+    """
+    device = choose_device(name)
+    if device.type != "cuda" or device.index is not None:
+        return device
+    found = torch.cuda.device_count()
+    if local_rank >= found:
+        raise ValueError(
+            f"this is process {local_rank} of its node, counted from 0, but torch sees {found} CUDA or ROCm device(s); "
+            f"start one process per GPU (torchrun --nproc_per_node {found})"
+        )
+    return torch.device("cuda", local_rank)
+
+
 def current_device(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which `device` is the current GPU, on which streams and kernels start; nothing on a CPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 _READS = {
-    "item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "nonzero", "equal", "masked_select",
+    "item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "nonzero", "equal",
+    "masked_select",
 }  # fmt: skip
 _SAME_DEVICE_SCALARS = {"cat", "stack", "concat"}
 _MIXED = {"copy_", "__get__", "__set__", "_has_compatible_shallow_copy_type"}  # copies, properties, Module.to

@@ -1,5 +1,6 @@
 """Every public path on a pretended GPU: no tensor on the wrong device, and the results of the CPU."""
 
+import copy
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,24 +16,21 @@ from pretended_gpu import CUDA, PretendedGPU, device_of
 from recurrent_depth.generation.captured import CapturedToken
 from recurrent_depth.generation.config import Captured, EngineOptions, Refill, Speculation, Wavefront
 from recurrent_depth.generation.engine import Decoder
-from recurrent_depth.generation.exits import RULES, StateChange, exit_rule
+from recurrent_depth.generation.exits import StateChange, exit_rule
 from recurrent_depth.generation.forcing import ThinkingBudget
 from recurrent_depth.generation.request import Decoding
 from recurrent_depth.hf.engine import Engine
 from recurrent_depth.hf.forcing import BudgetForcing
 from recurrent_depth.hf.loading import wrap
-from recurrent_depth.model.random import truncated_normal
 from recurrent_depth.model.recurrence import random_state
-from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.training.config import RuntimeConfig
 from recurrent_depth.training.health import validate
-from recurrent_depth.training.optimizer import build_optimizer
 from recurrent_depth.training.parallel import Ranks
 from recurrent_depth.training.trainer import Trainer
 from support import decode, lively_model, small_run
 
 FIXTURE = Path(__file__).parent / "fixtures" / "huginn_tiny"
-PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [3], [7, 1, 4]]
+PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [3]]
 
 
 class Event:
@@ -60,8 +58,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(CapturedToken, "capture", rehearse_only)
     monkeypatch.setattr("recurrent_depth.model.attention.compiled_flex", lambda: flex_attention)
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    with PretendedGPU() as mode:
-        yield mode
+    return PretendedGPU()
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +73,6 @@ def hf_model():
 
 def on_gpu(model):
     """Return a copy of a model on the pretended GPU."""
-    import copy
-
     return copy.deepcopy(model).to(CUDA)
 
 
@@ -88,18 +83,19 @@ def assert_all_on_gpu(output: Any) -> None:
 
 
 def test_pretended_gpu_reports_a_tensor_on_the_wrong_device(gpu):
-    x = torch.ones(3, device="cuda")
-    assert (x + 1).device == x[1:].device == CUDA
-    assert torch.ones(3, device=x.device).is_cuda
-    with pytest.raises(RuntimeError, match="add: expected all tensors on the same device"):
-        x + torch.ones(3)
-    with pytest.raises(RuntimeError, match="same device"):
-        x[torch.arange(2)]
-    with pytest.raises(RuntimeError, match="same device"):
-        torch.stack([x[0], torch.tensor(1.0)])
-    assert gpu.reads.total() == 0
-    assert x.sum().item() == 3
-    assert gpu.reads == {"item": 1}
+    with gpu:
+        x = torch.ones(3, device="cuda")
+        assert (x + 1).device == x[1:].device == CUDA
+        assert torch.ones(3, device=x.device).is_cuda
+        with pytest.raises(RuntimeError, match="add: expected all tensors on the same device"):
+            x + torch.ones(3)
+        with pytest.raises(RuntimeError, match="same device"):
+            x[torch.arange(2)]
+        with pytest.raises(RuntimeError, match="same device"):
+            torch.stack([x[0], torch.tensor(1.0)])
+        assert gpu.reads.total() == 0
+        assert x.sum().item() == 3
+        assert gpu.reads == {"item": 1}
 
 
 def arguments(kind):
@@ -126,78 +122,109 @@ KINDS = ["plain", "labels", "targets", "chunked loss", "padded", "documents", "i
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_and_backward_stay_on_the_gpu(gpu, model, kind):
-    expected = model(**arguments(kind), num_steps=(1, 3))
-    model = on_gpu(model)
-    given = {name: value.to(CUDA) if isinstance(value, torch.Tensor) else value for name, value in arguments(kind).items()}
-    actual = model(**given, num_steps=(1, 3))
-    assert_all_on_gpu(actual)
-    torch.testing.assert_close(actual.state.cpu(), expected.state)
-    if actual.loss is not None:
-        actual.loss.backward()
-        assert model.transformer.adapter.weight.grad.is_cuda
+    given = arguments(kind)
+    expected = model(**given, num_steps=(1, 3))
+    with gpu:
+        model = on_gpu(model)
+        given = {name: value.to(CUDA) if torch.is_tensor(value) else value for name, value in given.items()}
+        gpu.reads.clear()
+        actual = model(**given, num_steps=(1, 3))
+        if actual.loss is not None:
+            actual.loss.backward()
+            assert model.transformer.adapter.weight.grad.is_cuda
+        assert gpu.reads == ({"__bool__": 1} if kind == "padded" else {})  # whether there is padding at all
+        assert_all_on_gpu(actual)
+    torch.testing.assert_close(actual.state, expected.state)
 
 
 @pytest.mark.parametrize("recompute", ["step", "block"])
 def test_recomputation_stays_on_the_gpu(gpu, model, recompute):
-    model = on_gpu(model)
-    model.transformer.core_block.activation_checkpointing = recompute
-    ids = torch.arange(8, device=CUDA)[None]
-    model(ids, targets=ids, num_steps=(1, 2)).loss.backward()
-    assert model.transformer.adapter.weight.grad.is_cuda
+    with gpu:
+        model = on_gpu(model)
+        model.transformer.core_block.activation_checkpointing = recompute
+        ids = torch.arange(8, device=CUDA)[None]
+        model(ids, targets=ids, num_steps=(1, 2)).loss.backward()
+        assert model.transformer.adapter.weight.grad.is_cuda
 
 
 def test_random_state_is_made_on_the_gpu_of_its_rows(gpu, model):
-    rows, positions = torch.arange(3, device=CUDA), torch.arange(4, device=CUDA)[None]
-    assert random_state(model.config, rows, positions, seed=1, step=2).is_cuda
-    expected = truncated_normal(torch.arange(3), torch.arange(4)[None], 32, seed=1)
-    assert torch.equal(truncated_normal(rows, positions, 32, seed=1).cpu(), expected)
+    expected = random_state(model.config, torch.arange(3), torch.arange(4)[None], seed=1, step=2)
+    with gpu:
+        rows, positions = torch.arange(3, device=CUDA), torch.arange(4, device=CUDA)[None]
+        actual = random_state(model.config, rows, positions, seed=1, step=2)
+        assert actual.is_cuda
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("optimizer", ["huginn", "adamw", "nadamw", "muon"])
 def test_training_steps_and_validation_stay_on_the_gpu(gpu, tmp_path, optimizer):
     config = small_run(tmp_path / "run", steps=2)
     config = replace(config, optimizer=replace(config.optimizer, name=optimizer))
-    expected = Trainer(config, Ranks(0, 1, torch.device("cpu")))
-    actual = Trainer(replace(config, runtime=RuntimeConfig(dtype="float32", kernels="torch")), Ranks(0, 1, CUDA))
-    assert {device_of(p) for p in actual.parameters} == {CUDA}
-    for _ in range(2):
-        assert actual.train_step()["loss"] == pytest.approx(expected.train_step()["loss"], rel=1e-5)
-    metrics = [validate(t.model, t.validation_source, config.validation, 4, t.ranks) for t in (actual, expected)]
-    assert metrics[0] == pytest.approx(metrics[1], rel=1e-3)
+    on_cpu = Trainer(config, Ranks(0, 1, torch.device("cpu")))
+    expected = [on_cpu.train_step()["loss"] for _ in range(2)]
+    with gpu:
+        trainer = Trainer(replace(config, runtime=RuntimeConfig(dtype="float32", kernels="torch")), Ranks(0, 1, CUDA))
+        assert {device_of(p) for p in trainer.parameters} == {CUDA}
+        gpu.reads.clear()
+        assert [trainer.train_step()["loss"] for _ in range(2)] == pytest.approx(expected, rel=1e-4)
+        assert gpu.reads == {"tolist": 2}  # one per training step
+        metrics = validate(trainer.model, trainer.validation_source, config.validation, 4, trainer.ranks)
+    assert metrics == pytest.approx(
+        validate(on_cpu.model, on_cpu.validation_source, config.validation, 4, on_cpu.ranks), rel=1e-3
+    )
 
+
+RULES = {"state-change": (0.3, None), "kl": (0.1, 3), "entropy": (0.01, 1), "argmax": (3, None)}
+"""Exit rule -> threshold and cache budget."""
 
 OPTIONS = {
-    "plain": Decoding(max_new_tokens=6, num_steps=5),
-    "sampled": Decoding(max_new_tokens=6, num_steps=5, temperature=1.0, top_k=20, top_p=0.9, seed=4),
-    "warm start": Decoding(max_new_tokens=6, num_steps=5, warm_start=True, exit=StateChange(0.3)),
-    "depth per request": Decoding(max_new_tokens=6, num_steps=[2, 5, 3, 4]),
-    "rule per request": Decoding(max_new_tokens=6, num_steps=6, exit=[None, StateChange(0.3), exit_rule("kl"), None]),
-    "thinking": Decoding(max_new_tokens=8, num_steps=3, thinking=ThinkingBudget((1,), (2,), (4,), at_most=3)),
-    "prompt at full depth": Decoding(max_new_tokens=6, num_steps=6, exit=StateChange(0.3), exit_prompt=False),
+    "plain": Decoding(max_new_tokens=4, num_steps=5),
+    "sampled": Decoding(max_new_tokens=4, num_steps=5, temperature=1.0, top_k=20, top_p=0.9, seed=4),
+    "warm start": Decoding(max_new_tokens=4, num_steps=5, warm_start=True, exit=StateChange(0.3)),
+    "depth per request": Decoding(max_new_tokens=4, num_steps=[2, 5, 3]),
+    "rule per request": Decoding(max_new_tokens=4, num_steps=6, exit=[None, StateChange(0.3), exit_rule("kl")]),
+    "thinking": Decoding(max_new_tokens=5, num_steps=3, thinking=ThinkingBudget((1,), (2,), (4,), at_most=2)),
+    "prompt at full depth": Decoding(max_new_tokens=4, num_steps=6, exit=StateChange(0.3), exit_prompt=False),
 } | {
-    f"exit {name}, budget {budget}": Decoding(
-        max_new_tokens=6, num_steps=8, min_steps=2, exit=exit_rule(name, threshold), cache_budget=budget
+    f"exit {name}": Decoding(
+        max_new_tokens=4, num_steps=6, min_steps=2, exit=exit_rule(name, threshold), cache_budget=budget
     )
-    for name, threshold in {"state-change": 0.3, "kl": 0.1, "entropy": 0.01, "argmax": 3}.items()
-    for budget in (None, 3, 1)
+    for name, (threshold, budget) in RULES.items()
 }  # fmt: skip
 
 
-def assert_decoded_as_on_cpu(model, options, mode=None):
-    expected, actual = decode(model, PROMPTS, options, mode), decode(on_gpu(model), PROMPTS, options, mode)
+def assert_decoded_as_on_cpu(gpu, model, options, mode=None):
+    """Decode on both devices; return the number of host reads on the GPU."""
+    expected = decode(model, PROMPTS, options, mode)
+    with gpu:
+        model = on_gpu(model)
+        gpu.reads.clear()
+        actual = decode(model, PROMPTS, options, mode)
     assert actual.tokens == expected.tokens
     assert actual.steps == expected.steps
+    return gpu.reads.total(), actual
 
 
 @pytest.mark.parametrize("mode", [None, Refill(2)], ids=["lockstep", "refilled"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_decoding_stays_on_the_gpu(gpu, model, name, mode):
-    assert_decoded_as_on_cpu(model, OPTIONS[name], mode)
+    assert_decoded_as_on_cpu(gpu, model, OPTIONS[name], mode)
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if "per request" not in name])
 def test_captured_decoding_stays_on_the_gpu(gpu, model, name):
-    assert_decoded_as_on_cpu(model, OPTIONS[name], Captured())
+    assert_decoded_as_on_cpu(gpu, model, OPTIONS[name], Captured())
+
+
+def test_decoding_reads_on_the_host_once_per_token_and_once_per_checked_iteration(gpu, model):
+    """Each read waits for the GPU."""
+    tokens = 4
+    assert assert_decoded_as_on_cpu(gpu, model, OPTIONS["plain"])[0] == tokens
+    reads, result = assert_decoded_as_on_cpu(gpu, model, OPTIONS["exit state-change"])
+    deepest = sum(max(steps) for steps in list(zip(*result.steps, strict=True))[1:])
+    assert reads <= tokens + 6 + deepest  # 6 iterations of the prompt at most
+    captured, _ = assert_decoded_as_on_cpu(gpu, model, OPTIONS["plain"], Captured())
+    assert captured == tokens + (tokens - 1)  # new tokens, and their numbers of iterations
 
 
 @pytest.mark.parametrize("name", ["plain", "sampled"])
@@ -206,15 +233,17 @@ def test_captured_decoding_stays_on_the_gpu(gpu, model, name):
     ids=["speculation", "exact wavefront", "approximate wavefront"],
 )  # fmt: skip
 def test_modes_with_drafts_stay_on_the_gpu(gpu, model, mode, name):
-    assert_decoded_as_on_cpu(model, OPTIONS[name], mode)
+    assert_decoded_as_on_cpu(gpu, model, OPTIONS[name], mode)
 
 
 @pytest.mark.parametrize("budget", [None, 2])
 def test_logits_of_a_decoder_stay_on_the_gpu(gpu, model, budget):
     ids = torch.tensor([[5, 6, 7], [1, 2, 3]])
-    actual = Decoder(on_gpu(model)).logits(ids.to(CUDA), 4, budget)
-    assert actual.is_cuda
-    torch.testing.assert_close(actual.cpu(), Decoder(model).logits(ids, 4, budget))
+    expected = Decoder(model).logits(ids, 4, budget)
+    with gpu:
+        actual = Decoder(on_gpu(model)).logits(ids.to(CUDA), 4, budget)
+        assert actual.is_cuda
+    torch.testing.assert_close(actual, expected)
 
 
 def padded(device):
@@ -229,21 +258,23 @@ def padded(device):
     ids=lambda options: ",".join(options) or "plain",
 )
 def test_transformers_forward_stays_on_the_gpu(gpu, hf_model, options, implementation):
-    model = on_gpu(hf_model)
-    model.set_attn_implementation(implementation)
     with torch.no_grad():
-        actual, expected = model(**padded(CUDA), **options), hf_model(**padded("cpu"), **options)
-    assert actual.logits.is_cuda
-    torch.testing.assert_close(actual.logits.cpu(), expected.logits)
-    assert model.decode_state(actual.last_state, padded(CUDA)["attention_mask"]).is_cuda
+        expected = hf_model(**padded("cpu"), **options)
+        with gpu:
+            model = on_gpu(hf_model)
+            model.set_attn_implementation(implementation)
+            actual = model(**padded(CUDA), **options)
+            assert actual.logits.is_cuda
+            assert model.decode_state(actual.last_state, padded(CUDA)["attention_mask"]).is_cuda
+    torch.testing.assert_close(actual.logits[:, -1], expected.logits[:, -1])
 
 
 def test_transformers_training_stays_on_the_gpu(gpu, hf_model):
-    model = on_gpu(hf_model).train()
-    ids = padded(CUDA)["input_ids"]
-    model(ids, labels=ids).loss.backward()
-    assert model.transformer.adapter.weight.grad.is_cuda
-    model.eval()
+    with gpu:
+        model = on_gpu(hf_model).train()
+        ids = padded(CUDA)["input_ids"]
+        model(ids, labels=ids).loss.backward()
+        assert model.transformer.adapter.weight.grad.is_cuda
 
 
 @pytest.mark.parametrize(
@@ -252,43 +283,46 @@ def test_transformers_training_stays_on_the_gpu(gpu, hf_model):
     ids=lambda options: ",".join(options) or "greedy",
 )
 def test_transformers_generation_stays_on_the_gpu(gpu, hf_model, options):
-    common = {"max_new_tokens": 5, "num_steps": 3, "do_sample": False, "disable_compile": True}
-    results = []
-    for model, device in ((on_gpu(hf_model), CUDA), (hf_model, "cpu")):
+    options = {"max_new_tokens": 4, "num_steps": 3, "do_sample": False, "disable_compile": True} | options
+    torch.manual_seed(0)
+    expected = hf_model.generate(**padded("cpu"), **options)
+    with gpu:
         torch.manual_seed(0)
-        results.append(model.generate(**padded(device), **(common | options)))
-    assert results[0].is_cuda
-    assert torch.equal(results[0].cpu(), results[1])
+        actual = on_gpu(hf_model).generate(**padded(CUDA), **options)
+        assert actual.is_cuda
+    assert torch.equal(actual, expected)
 
 
 def test_transformers_forward_with_a_static_cache_stays_on_the_gpu(gpu, hf_model):
-    model = on_gpu(hf_model)
-    cache = StaticCache(config=model.config, max_cache_len=6)
-    ids = padded(CUDA)["input_ids"]
-    with torch.no_grad():
+    with gpu, torch.no_grad():
+        model = on_gpu(hf_model)
+        cache = StaticCache(config=model.config, max_cache_len=6)
+        ids = padded(CUDA)["input_ids"]
         model(ids, past_key_values=cache)
-        last = model(ids[:, :1], past_key_values=cache)
-    assert last.logits.is_cuda
+        assert model(ids[:, :1], past_key_values=cache).logits.is_cuda
 
 
 def test_engine_inside_generate_stays_on_the_gpu(gpu, hf_model):
     options = {"max_new_tokens": 4, "do_sample": False, "num_steps": 3, "use_cache": False}
-    model = on_gpu(hf_model)
-    actual = model.generate(**padded(CUDA), custom_generate=Engine(EngineOptions()), **options)
-    assert actual.is_cuda
-    assert torch.equal(actual.cpu(), hf_model.generate(**padded("cpu"), **options))
+    expected = hf_model.generate(**padded("cpu"), **options)
+    with gpu:
+        actual = on_gpu(hf_model).generate(**padded(CUDA), custom_generate=Engine(EngineOptions()), **options)
+        assert actual.is_cuda
+    assert torch.equal(actual, expected)
 
 
 def test_budget_forcing_inside_generate_stays_on_the_gpu(gpu, hf_model):
     budget = ThinkingBudget((1,), (2,), (4,), at_most=2)
-    model, batch = on_gpu(hf_model), padded(CUDA)
-    forcing = BudgetForcing(budget, attention_mask=batch["attention_mask"])
-    written = model.generate(**batch, logits_processor=[forcing], max_new_tokens=4, do_sample=False, num_steps=2)
-    assert written.is_cuda
+    with gpu:
+        model, batch = on_gpu(hf_model), padded(CUDA)
+        forcing = BudgetForcing(budget, attention_mask=batch["attention_mask"])
+        written = model.generate(**batch, logits_processor=[forcing], max_new_tokens=4, do_sample=False, num_steps=2)
+        assert written.is_cuda
     assert written[0, 4].item() == 1
 
 
 def test_wrapped_training_model_stays_on_the_gpu(gpu, model):
-    wrapped = wrap(on_gpu(model)).to(CUDA)
-    assert wrapped.device == CUDA
-    assert wrapped(torch.arange(4, device=CUDA)[None]).logits.is_cuda
+    with gpu:
+        wrapped = wrap(on_gpu(model))
+        assert wrapped.device == CUDA
+        assert wrapped(torch.arange(4, device=CUDA)[None]).logits.is_cuda

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from recurrent_depth.generation.attention import StaticAttention
@@ -21,6 +21,7 @@ from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.generation.request import DecodableModel, Decoded, Requests, Stopping
 from recurrent_depth.model.layers import rotary_at
 from recurrent_depth.model.loss import to_float32
+from recurrent_depth.model.ops import Ops
 
 ROOM = 256
 """On a GPU the cache length is rounded up to a multiple of this, so that graphs can be used for more calls."""
@@ -46,7 +47,7 @@ def decode_captured(model: DecodableModel, requests: Requests, token: "CapturedT
         if token.uses_graphs and not token.graphs:
             token.capture()
         result.computed_steps += lanes * token.run([written[-1] for written in result.tokens], requests.running)
-        # host synchronisation: the cost of a request is counted on the host, which needs the new tokens next anyway
+        # host: iterations are counted there, which reads the new tokens next anyway
         for request, core_steps in enumerate(token.taken[:, 0].tolist()):
             if requests.running[request]:
                 requests.count(request, 1, core_steps, lengths[request] + 1)
@@ -113,13 +114,13 @@ class CapturedToken:
 
     def place(self, starts: list[int], columns: list[int]) -> None:
         """Set the first column of each lane, and the column of its next token."""
-        self.starts.copy_(torch.tensor(starts))
-        self.columns.copy_(torch.tensor(columns))
+        self.starts.copy_(torch.tensor(starts, device=self.starts.device))
+        self.columns.copy_(torch.tensor(columns, device=self.columns.device))
 
     def run(self, tokens: list[int], running: list[bool]) -> int:
         """Feed each request its next token and return the number of iterations run. Results are in the buffers."""
-        self.ids.copy_(torch.tensor(tokens)[:, None])
-        self.running.copy_(torch.tensor(running)[:, None])
+        self.ids.copy_(torch.tensor(tokens, device=self.ids.device)[:, None])
+        self.running.copy_(torch.tensor(running, device=self.running.device)[:, None])
         self.run_region(0)
         done = 0
         late = _DelayedCheck(self.going) if self.stopping.rule is not None else None
@@ -223,19 +224,24 @@ class CapturedToken:
 
 
 def _what_graphs_depend_on(model: DecodableModel) -> list[Any]:
-    """Return what a captured graph has fixed: the modules, their operations and hooks, and the addresses of weights.
+    """Return what a captured graph has fixed: modules, their settings and hooks, and the addresses of weights.
 
-    Values of weights may change in place. Settings inside modules of other libraries are not noticed.
+    The values of weights may change in place.
     """
     modules = [*model.transformer.modules(), *model.lm_head.modules()]
     # Modules compare by identity. They are kept alive here, so that no other module gets the same identity.
     called = [
-        (module, getattr(module, "ops", None), vars(module).get("forward"), [*module._forward_pre_hooks.values()],
-         [*module._forward_hooks.values()])
+        (module, _settings(module), [*module._forward_pre_hooks.values()], [*module._forward_hooks.values()])
         for module in modules
-    ]  # fmt: skip
+    ]
     tensors = [t for module in modules for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
     return [called, [address for tensor in [*tensors, model.freqs_cis] for address in _addresses(tensor)]]
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Return operations, an overwritten forward, and flags, for example whether the LoRA of a layer is switched off."""
+    kinds = (Ops, bool, int, float, str)
+    return {name: value for name, value in vars(module).items() if isinstance(value, kinds) or name == "forward"}
 
 
 def _addresses(tensor: Tensor) -> list[tuple[int, torch.dtype]]:
@@ -250,7 +256,7 @@ class _DelayedCheck:
 
     def __init__(self, going: Tensor) -> None:
         self.going = going
-        self.known = torch.ones(going.shape, dtype=torch.bool, pin_memory=going.is_cuda)
+        self.known = torch.ones(going.shape, dtype=torch.bool, device="cpu", pin_memory=going.is_cuda)
         self.events: list[torch.cuda.Event] = []
 
     def all_have_stopped(self, after: int) -> bool:

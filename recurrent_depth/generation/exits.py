@@ -20,7 +20,7 @@ from recurrent_depth.checks import check_at_least
 Read = Callable[[], Tensor]
 """Returns the logits [B, T, V] of the state after the iteration; runs coda and head."""
 
-ReadSome = Callable[[Tensor | None], Tensor]
+ReadSome = Callable[[list[int] | None], Tensor]
 """The same for the tokens with these indices (None: all tokens)."""
 
 
@@ -195,12 +195,12 @@ class Exits:
         for rule in distinct.values():
             mine = [n for n, other in enumerate(self.rules) if other is rule]
             everyone = len(mine) == len(self.rules)
-            at = None if everyone else torch.tensor(mine, device=after.device)
-            chosen: Any = slice(None) if everyone else at
+            chosen: Any = slice(None) if everyone else torch.tensor(mine, device=after.device)
             memory = self._memory(rule, after)
-            done_now, memory[chosen] = rule.converged(before[chosen], after[chosen], partial(read, at), memory[chosen])
+            logits = partial(read, None if everyone else mine)
+            done_now, memory[chosen] = rule.converged(before[chosen], after[chosen], logits, memory[chosen])
             done[chosen] = done_now[:, 0]
-        return done.tolist()  # host synchronisation: the host decides which tokens continue
+        return done.tolist()  # host: it decides which tokens continue
 
     def _memory(self, rule: ExitRule, like: Tensor) -> Tensor:
         if id(rule) not in self.memory:

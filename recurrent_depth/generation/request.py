@@ -196,9 +196,9 @@ class Requests:
     def draw(self, logits: Tensor, requests: Sequence[int], positions: Sequence[int]) -> list[int]:
         """Return a token for each row of logits [n, V], at these positions of these requests."""
         if self.options.temperature == 0:
-            return logits.argmax(-1).tolist()
+            return logits.argmax(-1).tolist()  # host: it writes the tokens and decides which requests end
         at = torch.tensor(positions, device=self.names.device)
-        return draw(logits, self.options, self.names[list(requests)], at).tolist()
+        return draw(logits, self.options, self.names[list(requests)], at).tolist()  # host: as above
 
     def write(self, request: int, drawn: int) -> bool:
         """Append the drawn token, or a forced one; return whether the request continues."""

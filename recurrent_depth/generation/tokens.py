@@ -148,8 +148,8 @@ class Tokens:
         self._stop(stops)
         return [lane for lane in dict.fromkeys(group.layout.lanes[n] for n in stops) if lane not in going]
 
-    def _read(self, at: Tensor | None) -> Tensor:
-        return self.logits(self.iterating if at is None else self.iterating.at(at.tolist()))
+    def _read(self, at: list[int] | None) -> Tensor:
+        return self.logits(self.iterating if at is None else self.iterating.at(at))
 
     def _stop(self, chosen: list[int]) -> None:
         if chosen:
@@ -199,7 +199,8 @@ class Tokens:
         (B, n), lanes = ids.shape, range(len(ids))
         at = [lane for lane in lanes for _ in range(n)]
         columns = [*range(first, first + n)] * B
-        self.start(ids.flatten().tolist(), at, columns, [0] * len(at), [Stopping(num_steps)] * len(at))
+        given = ids.flatten().tolist()  # host: `start` takes ids from there
+        self.start(given, at, columns, [0] * len(at), [Stopping(num_steps)] * len(at))
         while len(self.iterating):
             self.advance()
         return self.finish([*lanes], every=True)[1].view(B, n, -1)

@@ -88,7 +88,9 @@ class _Passes:
             for n in active:
                 positions[n].since += positions[n].settled
         self.result.passes += 1
-        change = ((group.state - began).norm(dim=-1) / group.state.norm(dim=-1))[:, 0].tolist()
+        change = [0.0] * len(group)  # not used in exact mode
+        if not self.wavefront.exact:  # host: it decides which positions have converged
+            change = ((group.state - began).norm(dim=-1) / group.state.norm(dim=-1))[:, 0].tolist()
         done = [self._done(*of) for of in zip(positions, change, group.steps, strict=True)]
         at = [column + 1 - self.starts[lane] for lane, column in zip(lanes, columns, strict=True)]
         drawn = requests.draw(self.tokens.logits(group)[:, 0], lanes, at)

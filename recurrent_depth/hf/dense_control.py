@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from recurrent_depth.data.batch import Batch, Source
 from recurrent_depth.data.config import DataConfig
 from recurrent_depth.data.loader import open_source
+from recurrent_depth.devices import choose_device, choose_dtype
 from recurrent_depth.files import LOCK_FILE, output_folder
 from recurrent_depth.hub import check_folder_or_hub_name
 from recurrent_depth.model.loss import IGNORE_INDEX
@@ -113,16 +114,15 @@ def load_dense(path: str) -> Any:
 
 def arguments(config: RunConfig, rows: int, out: str) -> TrainingArguments:
     """Return the TrainingArguments of the recipe; every rank takes `rows` rows of a micro-step."""
-    gpu = config.runtime.device != "cpu" and torch.cuda.is_available()
-    half = config.runtime.dtype == "bfloat16" or (config.runtime.dtype == "auto" and gpu)
+    device = choose_device(config.runtime.device)
     return TrainingArguments(
         output_dir=out,
         max_steps=config.steps,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=config.micro_steps,
         max_grad_norm=config.optimizer.gradient_clip,
-        bf16=half,
-        use_cpu=not gpu,
+        bf16=choose_dtype(config.runtime.dtype, device) == torch.bfloat16,
+        use_cpu=device.type == "cpu",
         gradient_checkpointing=config.runtime.activation_checkpointing != "none",
         logging_steps=config.log_every,
         save_steps=config.checkpoint.every,

@@ -107,7 +107,7 @@ class _StoppingCriteria:
     def __call__(self, request: int, token: int) -> bool:
         new = torch.tensor([[token]], device=self.ids[request].device)
         self.ids[request] = torch.cat([self.ids[request], new], dim=1)
-        ends = bool(self.criteria(self.ids[request], None).all())
+        ends = bool(self.criteria(self.ids[request], None).all())  # host: `generate` of transformers reads it too
         return (self.then is not None and bool(self.then(request, token))) or ends
 
 
@@ -124,8 +124,11 @@ def _refuse(config: Any, processors: Any, state_seed: int | None) -> None:
 
 def unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
     """Return the prompts of a batch [B, T] without their padding."""
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    return [ids[kept.bool()].tolist() for ids, kept in zip(input_ids, mask, strict=True)]
+    rows = input_ids.tolist()  # host: the decoder takes ids from there
+    if attention_mask is None:
+        return rows
+    masks = attention_mask.tolist()  # host: as the ids
+    return [[i for i, kept in zip(ids, mask, strict=True) if kept] for ids, mask in zip(rows, masks, strict=True)]
 
 
 def joined(input_ids: Tensor, tokens: list[list[int]], pad: int) -> Tensor:

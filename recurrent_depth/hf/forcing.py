@@ -68,7 +68,7 @@ class BudgetForcing(LogitsProcessor):
         self.sampling = Decoding(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         self.requests: list[Forcing | None] = []
         self.seen: Tensor | None = None  # [B, L], input_ids of the last call
-        self.chosen: Tensor | None = None  # [B], the tokens chosen in the last call
+        self.chosen: list[int] = []  # the tokens chosen in the last call
         self.padded: dict[int, int] = {}  # finished row -> the token it is padded with
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -79,14 +79,18 @@ class BudgetForcing(LogitsProcessor):
             raise ValueError(_NO_BEAMS)
         names = torch.arange(len(input_ids), device=scores.device)
         tokens = draw(scores, self.sampling, names, (input_ids.shape[1] - self.padding).to(scores.device))
-        for row, request in enumerate(self.requests):
-            if request is not None:
-                tokens[row] = request.choose(int(tokens[row]))
-        self.seen, self.chosen = input_ids, tokens.to(input_ids)
-        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
+        drawn = tokens.tolist()  # host: forcing is decided there
+        self.chosen = [
+            token if request is None else request.choose(token)
+            for token, request in zip(drawn, self.requests, strict=True)
+        ]
+        self.seen = input_ids
+        chosen = torch.tensor(self.chosen, device=scores.device)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
 
     def _start(self, input_ids: Tensor, scores: Tensor) -> None:
-        if bool((scores.logsumexp(-1).abs() < 1e-5).all()):  # only beam search passes log probabilities
+        # host: once per call of generate; only beam search passes log probabilities
+        if bool((scores.logsumexp(-1).abs() < 1e-5).all()):
             raise ValueError(_NO_BEAMS)
         B, width = input_ids.shape
         mask = torch.ones_like(input_ids) if self.attention_mask is None else self.attention_mask
@@ -95,7 +99,8 @@ class BudgetForcing(LogitsProcessor):
         mask = mask.repeat_interleave(B // len(mask), dim=0)  # num_return_sequences
         self.padding = width - mask.sum(1)  # [B]
         budgets = per_request(self.budgets, B, "budgets")
-        prompts = [ids[-n:] for ids, n in zip(input_ids.tolist(), mask.sum(1).tolist(), strict=True)]
+        rows, lengths = input_ids.tolist(), mask.sum(1).tolist()  # host: forcing looks for delimiters in the prompts
+        prompts = [ids[-n:] for ids, n in zip(rows, lengths, strict=True)]
         self.requests = [
             None if b is None else Forcing(b, prompt, self.stop) for b, prompt in zip(budgets, prompts, strict=True)
         ]
@@ -103,12 +108,13 @@ class BudgetForcing(LogitsProcessor):
     def _continues(self, input_ids: Tensor) -> bool:
         """Return whether every row continues with the token chosen in the last call, or with padding if it ended."""
         assert self.seen is not None
-        assert self.chosen is not None
-        if input_ids.shape[1] != self.seen.shape[1] + 1 or not torch.equal(input_ids[:, :-1], self.seen):
+        if input_ids.shape[1] != self.seen.shape[1] + 1:
             return False
-        last = input_ids[:, -1]
-        for row in (last != self.chosen).nonzero()[:, 0].tolist():
-            if self.padded.setdefault(row, int(last[row])) != int(last[row]):
+        if not torch.equal(input_ids[:, :-1], self.seen):  # host: another use of this object must be refused
+            return False
+        written = input_ids[:, -1].tolist()  # host: compared with the tokens chosen there
+        for row, (token, chosen) in enumerate(zip(written, self.chosen, strict=True)):
+            if token != chosen and self.padded.setdefault(row, token) != token:
                 return False
         return True
 

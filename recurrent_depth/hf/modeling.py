@@ -254,9 +254,10 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             positions = (torch.arange(T, device=x.device) + past)[None]
         limit = self.config.block_size
-        if isinstance(past, int) and past + T > limit and int(positions.max()) >= limit:
+        # host: only for rows longer than block_size, which padding may have made so
+        if isinstance(past, int) and past + T > limit and (last := int(positions.max())) >= limit:
             raise ValueError(
-                f"position {int(positions.max())} is beyond block_size {limit}, which the rotary table covers; "
+                f"position {last} is beyond block_size {limit}, which the rotary table covers; "
                 "shorten the prompt or max_new_tokens"
             )
         return positions

@@ -82,7 +82,7 @@ def attention_for(
             f"attention_mask covers {attention_mask.shape[-1]} tokens, but input_ids have {query_length}; pass a mask "
             "of the same length"
         )
-    if attention_mask is None or bool(attention_mask.all()):
+    if attention_mask is None or bool(attention_mask.all()):  # host: without padding the causal kernel is faster
         return causal
     order = torch.arange(query_length, device=attention_mask.device)
     visible, itself = order[None, :] <= order[:, None], order[None, :] == order[:, None]  # [T, T]

@@ -20,7 +20,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.ops = TORCH_OPS
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.ones(width))  # device: the default, which may be meta
 
     def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor:
         """Return the norm of x, or of x + branch."""
@@ -58,6 +58,7 @@ class Attention(nn.Module):
         self.ops = TORCH_OPS
         self.Wqkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         shape = (2, 1, config.n_heads, config.head_dim)
+        # device: the default, which may be meta
         self.qk_bias = nn.Parameter(torch.zeros(shape)) if config.qk_bias else None
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
@@ -99,8 +100,10 @@ class SandwichBlock(nn.Module):
 
 def rotary_table(config: ModelConfig) -> Tensor:
     """Return cos and sin by position, [1, block_size, 1, K/2, 2] in fp32: the buffer `freqs_cis` of released models."""
+    # device: the default, which may be meta; not the GPU, whose cos and sin differ in the last bits
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    angles = torch.outer(torch.arange(config.block_size).float(), 1.0 / config.rope_base**exponents)
+    positions = torch.arange(config.block_size, device=exponents.device).float()
+    angles = torch.outer(positions, 1.0 / config.rope_base**exponents)
     return torch.stack([angles.cos(), angles.sin()], dim=-1)[None, :, None]
 
 

@@ -32,13 +32,13 @@ def state_metrics(states: list[Tensor]) -> dict[str, float]:
     unit = F.normalize(last, dim=-1)  # [B, T, D]
     T = unit.shape[1]
     mean_square = unit.sum(1).square().sum(-1)  # [B]: sum of all pairwise cosines, the diagonal included
-    correlation = ((mean_square - T) / max(T * (T - 1), 1)).mean().item()
-    norm = last.norm(dim=-1).mean().item()
-    residual = float("nan")
+    correlation = (mean_square - T) / max(T * (T - 1), 1)
+    norm = last.norm(dim=-1)  # [B, T]
+    residual = torch.full_like(norm, torch.nan)
     if len(states) > 1:
-        change = (last - states[-2].float()).norm(dim=-1)
-        residual = (change / last.norm(dim=-1).clamp(min=1e-12)).mean().item()
-    return {"token_correlation": correlation, "state_norm": norm, "relative_residual": residual}
+        residual = (last - states[-2].float()).norm(dim=-1) / norm.clamp(min=1e-12)
+    means = torch.stack([values.mean() for values in (correlation, norm, residual)]).tolist()  # host: for the log
+    return dict(zip(("token_correlation", "state_norm", "relative_residual"), means, strict=True))
 
 
 class TrainingAborted(UserError, RuntimeError):
@@ -134,7 +134,7 @@ def validate(
             if keep_states:
                 health = state_metrics(output.states)
         sums[-1] += valid_targets(targets)
-    *losses, count = ranks.all_reduce(sums).tolist()
+    *losses, count = ranks.all_reduce(sums).tolist()  # host: for the log, once per validation
     if not count:
         raise ValueError(f"no position of the {config.rows} validation rows has a target; raise validation.rows")
     metrics = {f"loss_{depth}": loss / count for depth, loss in zip(depths, losses, strict=True)}
@@ -147,4 +147,4 @@ def validate(
 def _mean_over_ranks(metrics: dict[str, float], ranks: Ranks) -> dict[str, float]:
     values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=ranks.device)
     means = ranks.all_reduce(values) / ranks.world_size
-    return dict(zip(metrics, means.tolist(), strict=True))
+    return dict(zip(metrics, means.tolist(), strict=True))  # host: for the log

@@ -40,7 +40,7 @@ class HuginnAdam(torch.optim.Optimizer):
         grad, state = p.grad, self.state[p]
         assert grad is not None
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), device="cpu")  # read by the host in every step
             state["exp_avg"] = grad.clone()
             state["exp_avg_sq"] = grad.square()
         state["step"] += 1
@@ -197,7 +197,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 def _adamw_step(p: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
     assert p.grad is not None
     if not state:
-        state["step"] = torch.zeros(())
+        state["step"] = torch.zeros((), device="cpu")  # read by the host in every step
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
     state["step"] += 1
     count, (beta1, beta2) = float(state["step"]), group["betas"]

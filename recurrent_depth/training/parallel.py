@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from recurrent_depth.devices import choose_dtype, device_of_process
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.layers import rotary_table
 from recurrent_depth.model.ops import choose_ops, use_ops
@@ -78,15 +79,12 @@ def start_processes(config: RuntimeConfig) -> Ranks:
     """Join the process group of torchrun, if there is one, and choose the device of this process."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("runtime.device is cuda, but torch sees no CUDA or ROCm device; use auto or cpu")
-    use_gpu = config.device != "cpu" and torch.cuda.is_available()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_gpu else torch.device("cpu")
-    if use_gpu:
+    device = device_of_process(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        _join("nccl" if use_gpu else "gloo", timedelta(minutes=config.timeout_minutes))
+        _join(_backend(device), timedelta(minutes=config.timeout_minutes))
     return Ranks(rank, world, device)
 
 
@@ -102,10 +100,8 @@ def _join(backend: str, timeout: timedelta) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def compute_dtype(config: RuntimeConfig, device: torch.device) -> torch.dtype:
-    if config.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, config.dtype)
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def build_model(config: ModelConfig, runtime: RuntimeConfig, ranks: Ranks, seed: int | None) -> RecurrentDepthModel:
@@ -114,7 +110,7 @@ def build_model(config: ModelConfig, runtime: RuntimeConfig, ranks: Ranks, seed:
     Args:
         seed: initial weights depend on (seed, name) only; None leaves them uninitialised, which takes no time.
     """
-    dtype = compute_dtype(runtime, ranks.device)
+    dtype = choose_dtype(runtime.dtype, ranks.device)
     if ranks.world_size == 1 and dtype == torch.float32:
         model = RecurrentDepthModel(config).to(ranks.device)
         if seed is not None:
@@ -148,9 +144,7 @@ def _shard(model: RecurrentDepthModel, runtime: RuntimeConfig, ranks: Ranks, dty
     if ranks.world_size % shard:
         raise ValueError(f"runtime.shard_size {shard} does not divide the {ranks.world_size} ranks; choose a divisor")
     if not dist.is_initialized():  # one rank in bfloat16: FSDP keeps its fp32 master weights
-        dist.init_process_group(
-            "nccl" if ranks.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
-        )
+        dist.init_process_group(_backend(ranks.device), store=dist.HashStore(), rank=0, world_size=1)
     if shard == ranks.world_size:
         mesh = init_device_mesh(ranks.device.type, (shard,), mesh_dim_names=("shard",))
     else:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from recurrent_depth.data.batch import Batch
 from recurrent_depth.data.loader import open_source
+from recurrent_depth.devices import choose_dtype
 from recurrent_depth.model.flops import training_flops
 from recurrent_depth.model.loss import valid_targets
 from recurrent_depth.model.recurrence import random_state, sample_depth
@@ -30,7 +31,7 @@ from recurrent_depth.training.config import RunConfig
 from recurrent_depth.training.health import HealthMonitor, validate
 from recurrent_depth.training.logging import Deadline, RunLog
 from recurrent_depth.training.optimizer import build_optimizer, clip_gradients, learning_rate, ramped, set_learning_rate
-from recurrent_depth.training.parallel import Ranks, build_model, compute_dtype, set_last_micro_step
+from recurrent_depth.training.parallel import Ranks, build_model, set_last_micro_step
 from recurrent_depth.training.rewind import Rewind, SpikeGuard
 
 
@@ -92,7 +93,7 @@ class Trainer:
         set_learning_rate(self.optimizer, lr)
         model = ramped(config.model, config.depth_ramp, self.step)
         batches = [self._batch(micro) for micro in range(config.micro_steps)]
-        count = self.ranks.all_reduce(sum((valid_targets(b.targets) for b in batches), torch.tensor(0)).float())
+        count = self.ranks.all_reduce(torch.stack([valid_targets(b.targets) for b in batches]).sum().float())
         loss = torch.zeros((), device=self.ranks.device)
         depths = []
         for micro, batch in enumerate(batches):
@@ -139,9 +140,10 @@ class Trainer:
         config, ranks = self.config, self.ranks
         first_row = self.data_step * config.batch_size + self._row_in_step(micro)
         batch = self.train_source.batch(first_row, self.rows, self.step)
-        if int(batch.input_ids.max()) >= config.model.vocab_size:
+        largest = int(batch.input_ids.max())  # host: the batch is still there
+        if largest >= config.model.vocab_size:
             raise ValueError(
-                f"rows {first_row} to {first_row + self.rows - 1} hold token id {int(batch.input_ids.max())}, but "
+                f"rows {first_row} to {first_row + self.rows - 1} hold token id {largest}, but "
                 f"model.vocab_size is {config.model.vocab_size}; prepare the data with the tokenizer of the model"
             )
         return batch.to(ranks.device)
@@ -173,10 +175,11 @@ class Trainer:
         this training step, and to end the run because a background save failed on some rank. One collective, one host
         synchronisation.
         """
-        requests = torch.tensor([self.stop_requested or self.deadline.passed(), self.writer.error is not None])
-        requests = requests.to(loss.device, loss.dtype)
-        numbers = torch.stack([loss, *requests, (~torch.isfinite(norm)).to(loss.dtype)])
+        requests = (self.stop_requested or self.deadline.passed(), self.writer.error is not None)
+        flags = [loss.new_full((), float(request)) for request in requests]
+        numbers = torch.stack([loss, *flags, (~torch.isfinite(norm)).to(loss.dtype)])
         self.ranks.all_reduce(numbers)
+        # host: it decides about the update; the only read of a training step
         loss_value, stops, failed, bad_norms, norm_value = torch.cat([numbers, norm.float()[None]]).tolist()
         if failed:
             self.writer.wait()
@@ -224,7 +227,7 @@ class Trainer:
         return (
             f"{'continuing' if self.step else 'training'} {self.model.num_parameters:,} parameters on {source.name}, "
             f"{config.batch_size} rows of up to {source.sequence_length} tokens per step, {devices} "
-            f"({str(compute_dtype(config.runtime, ranks.device)).removeprefix('torch.')}), "
+            f"({str(choose_dtype(config.runtime.dtype, ranks.device)).removeprefix('torch.')}), "
             f"steps {self.step} to {config.steps}, out {self.run}"
         )
 

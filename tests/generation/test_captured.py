@@ -205,18 +205,18 @@ def test_weights_that_moved_are_captured_again():
 
 
 class Doubled(torch.nn.Module):
-    """An adapter as a library wraps it: it has the weights of the inner one."""
+    """An adapter as a library wraps it: it has the weights of the inner one, and can be switched off."""
 
     def __init__(self, inner):
         super().__init__()
-        self.inner = inner
+        self.inner, self.enabled = inner, True
 
     @property
     def weight(self):
         return self.inner.weight
 
     def forward(self, x):
-        return 2 * self.inner(x)
+        return (2 if self.enabled else 1) * self.inner(x)
 
 
 def replace_adapter(model):
@@ -255,3 +255,14 @@ def test_memory_of_captured_decoding_is_freed_with_the_decoder(model):
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_switched_off_adapter_is_captured_again():
+    changed, options = lively_model(block_size=64), Decoding(max_new_tokens=6, num_steps=4)
+    replace_adapter(changed)
+    decoder = Decoder(changed, Captured())
+    decoder.generate(PROMPTS, options)
+    kept = decoder.captured
+    changed.transformer.adapter.enabled = False
+    assert decoder.generate(PROMPTS, options).tokens == decode(changed, PROMPTS, options).tokens
+    assert decoder.captured is not kept

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from recurrent_depth.checks import check_at_least, check_not_empty, check_num_steps
-from recurrent_depth.devices import choose_device
+from recurrent_depth.devices import choose_device, choose_dtype
 from recurrent_depth.extras import require
 from recurrent_depth.files import file_hash, json_hash
 from recurrent_depth.hub import check_folder_or_hub_name
@@ -31,6 +31,7 @@ class LocalConfig:
         temperature: of sampling.
         seed: of sampling.
         device: auto, cpu, cuda or cuda:N; auto is a GPU if there is one.
+        dtype: dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU.
     """
 
     model: str
@@ -42,6 +43,7 @@ class LocalConfig:
     temperature: float = 0.0
     seed: int = 0
     device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
         check_not_empty("model", self.model, "model: runs/first")
@@ -90,7 +92,7 @@ class LocalWriter:
 
         self.config = config
         self.device = choose_device(config.device)
-        self.model, self.tokenizer = load_model(config.model, device=self.device)
+        self.model, self.tokenizer = load_model(config.model, choose_dtype(config.dtype, self.device), self.device)
         if self.tokenizer is None:
             raise ValueError(f"model: {config.model} has no tokenizer; put its tokenizer.json into the folder")
         if self.tokenizer.pad_token is None:
