@@ -199,21 +199,20 @@ class RecurrentDepthModel(nn.Module):
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
     """Return the initial value of one whole parameter, on the CPU in fp32 (arXiv 2502.05171, section 4.2)."""
     if "norm_" in name or "ln_f" in name:
-        return torch.ones(shape)  # device: the default, the CPU or meta
+        return torch.ones(shape, device="cpu")
     if name.endswith("bias"):
-        return torch.zeros(shape)  # device: the default, the CPU or meta
+        return torch.zeros(shape, device="cpu")
     std = config.output_std if name.endswith("proj.weight") else config.init_std
-<<<<<<< HEAD
     generator = named_generator(seed, name)
-    value = torch.empty(shape).normal_(std=std, generator=generator)
+
+    def draw() -> Tensor:
+        return torch.empty(shape, device="cpu").normal_(std=std, generator=generator)
+
+    value = draw()
     # Truncated as by nn.init.trunc_normal_ of torch 2.13, which draws other numbers in other versions.
     while (outside := value.abs() > 3 * std).any():
-        value = torch.where(outside, torch.empty(shape).normal_(std=std, generator=generator), value)
+        value = torch.where(outside, draw(), value)
     return value
-=======
-    value = torch.empty(shape)  # device: the default, the CPU or meta
-    return nn.init.trunc_normal_(value, std=std, a=-3 * std, b=3 * std, generator=named_generator(seed, name))
->>>>>>> fakegpu
 
 
 def _labels_loss(logits: Tensor, labels: Tensor | None) -> Tensor | None:
