@@ -28,7 +28,8 @@ class OptimizerConfig:
 
     Args:
         name: `huginn` (arXiv 2502.05171, section 4.3: atan2 form, no epsilon, update clipping), `adamw` and `nadamw`
-            (torch's, decoupled weight decay), or `muon` (matrices of the blocks by Muon, the rest by AdamW).
+            (torch's, decoupled weight decay), or `muon` (matrices of the blocks by Muon, the rest by AdamW; q, k, v and
+            gate, up are separate matrices).
         lr: peak learning rate, for example 0.0004.
         betas: decay rates of the two moments; for example 0.9,0.95.
         weight_decay: decay of matrices; norms and biases have none. For `huginn` it is multiplied by lr / peak lr, not
