@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 from recurrent_depth.files import explain_full_disk, write_text
 
@@ -96,8 +97,8 @@ def _tensorboard(run: Path) -> Any:
 
 
 def _progress(console: Console) -> Progress:
-    columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    return Progress(*columns, console=console)
+    text = TextColumn("{task.description}", table_column=Column(no_wrap=False))
+    return Progress(MofNCompleteColumn(), BarColumn(bar_width=20), text, console=console)
 
 
 class Deadline:

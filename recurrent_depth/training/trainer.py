@@ -15,7 +15,7 @@ from torch import Tensor
 
 from recurrent_depth.data.batch import Batch
 from recurrent_depth.data.loader import open_source
-from recurrent_depth.model.flops import training_flops
+from recurrent_depth.model.flops import Recompute, training_flops
 from recurrent_depth.model.loss import valid_targets
 from recurrent_depth.model.recurrence import random_state, sample_depth
 from recurrent_depth.training.checkpoint import (
@@ -31,6 +31,7 @@ from recurrent_depth.training.health import HealthMonitor, validate
 from recurrent_depth.training.logging import Deadline, RunLog
 from recurrent_depth.training.optimizer import build_optimizer, clip_gradients, learning_rate, ramped, set_learning_rate
 from recurrent_depth.training.parallel import Ranks, build_model, compute_dtype, set_last_micro_step
+from recurrent_depth.training.progress import Speed, peak_of_ranks, status_line
 from recurrent_depth.training.rewind import Rewind, SpikeGuard
 
 
@@ -91,7 +92,9 @@ class Trainer:
         lr = learning_rate(config.optimizer, self.step, config.steps)
         set_learning_rate(self.optimizer, lr)
         model = ramped(config.model, config.depth_ramp, self.step)
+        began = time.perf_counter()
         batches = [self._batch(micro) for micro in range(config.micro_steps)]
+        data_seconds = time.perf_counter() - began
         count = self.ranks.all_reduce(sum((valid_targets(b.targets) for b in batches), torch.tensor(0)).float())
         loss = torch.zeros((), device=self.ranks.device)
         depths = []
@@ -119,21 +122,23 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.health.skipped(self.step, not finite)
+        tokens_in_row = batches[0].input_ids.shape[1]
         return {
             "loss": loss_value,
             "gradient_norm": norm_value,
             "lr": lr,
             "num_steps": sum(n + k for n, k in depths) / len(depths),
             "tokens": float(sum(b.input_ids.numel() for b in batches) * self.ranks.world_size),
-            "flops": float(self._executed_flops(batches[0].input_ids.shape[1], depths)),
+            "flops": self._flops(tokens_in_row, depths, config.runtime.activation_checkpointing),
+            "useful_flops": self._flops(tokens_in_row, depths, "none"),
+            "data_seconds": data_seconds,
             "skipped": float(not finite),
         }
 
-    def _executed_flops(self, tokens_in_row: int, depths: list[tuple[int, int]]) -> int:
-        """Return the FLOPs of one training step over all ranks, recomputation included."""
-        recompute = self.config.runtime.activation_checkpointing
+    def _flops(self, tokens_in_row: int, depths: list[tuple[int, int]], recompute: Recompute) -> float:
+        """Return the FLOPs of one training step over all ranks."""
         row = sum(training_flops(self.config.model, tokens_in_row, n, k, recompute) for n, k in depths)
-        return row * self.config.batch_size // self.config.micro_steps
+        return float(row * self.config.batch_size // self.config.micro_steps)
 
     def _batch(self, micro: int) -> Batch:
         config, ranks = self.config, self.ranks
@@ -195,18 +200,18 @@ class Trainer:
                 return
             self._say(self._start_line())
             saved_step = self.step
-            window = Window()
+            speed = Speed(self.ranks.device, peak_of_ranks(config.runtime, self.ranks))
             while self.step < config.steps and not self.stopping:
                 began = time.perf_counter()
                 record = self.train_step()
-                window.add(time.perf_counter() - began, record)
+                speed.add(time.perf_counter() - began, record)
                 if not record["skipped"] and self.spikes.is_spike(record["loss"]):
                     self._rewind(record["loss"])
                     saved_step = self.step
                     continue
                 last = self.step == config.steps
                 if self.step % config.log_every == 0 or last or record["skipped"]:
-                    self._report(record | window.take())
+                    self._report(record | speed.take(config.steps - self.step))
                 if self.step % config.validation.every == 0 or last:
                     self._validate()
                 if self.step % config.checkpoint.every == 0 or last:
@@ -253,8 +258,7 @@ class Trainer:
         if self.log is None:
             return
         self.log.write(self.step, {"type": "train", **record})
-        text = f"loss {record['loss']:.4f}  depth {record['num_steps']:.0f}  {record['tokens_per_second']:,.0f} tok/s"
-        self.log.show(self.step, self.config.steps, text)
+        self.log.show(self.step, self.config.steps, status_line(record))
 
     def _validate(self) -> None:
         metrics = validate(self.model, self.validation_source, self.config.validation, self.rows, self.ranks)
@@ -322,23 +326,3 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-class Window:
-    """Time, tokens and FLOPs of the training steps since the last report; validation and saving do not count."""
-
-    def __init__(self) -> None:
-        self.sums = {"seconds": 0.0, "tokens": 0.0, "flops": 0.0}
-
-    def add(self, seconds: float, record: dict[str, float]) -> None:
-        """Add a training step."""
-        self.sums["seconds"] += seconds
-        for name in ("tokens", "flops"):
-            self.sums[name] += record[name]
-
-    def take(self) -> dict[str, float]:
-        """Return the sums and their rates, and reset them to zero."""
-        sums, self.sums = self.sums, dict.fromkeys(self.sums, 0.0)
-        seconds = max(sums["seconds"], 1e-9)
-        rates = {"tokens_per_second": sums["tokens"] / seconds, "flops_per_second": sums["flops"] / seconds}
-        return sums | rates
