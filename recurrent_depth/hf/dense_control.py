@@ -17,7 +17,8 @@ from recurrent_depth.data.loader import open_source
 from recurrent_depth.files import LOCK_FILE, output_folder
 from recurrent_depth.hub import check_folder_or_hub_name
 from recurrent_depth.model.loss import IGNORE_INDEX
-from recurrent_depth.training.config import DenseConfig, OptimizerConfig, RunConfig
+from recurrent_depth.training.commands import DenseConfig
+from recurrent_depth.training.config import OptimizerConfig, RunConfig
 from recurrent_depth.training.optimizer import learning_rate
 from recurrent_depth.training.parallel import Ranks, start_processes
 

@@ -48,8 +48,8 @@ from recurrent_depth.training.parallel import Ranks, reshard
 
 MAY_CHANGE = frozenset(
     {
-        "out", "log_every", "max_hours", "slurm_margin_minutes", "runtime", "checkpoint", "validation", "health",
-        "init_from", "spikes.max_rewinds",
+        "out", "log_every", "trackers", "profile", "max_hours", "slurm_margin_minutes", "runtime", "checkpoint", "export",
+        "validation", "health", "init_from", "spikes.max_rewinds",
         "steps",  # checked by check_steps
         # Checked by the fingerprint of the data.
         "data.packed.path", "data.packed.validation_path", "data.packed.revision",

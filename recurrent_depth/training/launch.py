@@ -20,6 +20,7 @@ from recurrent_depth.training.config import RunConfig, TrainCommand, as_yaml
 from recurrent_depth.training.faults import check_ranks_agree, code_version, explained, flattened, flight_recorder
 from recurrent_depth.training.parallel import Ranks, start_processes
 from recurrent_depth.training.rewind import REWINDS_FILE, read_rewinds
+from recurrent_depth.training.trackers import WANDB_ID_FILE, choose_trackers
 from recurrent_depth.training.trainer import Trainer
 
 RECORDER = "flight-recorder"
@@ -53,6 +54,7 @@ def train(config: RunConfig, *, resume: bool = False, accept_changed_data: bool 
         accept_changed_data: resume although the data set has changed since the checkpoint.
     """
     run = Path(config.out)
+    choose_trackers(config.trackers)  # a missing package is an error before the model is built
     resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     recorder = run / RECORDER
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -96,8 +98,9 @@ def _newest_checkpoint(run: Path, resume: bool) -> Path | None:
 def _write_run_files(run: Path, config: RunConfig, trainer: Trainer, new: bool) -> None:
     if trainer.ranks.world_size > 1:
         (run / RECORDER).mkdir(exist_ok=True)
-    if new:  # an earlier run whose checkpoints were deleted may have left its rewinds
+    if new:  # an earlier run whose checkpoints were deleted may have left these
         (run / REWINDS_FILE).unlink(missing_ok=True)
+        (run / WANDB_ID_FILE).unlink(missing_ok=True)
     write_text(run / "run.yaml", as_yaml(config))
     tokenizer = trainer.train_source.tokenizer_json()
     if tokenizer is not None:

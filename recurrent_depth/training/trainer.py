@@ -1,5 +1,6 @@
 """The training loop: training steps, validation, logging, checkpoints, rewinds and signals."""
 
+import json
 import math
 import os
 import signal
@@ -27,12 +28,14 @@ from recurrent_depth.training.checkpoint import (
     verify_all,
 )
 from recurrent_depth.training.config import RunConfig
+from recurrent_depth.training.faults import flattened
 from recurrent_depth.training.health import HealthMonitor, validate
 from recurrent_depth.training.logging import Deadline, RunLog
 from recurrent_depth.training.optimizer import build_optimizer, clip_gradients, learning_rate, ramped, set_learning_rate
 from recurrent_depth.training.parallel import Ranks, build_model, compute_dtype, set_last_micro_step
 from recurrent_depth.training.progress import Speed, peak_of_ranks, status_line
 from recurrent_depth.training.rewind import Rewind, SpikeGuard
+from recurrent_depth.training.trackers import choose_trackers, open_tracker
 
 
 class Trainer:
@@ -299,13 +302,19 @@ class Trainer:
     @contextmanager
     def _logging(self) -> Iterator[None]:
         """Open the log on the main rank; at the end wait for the current save and close the log."""
-        self.log = RunLog(self.run, self.step, self.config.steps) if self.ranks.is_main else None
+        self.ranks.on_main(self._open_log)
         try:
             yield
         finally:
             self.writer.finish()
             if self.log is not None:
                 self.log.close()
+
+    def _open_log(self) -> None:
+        config = self.config
+        options = flattened(json.loads(json.dumps(asdict(config))))
+        trackers = [open_tracker(name, self.run, options) for name in choose_trackers(config.trackers)]
+        self.log = RunLog(self.run, self.step, config.steps, trackers)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
