@@ -48,8 +48,8 @@ from recurrent_depth.training.parallel import Ranks, reshard
 
 MAY_CHANGE = frozenset(
     {
-        "out", "log_every", "trackers", "profile", "max_hours", "slurm_margin_minutes", "runtime", "checkpoint", "export",
-        "validation", "health", "init_from", "spikes.max_rewinds",
+        "out", "log_every", "trackers", "profile", "max_hours", "slurm_margin_minutes", "runtime", "checkpoint",
+        "export", "validation", "health", "init_from", "spikes.max_rewinds",
         "steps",  # checked by check_steps
         # Checked by the fingerprint of the data.
         "data.packed.path", "data.packed.validation_path", "data.packed.revision",
@@ -185,10 +185,16 @@ State = dict[str, dict[str, Tensor]]
 
 
 class CheckpointWriter:
-    """Write the checkpoints of a run, one at a time. All ranks must call each method at the same point of the run."""
+    """Write the checkpoints of a run, one at a time. All ranks must call each method at the same point of the run.
 
-    def __init__(self, run: Path, config: CheckpointConfig, ranks: Ranks) -> None:
-        self.run, self.config, self.ranks = run, config, ranks
+    Args:
+        after_save: called with each new checkpoint on the main rank; it is a part of the save, so `wait` waits for it.
+    """
+
+    def __init__(
+        self, run: Path, config: CheckpointConfig, ranks: Ranks, after_save: Callable[[Path], None] = lambda path: None
+    ) -> None:
+        self.run, self.config, self.ranks, self.after_save = run, config, ranks, after_save
         self.group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
         self.error: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -224,6 +230,7 @@ class CheckpointWriter:
             files = self._hashes(final, temporary)
             record = {"step": step, **details, "files": files}
             self._together(final, lambda: self._on_main(lambda: self._publish(temporary, final, record)))
+            self._on_main(lambda: self.after_save(final))
         except Exception as error:
             self.error = error
             self._on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))

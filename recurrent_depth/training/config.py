@@ -102,6 +102,8 @@ class RuntimeConfig:
             in between are hybrid sharding.
         reshard_after_forward: free gathered weights after the forward pass (ZeRO-3) instead of keeping them (ZeRO-2).
         activation_checkpointing: recompute each `block` or each whole iteration (`step`) in the backward pass.
+        float8: linear layers of the core multiply in float8 (torchao, one scale per row); needs the package torchao, a
+            GPU of compute capability 8.9, MI300 or newer, and bfloat16.
         compile: torch.compile each block (never the loop).
         kernels: implementation of the element-wise operations; `auto` is `triton` on a GPU and `torch` on a CPU.
         loss_chunk_size: tokens whose logits are computed at a time, to save memory; null: all.
@@ -114,6 +116,7 @@ class RuntimeConfig:
     shard_size: int | None = None
     reshard_after_forward: bool = False
     activation_checkpointing: Checkpointing = "none"
+    float8: bool = False
     compile: bool = False
     kernels: Kernels = "auto"
     loss_chunk_size: int | None = None
@@ -145,6 +148,24 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         for name in ("every", "keep_last", "keep_every"):
             check_at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
+class RunExportConfig:
+    """When to write RUN/exports/step-N, a Hugging Face folder that `recurrent-depth export` makes of a checkpoint.
+
+    Args:
+        every: export every n-th checkpoint; null: none.
+        at_end: export the last checkpoint of a finished run.
+        dtype: dtype of the exported weights.
+    """
+
+    every: int | None = None
+    at_end: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        check_at_least("every", self.every, 1)
 
 
 @dataclass(frozen=True)
@@ -236,6 +257,7 @@ class RunConfig:
         log_every: training steps between lines of metrics.jsonl.
         trackers: where the numbers of metrics.jsonl go as well: tensorboard, wandb, trackio; for example
             tensorboard,wandb. null: tensorboard if it is installed; [] none.
+        profile: write a torch.profiler trace of three training steps to RUN/profile, after the first five.
         max_hours: hours after which the run saves and stops; null for no limit.
         slurm_margin_minutes: under Slurm, minutes before the end of the job (SLURM_JOB_END_TIME) at which the run saves
             and stops.
@@ -245,6 +267,7 @@ class RunConfig:
         optimizer: the optimizer, its learning rate and its schedule.
         runtime: device, precision, sharding, recomputation.
         checkpoint: when to save and what to keep.
+        export: which checkpoints to export as Hugging Face folders.
         validation: the loss on held-out rows.
         health: limits of the health checks.
         spikes: what to do about loss spikes.
@@ -259,6 +282,7 @@ class RunConfig:
     seed: int = 0
     log_every: int = 10
     trackers: tuple[TrackerName, ...] | None = None
+    profile: bool = False
     max_hours: float | None = None
     slurm_margin_minutes: float = 5.0
     depth_ramp: DepthRampConfig | None = None
@@ -266,6 +290,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: RunExportConfig = field(default_factory=RunExportConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     spikes: SpikeConfig = field(default_factory=SpikeConfig)

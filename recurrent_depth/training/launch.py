@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from recurrent_depth.extras import require
 from recurrent_depth.files import output_folder, write_text
 from recurrent_depth.hub import check_folder_or_hub_name
 from recurrent_depth.model.config import ModelConfig
@@ -54,7 +55,7 @@ def train(config: RunConfig, *, resume: bool = False, accept_changed_data: bool 
         accept_changed_data: resume although the data set has changed since the checkpoint.
     """
     run = Path(config.out)
-    choose_trackers(config.trackers)  # a missing package is an error before the model is built
+    _check_packages(config)
     resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     recorder = run / RECORDER
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -69,6 +70,13 @@ def train(config: RunConfig, *, resume: bool = False, accept_changed_data: bool 
         if dist.is_initialized():
             dist.destroy_process_group()
     return run
+
+
+def _check_packages(config: RunConfig) -> None:
+    """Raise if a package is missing that the run will need later."""
+    choose_trackers(config.trackers)
+    if config.export.every is not None or config.export.at_end:
+        require("transformers", "recurrent-depth[hf]", "export")
 
 
 def _prepare(config: RunConfig, run: Path, ranks: Ranks, resume: bool, accept_changed_data: bool) -> Trainer:

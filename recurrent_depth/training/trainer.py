@@ -5,8 +5,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,13 @@ from recurrent_depth.training.checkpoint import (
     verify_all,
 )
 from recurrent_depth.training.config import RunConfig
+from recurrent_depth.training.exporting import Exporter
 from recurrent_depth.training.faults import flattened
 from recurrent_depth.training.health import HealthMonitor, validate
 from recurrent_depth.training.logging import Deadline, RunLog
 from recurrent_depth.training.optimizer import build_optimizer, clip_gradients, learning_rate, ramped, set_learning_rate
 from recurrent_depth.training.parallel import Ranks, build_model, compute_dtype, set_last_micro_step
+from recurrent_depth.training.profiling import profiled
 from recurrent_depth.training.progress import Speed, peak_of_ranks, status_line
 from recurrent_depth.training.rewind import Rewind, SpikeGuard
 from recurrent_depth.training.trackers import choose_trackers, open_tracker
@@ -59,7 +61,8 @@ class Trainer:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.health = HealthMonitor(config.health)
         self.run = Path(config.out)
-        self.writer = CheckpointWriter(self.run, config.checkpoint, ranks)
+        self.exporter = Exporter(config, self._say)
+        self.writer = CheckpointWriter(self.run, config.checkpoint, ranks, self.exporter.export)
         self.spikes = SpikeGuard(config.spikes, self.run)
         self.deadline = Deadline(config.max_hours, config.slurm_margin_minutes)
         self.step = 0
@@ -196,7 +199,7 @@ class Trainer:
     def fit(self) -> None:
         """Train until the last training step or until asked to stop; the state is saved in either case."""
         config = self.config
-        with self._signals(), self._logging():
+        with self._signals(), self._logging(), self._profiled() as after_step:
             if self.step >= config.steps:
                 done = f"step {self.step} of {config.steps}"
                 self._say(f"{self.run} is finished: {done}; raise --steps to train on")
@@ -207,6 +210,7 @@ class Trainer:
             while self.step < config.steps and not self.stopping:
                 began = time.perf_counter()
                 record = self.train_step()
+                after_step()
                 speed.add(time.perf_counter() - began, record)
                 if not record["skipped"] and self.spikes.is_spike(record["loss"]):
                     self._rewind(record["loss"])
@@ -220,6 +224,8 @@ class Trainer:
                 if self.step % config.checkpoint.every == 0 or last:
                     self.save()
                     saved_step = self.step
+            if self.stopping:
+                self.exporter.cancel()
             if saved_step != self.step:
                 self.save()
             self.writer.wait()
@@ -315,6 +321,11 @@ class Trainer:
         options = flattened(json.loads(json.dumps(asdict(config))))
         trackers = [open_tracker(name, self.run, options) for name in choose_trackers(config.trackers)]
         self.log = RunLog(self.run, self.step, config.steps, trackers)
+
+    def _profiled(self) -> AbstractContextManager[Callable[[], None]]:
+        if self.log is None or not self.config.profile:
+            return nullcontext(lambda: None)
+        return profiled(self.run, self.step, self._say)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from recurrent_depth.training.config import RuntimeConfig
 from recurrent_depth.training.launch import train
 from recurrent_depth.training.parallel import Ranks
 from recurrent_depth.training.progress import Speed, peak_of_ranks, status_line
-from support import small_run
+from support import losses, small_run
 
 
 def records(run, kind="train"):
@@ -78,3 +78,22 @@ def test_peak_is_that_of_all_ranks_in_bfloat16(monkeypatch, name, dtype, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     ranks = Ranks(0, 4, torch.device("cuda", 0))
     assert peak_of_ranks(dataclasses.replace(RuntimeConfig(), dtype=dtype), ranks) == peak
+
+
+def test_profile_writes_a_trace_of_three_training_steps(tmp_path, capsys):
+    config = small_run(tmp_path, profile=True, steps=9)
+    train(config)
+    path = tmp_path / "profile" / "steps-6-8.json"
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    names = [event["name"] for event in json.loads(path.read_text())["traceEvents"] if event.get("ph") == "X"]
+    assert sum(name.startswith("ProfilerStep#") for name in names) == 3
+    assert "aten::mm" in names
+    assert f"trace of the training steps 6 to 8: {path}" in " ".join(capsys.readouterr().err.split("\n"))
+    train(small_run(tmp_path / "plain", steps=9))
+    assert losses(tmp_path) == losses(tmp_path / "plain")
+
+
+def test_profile_of_too_few_training_steps_says_so(tmp_path, capsys):
+    train(small_run(tmp_path, profile=True, steps=7))
+    assert "no trace was written: profile needs 8 training steps" in capsys.readouterr().err
+    assert not (tmp_path / "profile").exists()
