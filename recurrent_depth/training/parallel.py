@@ -19,6 +19,7 @@ from recurrent_depth.model.layers import rotary_table
 from recurrent_depth.model.ops import choose_ops, use_ops
 from recurrent_depth.model.transformer import RecurrentDepthModel, initial_value
 from recurrent_depth.training.config import RuntimeConfig
+from recurrent_depth.training.float8 import use_float8
 
 T = TypeVar("T")
 
@@ -111,12 +112,15 @@ def compute_dtype(config: RuntimeConfig, device: torch.device) -> torch.dtype:
 def build_model(config: ModelConfig, runtime: RuntimeConfig, ranks: Ranks, seed: int) -> RecurrentDepthModel:
     """Return the model, sharded unless there is one rank in float32. Initial weights depend on (seed, name) only."""
     dtype = compute_dtype(runtime, ranks.device)
-    if ranks.world_size == 1 and dtype == torch.float32:
-        model = RecurrentDepthModel(config).to(ranks.device)
+    wrapped = ranks.world_size > 1 or dtype != torch.float32
+    with torch.device("meta" if wrapped else "cpu"):
+        model = RecurrentDepthModel(config)
+    if runtime.float8:
+        use_float8(model, ranks.device, dtype)
+    if not wrapped:
+        model.to(ranks.device)
         model.initialise(seed)
     else:
-        with torch.device("meta"):
-            model = RecurrentDepthModel(config)
         _shard(model, runtime, ranks, dtype)
         model.to_empty(device=ranks.device)
         _initialise_shards(model, config, seed)
