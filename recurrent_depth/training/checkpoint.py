@@ -100,6 +100,17 @@ def check_steps(config: RunConfig, done: int, planned: int) -> None:
         return
     if config.steps < done:
         raise CheckpointError(f"steps is {config.steps}, but {config.out} has already trained {done}; raise --steps")
+    advice = extension_refusal(config, done, planned)
+    if advice is not None:
+        raise CheckpointError(f"steps was {planned}, is {config.steps}, but {advice[0]}. Restore steps; or {advice[1]}")
+
+
+def extension_refusal(config: RunConfig, done: int, planned: int) -> tuple[str, str] | None:
+    """Return why a run of `planned` training steps cannot become one of config.steps, and what to do; None if it can.
+
+    Args:
+        done: training steps done.
+    """
     for step in range(done):
         reasons = []
         if learning_rate(config.optimizer, step, planned) != learning_rate(config.optimizer, step, config.steps):
@@ -107,12 +118,15 @@ def check_steps(config: RunConfig, done: int, planned: int) -> None:
         if _length(config, step, planned) != _length(config, step, config.steps):
             reasons.append("the length of the rows (curriculum_fraction)")
         if reasons:
-            older = f"continue from a checkpoint up to step {step} (move newer ones out of {config.out}/checkpoints); "
-            raise CheckpointError(
-                f"steps was {planned}, is {config.steps}, but {' and '.join(reasons)} of the {done} training steps "
-                f"done depends on it from step {step} on. Restore steps; or {older if step else ''}"
-                f"start a new run from these weights: --init-from {config.out} --out NEW"
+            older = (
+                f"continue from a checkpoint up to step {step} (move newer ones out of {config.out}/checkpoints); or "
             )
+            new = f"start a new run from these weights: --init-from {config.out} --out NEW"
+            return (
+                f"{' and '.join(reasons)} of the {done} training steps done depends on it from step {step} on",
+                f"{older if step else ''}{new}",
+            )
+    return None
 
 
 def _length(config: RunConfig, step: int, total_steps: int) -> int | None:

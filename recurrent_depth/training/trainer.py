@@ -1,5 +1,6 @@
 """The training loop: training steps, validation, logging, checkpoints, rewinds and signals."""
 
+import dataclasses
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from recurrent_depth.model.loss import valid_targets
 from recurrent_depth.model.recurrence import random_state, sample_depth
 from recurrent_depth.training.checkpoint import (
     CheckpointWriter,
+    extension_refusal,
     load_state,
     read_resume_details,
     training_state,
@@ -201,8 +203,7 @@ class Trainer:
         config = self.config
         with self._signals(), self._logging(), self._profiled() as after_step:
             if self.step >= config.steps:
-                done = f"step {self.step} of {config.steps}"
-                self._say(f"{self.run} is finished: {done}; raise --steps to train on")
+                self._say(self._finished_line())
                 return
             self._say(self._start_line())
             saved_step = self.step
@@ -210,8 +211,8 @@ class Trainer:
             while self.step < config.steps and not self.stopping:
                 began = time.perf_counter()
                 record = self.train_step()
-                after_step()
                 speed.add(time.perf_counter() - began, record)
+                after_step()
                 if not record["skipped"] and self.spikes.is_spike(record["loss"]):
                     self._rewind(record["loss"])
                     saved_step = self.step
@@ -231,6 +232,16 @@ class Trainer:
             self.writer.wait()
             if self.stopping and self.step < config.steps:
                 self._say(f"saved and stopped at step {self.step} of {config.steps}; continue with --resume true")
+
+    def _finished_line(self) -> str:
+        config = self.config
+        refusal = extension_refusal(dataclasses.replace(config, steps=config.steps + 1), self.step, config.steps)
+        more = (
+            "raise --steps to train on"
+            if refusal is None
+            else (f"it cannot be continued with more steps, since {refusal[0]}; {refusal[1]}")
+        )
+        return f"{self.run} is finished: step {self.step} of {config.steps}; {more}"
 
     def _start_line(self) -> str:
         config, ranks, source = self.config, self.ranks, self.train_source
