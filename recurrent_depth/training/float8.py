@@ -63,5 +63,7 @@ def convert_core(model: RecurrentDepthModel, emulate: bool = False) -> None:
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    recipe = dataclasses.replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=emulate)
+    # Padded: the gradient of a weight sums over the tokens of a micro-step, whose number may not be a multiple of 16.
+    rowwise = Float8LinearConfig.from_recipe_name("rowwise")
+    recipe = dataclasses.replace(rowwise, emulate=emulate, pad_inner_dim=True)
     convert_to_float8_training(model.transformer.core_block, config=recipe)
