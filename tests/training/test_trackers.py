@@ -5,6 +5,7 @@ import importlib.util
 import json
 import sqlite3
 import struct
+import time
 
 import pytest
 
@@ -50,7 +51,11 @@ def read_wandb(run):
     """Return the history of the offline files of a run, and the ids under which they would be uploaded."""
     values, ids = {"loss": {}, "lr": {}, "loss_4": {}}, set()
     for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):
-        for record in wandb_records(path):
+        deadline = time.monotonic() + 30  # wandb's own process may still write after finish() has returned
+        while not (found := list(wandb_records(path))) or not found[-1].HasField("exit"):
+            assert time.monotonic() < deadline, f"{path} has no end"
+            time.sleep(0.1)
+        for record in found:
             if record.HasField("run"):
                 ids.add(record.run.run_id)
             items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
