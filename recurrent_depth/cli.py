@@ -76,14 +76,14 @@ VERBS = {
     ),
     "train-dense": Verb(
         "fine-tune a dense model by the same recipe",
-        "recurrent_depth.training.config:DenseConfig",
+        "recurrent_depth.training.commands:DenseConfig",
         "recurrent_depth.hf.dense_control:train_dense",
         "recurrent-depth train-dense --run finetune/s1.yaml --model FOLDER --data.path data/s1 --out runs/dense",
         needs=("accelerate",),
     ),
     "average": Verb(
         "merge checkpoints of a run",
-        "recurrent_depth.training.config:AverageConfig",
+        "recurrent_depth.training.commands:AverageConfig",
         "recurrent_depth.training.average:average",
         "recurrent-depth average --model runs/first --out runs/first-average",
     ),

@@ -2,6 +2,9 @@
 
 RUN/run.yaml                     the resolved configuration
 RUN/metrics.jsonl                one line per log event
+RUN/tensorboard/                 event files, if TensorBoard is among the trackers; likewise wandb/ and wandb-id.txt
+RUN/exports/step-00000100/       Hugging Face folders, if `export` asks for them
+RUN/profile/steps-6-8.json       the trace of `profile`
 RUN/tokenizer.json               if the data have one
 RUN/rewinds.json                 if the run was rewound after a loss spike
 RUN/.lock                        locked by the process that writes to the folder

@@ -8,8 +8,8 @@ from recurrent_depth.cli import VERBS, main
 from recurrent_depth.data.config import DataConfig, PrepareConfig, SourceConfig, TaskDataConfig
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.planning.config import PlanConfig
+from recurrent_depth.training.commands import AverageConfig
 from recurrent_depth.training.config import (
-    AverageConfig,
     HealthConfig,
     OptimizerConfig,
     RunConfig,

@@ -200,7 +200,7 @@ def test_error_comes_before_a_short_usage(capsys):
 def verb(action, extra="data", needs=()):
     """Return a verb with the options of `average` that calls `action`."""
     sys.modules["action_of_a_test"] = SimpleNamespace(act=action)
-    options = "recurrent_depth.training.config:AverageConfig"
+    options = "recurrent_depth.training.commands:AverageConfig"
     return Verb("", options, "action_of_a_test:act", "recurrent-depth act", extra, needs)
 
 

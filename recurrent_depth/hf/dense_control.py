@@ -18,7 +18,8 @@ from recurrent_depth.devices import choose_device, choose_dtype
 from recurrent_depth.files import LOCK_FILE, output_folder
 from recurrent_depth.hub import check_folder_or_hub_name
 from recurrent_depth.model.loss import IGNORE_INDEX
-from recurrent_depth.training.config import DenseConfig, OptimizerConfig, RunConfig
+from recurrent_depth.training.commands import DenseConfig
+from recurrent_depth.training.config import OptimizerConfig, RunConfig
 from recurrent_depth.training.optimizer import learning_rate
 from recurrent_depth.training.parallel import Ranks, start_processes
 

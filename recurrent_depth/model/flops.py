@@ -4,6 +4,7 @@ All counts are per sequence of T tokens. Attention is counted either causal (the
 counter reports); MFU uses the causal count without recomputation, HFU includes recomputation.
 """
 
+import re
 from functools import lru_cache
 from typing import Literal
 
@@ -19,7 +20,17 @@ PEAK_FLOPS = {
     "MI250X": 191.5e12,  # per die
     "MI300X": 1307e12,
 }
-"""Dense bf16 peak by the vendors' data sheets, operations per second."""
+"""Dense bf16 peak by the vendors' data sheets, operations per second; H100 and H200 are the SXM modules."""
+
+_SLOWER = re.compile(r"PCIe|NVL", re.IGNORECASE)  # H100 and H200 cards with a lower peak than the SXM modules
+
+
+def peak_of(device: str) -> float | None:
+    """Return the dense bf16 peak of a GPU in operations per second, by its full name; None if it is not known."""
+    for name, peak in PEAK_FLOPS.items():
+        if re.search(rf"\b{name}\b", device) and not (name[0] == "H" and _SLOWER.search(device)):
+            return peak
+    return None
 
 
 def attention_flops(config: ModelConfig, tokens: int, causal: bool = True) -> int:

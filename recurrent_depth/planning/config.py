@@ -42,6 +42,8 @@ class PlanConfig:
         num_gpus: GPUs of the run.
         device: GPU of the run; mi250x is one die.
         utilisation: executed FLOP/s (recomputation included) as a share of the dense bfloat16 peak.
+        measured: train.json of `python -m benchmarks gpu`; the HFU of its best step of the nearest shape gives the
+            time, beside `utilisation`; null: no measurement.
         tokens: tokens of a row; null takes run.model.block_size.
         finetuning: the fine-tuning to plan; not with `run`.
     """
@@ -50,6 +52,7 @@ class PlanConfig:
     num_gpus: int | None = None
     device: DeviceName = "h100"
     utilisation: float = 0.4
+    measured: str | None = None
     tokens: int | None = None
     finetuning: FinetuningConfig = field(default_factory=FinetuningConfig)
 
@@ -58,7 +61,7 @@ class PlanConfig:
         check_at_least("tokens", self.tokens, 1)
         check_between("utilisation", self.utilisation, 0, 1, low_open=True)
         if self.run is None:
-            self._check_unused("num_gpus", "device", "utilisation", "tokens", needed="--run FILE")
+            self._check_unused("num_gpus", "device", "utilisation", "measured", "tokens", needed="--run FILE")
             return
         self._check_unused("finetuning", needed="no --run")
         if self.num_gpus is None:

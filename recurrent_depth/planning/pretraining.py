@@ -82,6 +82,11 @@ class Sizes:
         return self.total - self.core - self.outer
 
 
+def parameters(config: ModelConfig) -> int:
+    """Return the parameters of a model, counted on the meta device."""
+    return _sizes(config, muon=False).total
+
+
 def sizes(job: Job) -> Sizes:
     """Return the sizes of a job's model, counted on the meta device."""
     return _sizes(job.run.model, job.run.optimizer.name == "muon")

@@ -20,7 +20,8 @@ from recurrent_depth.runs import (
     run_tokenizer,
 )
 from recurrent_depth.training.checkpoint import CheckpointWriter
-from recurrent_depth.training.config import AverageConfig, AverageMethod, CheckpointConfig
+from recurrent_depth.training.commands import AverageConfig, AverageMethod
+from recurrent_depth.training.config import CheckpointConfig
 from recurrent_depth.training.parallel import Ranks
 
 

@@ -48,8 +48,8 @@ from recurrent_depth.training.parallel import Ranks, reshard
 
 MAY_CHANGE = frozenset(
     {
-        "out", "log_every", "max_hours", "slurm_margin_minutes", "runtime", "checkpoint", "validation", "health",
-        "init_from", "spikes.max_rewinds",
+        "out", "log_every", "trackers", "profile", "max_hours", "slurm_margin_minutes", "runtime", "checkpoint",
+        "export", "validation", "health", "init_from", "spikes.max_rewinds",
         "steps",  # checked by check_steps
         # Checked by the fingerprint of the data.
         "data.packed.path", "data.packed.validation_path", "data.packed.revision",
@@ -100,6 +100,17 @@ def check_steps(config: RunConfig, done: int, planned: int) -> None:
         return
     if config.steps < done:
         raise CheckpointError(f"steps is {config.steps}, but {config.out} has already trained {done}; raise --steps")
+    advice = extension_refusal(config, done, planned)
+    if advice is not None:
+        raise CheckpointError(f"steps was {planned}, is {config.steps}, but {advice[0]}. Restore steps; or {advice[1]}")
+
+
+def extension_refusal(config: RunConfig, done: int, planned: int) -> tuple[str, str] | None:
+    """Return why a run of `planned` training steps cannot become one of config.steps, and what to do; None if it can.
+
+    Args:
+        done: training steps done.
+    """
     for step in range(done):
         reasons = []
         if learning_rate(config.optimizer, step, planned) != learning_rate(config.optimizer, step, config.steps):
@@ -107,12 +118,15 @@ def check_steps(config: RunConfig, done: int, planned: int) -> None:
         if _length(config, step, planned) != _length(config, step, config.steps):
             reasons.append("the length of the rows (curriculum_fraction)")
         if reasons:
-            older = f"continue from a checkpoint up to step {step} (move newer ones out of {config.out}/checkpoints); "
-            raise CheckpointError(
-                f"steps was {planned}, is {config.steps}, but {' and '.join(reasons)} of the {done} training steps "
-                f"done depends on it from step {step} on. Restore steps; or {older if step else ''}"
-                f"start a new run from these weights: --init-from {config.out} --out NEW"
+            older = (
+                f"continue from a checkpoint up to step {step} (move newer ones out of {config.out}/checkpoints); or "
             )
+            new = f"start a new run from these weights: --init-from {config.out} --out NEW"
+            return (
+                f"{' and '.join(reasons)} of the {done} training steps done depends on it from step {step} on",
+                f"{older if step else ''}{new}",
+            )
+    return None
 
 
 def _length(config: RunConfig, step: int, total_steps: int) -> int | None:
@@ -185,10 +199,16 @@ State = dict[str, dict[str, Tensor]]
 
 
 class CheckpointWriter:
-    """Write the checkpoints of a run, one at a time. All ranks must call each method at the same point of the run."""
+    """Write the checkpoints of a run, one at a time. All ranks must call each method at the same point of the run.
 
-    def __init__(self, run: Path, config: CheckpointConfig, ranks: Ranks) -> None:
-        self.run, self.config, self.ranks = run, config, ranks
+    Args:
+        after_save: called with each new checkpoint on the main rank; it is a part of the save, so `wait` waits for it.
+    """
+
+    def __init__(
+        self, run: Path, config: CheckpointConfig, ranks: Ranks, after_save: Callable[[Path], None] = lambda path: None
+    ) -> None:
+        self.run, self.config, self.ranks, self.after_save = run, config, ranks, after_save
         self.group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
         self.error: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -224,6 +244,7 @@ class CheckpointWriter:
             files = self._hashes(final, temporary)
             record = {"step": step, **details, "files": files}
             self._together(final, lambda: self._on_main(lambda: self._publish(temporary, final, record)))
+            self._on_main(lambda: self.after_save(final))
         except Exception as error:
             self.error = error
             self._on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))

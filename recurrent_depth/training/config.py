@@ -1,4 +1,4 @@
-"""Options of `recurrent-depth train`, `train-dense` and `average`. Imports no torch."""
+"""Options of `recurrent-depth train`. Imports no torch."""
 
 import dataclasses
 import json
@@ -16,10 +16,10 @@ from recurrent_depth.checks import (
     check_num_steps,
     check_positive,
 )
-from recurrent_depth.data.config import DataConfig, PackedDataConfig
+from recurrent_depth.data.config import DataConfig
 from recurrent_depth.model.config import Checkpointing, Kernels, ModelConfig
 
-AverageMethod = Literal["ema", "uniform"]
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class OptimizerConfig:
 
     Args:
         name: `huginn` (arXiv 2502.05171, section 4.3: atan2 form, no epsilon, update clipping), `adamw` and `nadamw`
-            (torch's, decoupled weight decay), or `muon` (matrices of the blocks by Muon, the rest by AdamW).
+            (torch's, decoupled weight decay), or `muon` (matrices of the blocks by Muon, the rest by AdamW; q, k, v and
+            gate, up are separate matrices).
         lr: peak learning rate, for example 0.0004.
         betas: decay rates of the two moments; for example 0.9,0.95.
         weight_decay: decay of matrices; norms and biases have none. For `huginn` it is multiplied by lr / peak lr, not
@@ -101,6 +102,8 @@ class RuntimeConfig:
             in between are hybrid sharding.
         reshard_after_forward: free gathered weights after the forward pass (ZeRO-3) instead of keeping them (ZeRO-2).
         activation_checkpointing: recompute each `block` or each whole iteration (`step`) in the backward pass.
+        float8: linear layers of the core multiply in float8 (torchao, one scale per row); needs the package torchao, a
+            GPU of compute capability 8.9, MI300 or newer, and bfloat16.
         compile: torch.compile each block (never the loop).
         kernels: implementation of the element-wise operations; `auto` is `triton` on a GPU and `torch` on a CPU.
         loss_chunk_size: tokens whose logits are computed at a time, to save memory; null: all.
@@ -113,6 +116,7 @@ class RuntimeConfig:
     shard_size: int | None = None
     reshard_after_forward: bool = False
     activation_checkpointing: Checkpointing = "none"
+    float8: bool = False
     compile: bool = False
     kernels: Kernels = "auto"
     loss_chunk_size: int | None = None
@@ -144,6 +148,24 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         for name in ("every", "keep_last", "keep_every"):
             check_at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
+class RunExportConfig:
+    """When to write RUN/exports/step-N, a Hugging Face folder that `recurrent-depth export` makes of a checkpoint.
+
+    Args:
+        every: export every n-th checkpoint; null: none.
+        at_end: export the last checkpoint of a finished run.
+        dtype: dtype of the exported weights.
+    """
+
+    every: int | None = None
+    at_end: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        check_at_least("every", self.every, 1)
 
 
 @dataclass(frozen=True)
@@ -233,6 +255,9 @@ class RunConfig:
             rows of a part are divided among the ranks, so the number of ranks changes neither data nor depths.
         seed: seed of weights, data order, depths and initial states.
         log_every: training steps between lines of metrics.jsonl.
+        trackers: where the numbers of metrics.jsonl go as well: tensorboard, wandb, trackio; for example
+            tensorboard,wandb. null: tensorboard if it is installed; [] none.
+        profile: write a torch.profiler trace of three training steps to RUN/profile, after the first five.
         max_hours: hours after which the run saves and stops; null for no limit.
         slurm_margin_minutes: under Slurm, minutes before the end of the job (SLURM_JOB_END_TIME) at which the run saves
             and stops.
@@ -242,6 +267,7 @@ class RunConfig:
         optimizer: the optimizer, its learning rate and its schedule.
         runtime: device, precision, sharding, recomputation.
         checkpoint: when to save and what to keep.
+        export: which checkpoints to export as Hugging Face folders.
         validation: the loss on held-out rows.
         health: limits of the health checks.
         spikes: what to do about loss spikes.
@@ -255,6 +281,8 @@ class RunConfig:
     micro_steps: int = 1
     seed: int = 0
     log_every: int = 10
+    trackers: tuple[TrackerName, ...] | None = None
+    profile: bool = False
     max_hours: float | None = None
     slurm_margin_minutes: float = 5.0
     depth_ramp: DepthRampConfig | None = None
@@ -262,6 +290,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: RunExportConfig = field(default_factory=RunExportConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
@@ -322,73 +351,3 @@ class TrainCommand(RunConfig):
         """Return the configuration of the run, without resume, accept_changed_data and dry_run."""
         names = [field.name for field in dataclasses.fields(RunConfig)]
         return RunConfig(**{name: getattr(self, name) for name in names})
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenseConfig:
-    """Fine-tune a dense transformers model with the recipe of a recurrent run, as its control.
-
-    For several GPUs start it with torchrun; the rows of a micro-step are divided among the ranks.
-
-    Args:
-        run: configuration file of `recurrent-depth train`. The fields used are data.packed, steps, batch_size,
-            micro_steps, seed, log_every, optimizer (adamw), checkpoint.every, and runtime.device, runtime.dtype and
-            runtime.activation_checkpointing. --run.steps 10 changes a single field.
-        model: folder or hub name of the dense model.
-        out: folder to write; the model is saved in `out`/model.
-        data: packed rows prepared with the tokenizer of the dense model; null takes run.data.packed.
-        resume: continue from the newest checkpoint in `out`.
-    """
-
-    run: RunConfig = field(metadata={"file": True})
-    model: str
-    out: str
-    data: PackedDataConfig | None = None
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        check_not_empty("out", self.out, "--out runs/dense")
-        if self.run.optimizer.name != "adamw":
-            raise ValueError(f"run.optimizer.name is {self.run.optimizer.name!r}; a dense model is trained with adamw")
-        rows = self.rows
-        if rows.document_masking and not rows.restart_positions:
-            raise ValueError(
-                "data.restart_positions is false; transformers separates packed examples by their positions: set it "
-                "to true, with document_masking"
-            )
-
-    @property
-    def rows(self) -> PackedDataConfig:
-        """Return the packed rows to train on."""
-        rows = self.data or self.run.data.packed
-        if rows is None:
-            raise ValueError("data is null and run.data is not packed; give a folder of packed rows with --data.path")
-        return rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class AverageConfig:
-    """Merge checkpoints of a run into one.
-
-    Args:
-        model: run folder; its checkpoint.keep_last and checkpoint.keep_every determine how many checkpoints it has.
-        out: new run folder with the merged weights; it can be evaluated, exported, and used as init_from.
-        method: `ema` gives each checkpoint `decay` times the weight of the next newer one (the oldest gets the rest);
-            `uniform` is the mean.
-        decay: weight of a checkpoint relative to the next newer one, for `ema`.
-        last: number of checkpoints to merge; null for all.
-        every: use every n-th checkpoint, counted back from the newest.
-    """
-
-    model: str
-    out: str
-    method: AverageMethod = "ema"
-    decay: float = 0.9
-    last: int | None = None
-    every: int = 1
-
-    def __post_init__(self) -> None:
-        check_not_empty("out", self.out, "--out runs/average")
-        check_between("decay", self.decay, 0, 1, high_open=True)
-        check_at_least("last", self.last, 2)
-        check_at_least("every", self.every, 1)

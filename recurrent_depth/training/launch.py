@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from recurrent_depth.extras import require
 from recurrent_depth.files import output_folder, write_text
 from recurrent_depth.hub import check_folder_or_hub_name
 from recurrent_depth.model.config import ModelConfig
@@ -20,6 +21,7 @@ from recurrent_depth.training.config import RunConfig, TrainCommand, as_yaml
 from recurrent_depth.training.faults import check_ranks_agree, code_version, explained, flattened, flight_recorder
 from recurrent_depth.training.parallel import Ranks, start_processes
 from recurrent_depth.training.rewind import REWINDS_FILE, read_rewinds
+from recurrent_depth.training.trackers import WANDB_ID_FILE, choose_trackers
 from recurrent_depth.training.trainer import Trainer
 
 RECORDER = "flight-recorder"
@@ -53,6 +55,7 @@ def train(config: RunConfig, *, resume: bool = False, accept_changed_data: bool 
         accept_changed_data: resume although the data set has changed since the checkpoint.
     """
     run = Path(config.out)
+    _check_packages(config)
     resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     recorder = run / RECORDER
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -67,6 +70,13 @@ def train(config: RunConfig, *, resume: bool = False, accept_changed_data: bool 
         if dist.is_initialized():
             dist.destroy_process_group()
     return run
+
+
+def _check_packages(config: RunConfig) -> None:
+    """Raise if a package is missing that the run will need later."""
+    choose_trackers(config.trackers)
+    if config.export.every is not None or config.export.at_end:
+        require("transformers", "recurrent-depth[hf]", "export")
 
 
 def _prepare(config: RunConfig, run: Path, ranks: Ranks, resume: bool, accept_changed_data: bool) -> Trainer:
@@ -96,8 +106,9 @@ def _newest_checkpoint(run: Path, resume: bool) -> Path | None:
 def _write_run_files(run: Path, config: RunConfig, trainer: Trainer, new: bool) -> None:
     if trainer.ranks.world_size > 1:
         (run / RECORDER).mkdir(exist_ok=True)
-    if new:  # an earlier run whose checkpoints were deleted may have left its rewinds
+    if new:  # an earlier run whose checkpoints were deleted may have left these
         (run / REWINDS_FILE).unlink(missing_ok=True)
+        (run / WANDB_ID_FILE).unlink(missing_ok=True)
     write_text(run / "run.yaml", as_yaml(config))
     tokenizer = trainer.train_source.tokenizer_json()
     if tokenizer is not None:

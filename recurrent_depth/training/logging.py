@@ -1,4 +1,4 @@
-"""Run logging (metrics.jsonl, TensorBoard if installed, progress on the terminal), and the time limit of a run."""
+"""Run logging (metrics.jsonl, trackers, progress on the terminal), and the time limit of a run."""
 
 import json
 import os
@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 from recurrent_depth.files import explain_full_disk, write_text
+from recurrent_depth.training.trackers import Tracker
 
 
 class RunLog:
     """Write the records of a run. Only the main rank has one."""
 
-    def __init__(self, run: Path, start_step: int, total_steps: int) -> None:
+    def __init__(self, run: Path, start_step: int, total_steps: int, trackers: list[Tracker]) -> None:
         self.path = run / "metrics.jsonl"
         _drop_records_from(self.path, start_step)
         self.file = _open(self.path)
-        self.tensorboard = _tensorboard(run)
+        self.trackers = trackers
         self.console = Console(stderr=True)
         self.progress = _progress(self.console) if self.console.is_terminal else None
         self.last_line = 0.0
@@ -29,13 +31,12 @@ class RunLog:
             self.task = self.progress.add_task("training", total=total_steps, completed=start_step)
 
     def write(self, step: int, record: dict[str, Any]) -> None:
-        """Append one record to metrics.jsonl (and TensorBoard)."""
+        """Append one record to metrics.jsonl, and send its numbers to the trackers."""
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         with explain_full_disk(self.path):
             self.file.write(json.dumps({"step": step, **record}) + "\n")
-            if self.tensorboard is not None:
-                for name, value in record.items():
-                    if isinstance(value, int | float):
-                        self.tensorboard.add_scalar(name, value, step)
+            for tracker in self.trackers:
+                tracker.log(step, numbers)
 
     def rewind(self, step: int, record: dict[str, Any]) -> None:
         """Remove the records after `step`, which will be written again, and append `record`."""
@@ -63,8 +64,8 @@ class RunLog:
             self.progress.stop()
         with explain_full_disk(self.path):
             self.file.close()
-            if self.tensorboard is not None:
-                self.tensorboard.close()
+            for tracker in self.trackers:
+                tracker.close()
 
 
 def _open(path: Path) -> TextIO:
@@ -87,17 +88,9 @@ def _drop_records_from(path: Path, step: int) -> None:
     write_text(path, "".join(kept))
 
 
-def _tensorboard(run: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(run / "tensorboard"))
-
-
 def _progress(console: Console) -> Progress:
-    columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    return Progress(*columns, console=console)
+    text = TextColumn("{task.description}", table_column=Column(no_wrap=False))
+    return Progress(MofNCompleteColumn(), BarColumn(bar_width=20), text, console=console)
 
 
 class Deadline:

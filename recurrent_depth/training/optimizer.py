@@ -87,9 +87,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     }
     others: dict[str, Any] = {"params": [p for name, p in named if _is_norm_or_bias(name)], "weight_decay": 0.0}
     if config.name == "muon":
-        blocks = [p for name, p in named if not _is_norm_or_bias(name) and not _is_embedding(name)]
+        blocks = [(name, p) for name, p in named if not _is_norm_or_bias(name) and not _is_embedding(name)]
         embeddings = [p for name, p in named if _is_embedding(name)]
-        groups = [matrices | {"params": blocks, "muon": True}, matrices | {"params": embeddings}, others]
+        groups = [matrices | {"params": embeddings}, others]
+        for parts in (1, 2, 3):
+            of_parts = [p for name, p in blocks if _fused_parts(name) == parts]
+            groups.append(matrices | {"params": of_parts, "muon": True, "parts": parts})
         dtype = torch.float32 if named[0][1].device.type == "cpu" else torch.bfloat16
         return MuonAdamW(groups, config.lr, config.betas, config.momentum, eps=config.eps, dtype=dtype)
     if config.name == "huginn":
@@ -103,6 +106,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 def _is_embedding(name: str) -> bool:
     return "wte" in name or "lm_head" in name
+
+
+def _fused_parts(name: str) -> int:
+    """Return the matrices that a weight holds one above the other: q, k, v in Wqkv; gate, up in fc."""
+    return 3 if name.endswith("Wqkv.weight") else 2 if name.endswith("fc.weight") else 1
 
 
 def _is_norm_or_bias(name: str) -> bool:
@@ -132,8 +140,9 @@ _ITERATIONS = 5
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024) for parameter groups with `muon: True`, AdamW for the others.
 
-    The momentum of a matrix is orthogonalised before the update. torch.optim.Muon needs whole matrices; here the
-    momentum may be sharded: one all-gather per matrix makes it whole, and every rank computes the same
+    The momentum of a matrix is orthogonalised before the update; a parameter of `parts` matrices, one above the other
+    (q, k, v in one projection), is orthogonalised matrix by matrix. torch.optim.Muon needs whole matrices; here the
+    momentum may be sharded: one all-gather per parameter makes it whole, and every rank computes the same
     orthogonalisation. On whole matrices both agree.
 
     The update of a matrix is scaled by 0.2 sqrt(max(rows, columns)) (arXiv 2502.16982), so that its root mean square is
@@ -152,7 +161,7 @@ class MuonAdamW(torch.optim.Optimizer):
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "momentum": momentum, "weight_decay": weight_decay, "eps": eps}
-        super().__init__(params, defaults | {"muon": False})
+        super().__init__(params, defaults | {"muon": False, "parts": 1})
         self.dtype = dtype
 
     @torch.no_grad()
@@ -174,10 +183,11 @@ def _muon_step(p: Tensor, group: dict[str, Any], state: dict[str, Tensor], dtype
     state["momentum"].lerp_(p.grad, 1 - group["momentum"])
     update = p.grad.lerp(state["momentum"], group["momentum"]).to(dtype)
     whole = update.full_tensor() if isinstance(update, DTensor) else update
-    direction = orthogonalised(whole).to(p.dtype)
+    matrices = whole.chunk(group["parts"])
+    direction = torch.cat([orthogonalised(matrix) for matrix in matrices]).to(p.dtype)
     if isinstance(p, DTensor):
         direction = distribute_tensor(direction, p.device_mesh, p.placements, src_data_rank=None)
-    p.sub_(direction, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
+    p.sub_(direction, alpha=group["lr"] * 0.2 * max(matrices[0].shape) ** 0.5)
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from recurrent_depth.model.layers import rotary_table
 from recurrent_depth.model.ops import choose_ops, use_ops
 from recurrent_depth.model.transformer import RecurrentDepthModel, initial_value
 from recurrent_depth.training.config import RuntimeConfig
+from recurrent_depth.training.float8 import use_float8
 
 T = TypeVar("T")
 
@@ -111,13 +112,16 @@ def build_model(config: ModelConfig, runtime: RuntimeConfig, ranks: Ranks, seed:
         seed: initial weights depend on (seed, name) only; None leaves them uninitialised, which takes no time.
     """
     dtype = choose_dtype(runtime.dtype, ranks.device)
-    if ranks.world_size == 1 and dtype == torch.float32:
-        model = RecurrentDepthModel(config).to(ranks.device)
+    wrapped = ranks.world_size > 1 or dtype != torch.float32
+    with torch.device("meta" if wrapped else "cpu"):
+        model = RecurrentDepthModel(config)
+    if runtime.float8:
+        use_float8(model, ranks.device, dtype)
+    if not wrapped:
+        model.to(ranks.device)
         if seed is not None:
             model.initialise(seed)
     else:
-        with torch.device("meta"):
-            model = RecurrentDepthModel(config)
         _shard(model, runtime, ranks, dtype)
         model.to_empty(device=ranks.device)
         _initialise_shards(model, config, seed)

@@ -1,11 +1,13 @@
 """The training loop: training steps, validation, logging, checkpoints, rewinds and signals."""
 
+import dataclasses
+import json
 import math
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,12 @@ from torch import Tensor
 from recurrent_depth.data.batch import Batch
 from recurrent_depth.data.loader import open_source
 from recurrent_depth.devices import choose_dtype
-from recurrent_depth.model.flops import training_flops
+from recurrent_depth.model.flops import Recompute, training_flops
 from recurrent_depth.model.loss import valid_targets
 from recurrent_depth.model.recurrence import random_state, sample_depth
 from recurrent_depth.training.checkpoint import (
     CheckpointWriter,
+    extension_refusal,
     load_state,
     read_resume_details,
     training_state,
@@ -28,11 +31,16 @@ from recurrent_depth.training.checkpoint import (
     verify_all,
 )
 from recurrent_depth.training.config import RunConfig
+from recurrent_depth.training.exporting import Exporter
+from recurrent_depth.training.faults import flattened
 from recurrent_depth.training.health import HealthMonitor, validate
 from recurrent_depth.training.logging import Deadline, RunLog
 from recurrent_depth.training.optimizer import build_optimizer, clip_gradients, learning_rate, ramped, set_learning_rate
 from recurrent_depth.training.parallel import Ranks, build_model, set_last_micro_step
+from recurrent_depth.training.profiling import profiled
+from recurrent_depth.training.progress import Speed, peak_of_ranks, status_line
 from recurrent_depth.training.rewind import Rewind, SpikeGuard
+from recurrent_depth.training.trackers import choose_trackers, open_tracker
 
 
 class Trainer:
@@ -56,7 +64,8 @@ class Trainer:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.health = HealthMonitor(config.health)
         self.run = Path(config.out)
-        self.writer = CheckpointWriter(self.run, config.checkpoint, ranks)
+        self.exporter = Exporter(config, self._say)
+        self.writer = CheckpointWriter(self.run, config.checkpoint, ranks, self.exporter.export)
         self.spikes = SpikeGuard(config.spikes, self.run)
         self.deadline = Deadline(config.max_hours, config.slurm_margin_minutes)
         self.step = 0
@@ -92,7 +101,9 @@ class Trainer:
         lr = learning_rate(config.optimizer, self.step, config.steps)
         set_learning_rate(self.optimizer, lr)
         model = ramped(config.model, config.depth_ramp, self.step)
+        began = time.perf_counter()
         batches = [self._batch(micro) for micro in range(config.micro_steps)]
+        data_seconds = time.perf_counter() - began
         count = self.ranks.all_reduce(torch.stack([valid_targets(b.targets) for b in batches]).sum().float())
         loss = torch.zeros((), device=self.ranks.device)
         depths = []
@@ -120,21 +131,23 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.health.skipped(self.step, not finite)
+        tokens_in_row = batches[0].input_ids.shape[1]
         return {
             "loss": loss_value,
             "gradient_norm": norm_value,
             "lr": lr,
             "num_steps": sum(n + k for n, k in depths) / len(depths),
             "tokens": float(sum(b.input_ids.numel() for b in batches) * self.ranks.world_size),
-            "flops": float(self._executed_flops(batches[0].input_ids.shape[1], depths)),
+            "flops": self._flops(tokens_in_row, depths, config.runtime.activation_checkpointing),
+            "useful_flops": self._flops(tokens_in_row, depths, "none"),
+            "data_seconds": data_seconds,
             "skipped": float(not finite),
         }
 
-    def _executed_flops(self, tokens_in_row: int, depths: list[tuple[int, int]]) -> int:
-        """Return the FLOPs of one training step over all ranks, recomputation included."""
-        recompute = self.config.runtime.activation_checkpointing
+    def _flops(self, tokens_in_row: int, depths: list[tuple[int, int]], recompute: Recompute) -> float:
+        """Return the FLOPs of one training step over all ranks."""
         row = sum(training_flops(self.config.model, tokens_in_row, n, k, recompute) for n, k in depths)
-        return row * self.config.batch_size // self.config.micro_steps
+        return float(row * self.config.batch_size // self.config.micro_steps)
 
     def _batch(self, micro: int) -> Batch:
         config, ranks = self.config, self.ranks
@@ -191,35 +204,47 @@ class Trainer:
     def fit(self) -> None:
         """Train until the last training step or until asked to stop; the state is saved in either case."""
         config = self.config
-        with self._signals(), self._logging():
+        with self._signals(), self._logging(), self._profiled() as after_step:
             if self.step >= config.steps:
-                done = f"step {self.step} of {config.steps}"
-                self._say(f"{self.run} is finished: {done}; raise --steps to train on")
+                self._say(self._finished_line())
                 return
             self._say(self._start_line())
             saved_step = self.step
-            window = Window()
+            speed = Speed(self.ranks.device, peak_of_ranks(config.runtime, self.ranks))
             while self.step < config.steps and not self.stopping:
                 began = time.perf_counter()
                 record = self.train_step()
-                window.add(time.perf_counter() - began, record)
+                speed.add(time.perf_counter() - began, record)
+                after_step()
                 if not record["skipped"] and self.spikes.is_spike(record["loss"]):
                     self._rewind(record["loss"])
                     saved_step = self.step
                     continue
                 last = self.step == config.steps
                 if self.step % config.log_every == 0 or last or record["skipped"]:
-                    self._report(record | window.take())
+                    self._report(record | speed.take(config.steps - self.step))
                 if self.step % config.validation.every == 0 or last:
                     self._validate()
                 if self.step % config.checkpoint.every == 0 or last:
                     self.save()
                     saved_step = self.step
+            if self.stopping:
+                self.exporter.cancel()
             if saved_step != self.step:
                 self.save()
             self.writer.wait()
             if self.stopping and self.step < config.steps:
                 self._say(f"saved and stopped at step {self.step} of {config.steps}; continue with --resume true")
+
+    def _finished_line(self) -> str:
+        config = self.config
+        refusal = extension_refusal(dataclasses.replace(config, steps=config.steps + 1), self.step, config.steps)
+        more = (
+            "raise --steps to train on"
+            if refusal is None
+            else (f"it cannot be continued with more steps, since {refusal[0]}; {refusal[1]}")
+        )
+        return f"{self.run} is finished: step {self.step} of {config.steps}; {more}"
 
     def _start_line(self) -> str:
         config, ranks, source = self.config, self.ranks, self.train_source
@@ -256,8 +281,7 @@ class Trainer:
         if self.log is None:
             return
         self.log.write(self.step, {"type": "train", **record})
-        text = f"loss {record['loss']:.4f}  depth {record['num_steps']:.0f}  {record['tokens_per_second']:,.0f} tok/s"
-        self.log.show(self.step, self.config.steps, text)
+        self.log.show(self.step, self.config.steps, status_line(record))
 
     def _validate(self) -> None:
         metrics = validate(self.model, self.validation_source, self.config.validation, self.rows, self.ranks)
@@ -298,13 +322,24 @@ class Trainer:
     @contextmanager
     def _logging(self) -> Iterator[None]:
         """Open the log on the main rank; at the end wait for the current save and close the log."""
-        self.log = RunLog(self.run, self.step, self.config.steps) if self.ranks.is_main else None
+        self.ranks.on_main(self._open_log)
         try:
             yield
         finally:
             self.writer.finish()
             if self.log is not None:
                 self.log.close()
+
+    def _open_log(self) -> None:
+        config = self.config
+        options = flattened(json.loads(json.dumps(asdict(config))))
+        trackers = [open_tracker(name, self.run, options) for name in choose_trackers(config.trackers)]
+        self.log = RunLog(self.run, self.step, config.steps, trackers)
+
+    def _profiled(self) -> AbstractContextManager[Callable[[], None]]:
+        if self.log is None or not self.config.profile:
+            return nullcontext(lambda: None)
+        return profiled(self.run, self.step, self._say)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -325,23 +360,3 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-class Window:
-    """Time, tokens and FLOPs of the training steps since the last report; validation and saving do not count."""
-
-    def __init__(self) -> None:
-        self.sums = {"seconds": 0.0, "tokens": 0.0, "flops": 0.0}
-
-    def add(self, seconds: float, record: dict[str, float]) -> None:
-        """Add a training step."""
-        self.sums["seconds"] += seconds
-        for name in ("tokens", "flops"):
-            self.sums[name] += record[name]
-
-    def take(self) -> dict[str, float]:
-        """Return the sums and their rates, and reset them to zero."""
-        sums, self.sums = self.sums, dict.fromkeys(self.sums, 0.0)
-        seconds = max(sums["seconds"], 1e-9)
-        rates = {"tokens_per_second": sums["tokens"] / seconds, "flops_per_second": sums["flops"] / seconds}
-        return sums | rates

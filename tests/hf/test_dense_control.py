@@ -15,7 +15,8 @@ from recurrent_depth.hf.dense_control import as_features, load_dense, optimizer_
 from recurrent_depth.hf.loading import fast_tokenizer
 from recurrent_depth.reasoning.config import ReasoningDataConfig
 from recurrent_depth.reasoning.dataset import prepare_reasoning
-from recurrent_depth.training.config import DenseConfig, OptimizerConfig, RunConfig, RuntimeConfig
+from recurrent_depth.training.commands import DenseConfig
+from recurrent_depth.training.config import OptimizerConfig, RunConfig, RuntimeConfig
 from recurrent_depth.training.optimizer import learning_rate
 from support import outcome, run_ranks
 

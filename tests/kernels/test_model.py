@@ -132,4 +132,6 @@ def test_random_state_is_computed_by_the_kernel(device):
     with watched() as seen:
         drawn = random_state(config, rows, positions, seed=3, step=4, ops=choose_ops("triton", torch.device(device)))
     assert [launch.name for launch in seen] == ["normal_noise"]
-    assert (drawn - random_state(config, rows, positions, seed=3, step=4)).abs().max() < (1e-6 if device == "cpu" else 4e-6)
+    assert (drawn - random_state(config, rows, positions, seed=3, step=4)).abs().max() < (
+        1e-6 if device == "cpu" else 4e-6
+    )

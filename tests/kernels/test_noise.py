@@ -9,7 +9,6 @@ import recurrent_depth_kernels as kernels
 from recurrent_depth.model import random
 from recurrent_depth_kernels.noise import truncated_normal_rows
 
-
 LIMIT = {"cpu": 1e-6, "cuda": 4e-6}
 """Error of normal numbers; the logarithm of a GPU is approximate."""
 

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from recurrent_depth.model.config import SHAPES, ModelConfig
-from recurrent_depth.model.flops import forward_flops, mean_training_flops, training_flops
+from recurrent_depth.model.flops import PEAK_FLOPS, forward_flops, mean_training_flops, peak_of, training_flops
 from recurrent_depth.model.transformer import RecurrentDepthModel
 
 CONFIG = ModelConfig(
@@ -67,3 +67,19 @@ def test_huginn_flops_at_its_training_depth_are_the_expected_ones():
 def test_mean_training_flops_equal_those_of_the_mean_depth():
     config = dataclasses.replace(CONFIG, mean_recurrence=32, mean_backprop_depth=8)
     assert mean_training_flops(config, T) == pytest.approx(training_flops(config, T, 25, 8), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("device", "chip"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"),
+        ("AMD Instinct MI300X", "MI300X"), ("AMD Instinct MI250X", "MI250X"),
+    ],
+)  # fmt: skip
+def test_peak_is_known_by_the_full_name_of_a_gpu(device, chip):
+    assert peak_of(device) == PEAK_FLOPS[chip]
+
+
+@pytest.mark.parametrize("device", ["NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA GH200 480GB", "AMD EPYC", ""])
+def test_peak_of_another_device_is_unknown(device):
+    assert peak_of(device) is None

@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 from recurrent_depth.cli import main
 from recurrent_depth.runs import CheckpointError, checkpoints, load_run_model, read_details, run_tokenizer
 from recurrent_depth.training.average import average
-from recurrent_depth.training.config import AverageConfig, CheckpointConfig
+from recurrent_depth.training.commands import AverageConfig
+from recurrent_depth.training.config import CheckpointConfig
 from recurrent_depth.training.launch import train
 from support import full_disk, small_run
 

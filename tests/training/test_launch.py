@@ -148,6 +148,22 @@ def test_inexact_extension_is_refused_with_alternatives(tmp_path, changes, words
     assert f"--init-from {config.out} --out NEW" in str(caught.value)
 
 
+def test_finished_run_says_how_to_continue(tmp_path, capsys):
+    held = small_run(tmp_path / "held", steps=2, data=NO_CURRICULUM, optimizer=HELD)
+    decayed = small_run(tmp_path / "decayed", steps=6, data=NO_CURRICULUM)  # cooldown: the last 3 steps
+    for config in (held, decayed):
+        train(config)
+        capsys.readouterr()
+        train(config, resume=True)
+        said = " ".join(capsys.readouterr().err.split())
+        if config is held:
+            assert "is finished: step 2 of 2; raise --steps to train on" in said
+        else:
+            assert "is finished: step 6 of 6; it cannot be continued with more steps, since the learning rate" in said
+            assert "checkpoint up to step 3" in said
+            assert f"--init-from {config.out} --out NEW" in said
+
+
 def test_resume_refuses_fewer_steps_than_trained(tmp_path):
     config = small_run(tmp_path, data=NO_CURRICULUM, optimizer=HELD)
     with pytest.raises(CheckpointError, match=r"steps is 12, but .* already trained 20"):

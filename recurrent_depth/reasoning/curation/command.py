@@ -195,4 +195,3 @@ def _write(
 def _write_table(table: pa.Table, file: Path) -> None:
     with atomic_file(file) as temporary:
         pq.write_table(table, temporary, compression="zstd")
-

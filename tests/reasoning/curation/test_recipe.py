@@ -10,7 +10,8 @@ from recurrent_depth.model.config import SHAPES
 from recurrent_depth.parsing import parse_options
 from recurrent_depth.reasoning.config import ReasoningDataConfig
 from recurrent_depth.reasoning.format import SPARES
-from recurrent_depth.training.config import DenseConfig, TrainCommand
+from recurrent_depth.training.commands import DenseConfig
+from recurrent_depth.training.config import TrainCommand
 from recurrent_depth.training.optimizer import learning_rate
 
 CONFIGS = Path(__file__).parents[3] / "configs"
