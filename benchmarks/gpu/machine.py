@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.stage import Stage
-from recurrent_depth.model.flops import PEAK_FLOPS
+from recurrent_depth.model.flops import peak_of
 
 
 def run(stage: Stage) -> None:
@@ -43,5 +43,4 @@ def matrix_product(stage: Stage) -> dict[str, float]:
 
 def peak_flops(stage: Stage) -> float:
     """Return the dense bfloat16 peak of the device by its data sheet; NaN if it is not known."""
-    name = "" if stage.toy else torch.cuda.get_device_name(stage.device)
-    return next((value for chip, value in PEAK_FLOPS.items() if chip in name), float("nan"))
+    return (not stage.toy and peak_of(torch.cuda.get_device_name(stage.device))) or float("nan")

@@ -4,6 +4,7 @@ Each implementation's time is divided into the bytes that the fused kernel has t
 bandwidth have one numerator. 4096 tokens of the 3.5B model in bfloat16.
 """
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -25,13 +26,12 @@ CORE = ("eager", "compiled", "triton", "triton, compiled")
 
 def run(stage: Stage) -> None:
     speed = stage.measure("copy bandwidth", copy, stage)["bytes_per_second"]
-    for case in CASES:
-        for backward in (False, True):
-            for name in ("eager", "compiled", "liger", "triton"):
-                label = f"{case.name}, {'forward and backward' if backward else 'forward'}, {name}"
-                stage.measure(label, operation, stage, case, backward, name, speed)
-    for gradient in (False, True):
-        for name in CORE:
+    for name in ("triton", "compiled", "liger", "eager"):
+        for case, backward in itertools.product(CASES, (False, True)):
+            label = f"{case.name}, {'forward and backward' if backward else 'forward'}, {name}"
+            stage.measure(label, operation, stage, case, backward, name, speed)
+    for name in CORE:
+        for gradient in (False, True):
             label = f"core iteration, {'forward and backward' if gradient else 'forward'}, {name}"
             stage.measure(label, core_iteration, stage, name, gradient)
 

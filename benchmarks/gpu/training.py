@@ -6,6 +6,7 @@ recomputation out, HFU includes it; both are shares of the dense bfloat16 peak b
 """
 
 import time
+from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
@@ -40,6 +41,11 @@ def run(stage: Stage) -> None:
         stage.measure(f"{shape}, {variant}, recompute {recompute}", step.measure, variant, recompute)
     del step
     free_memory()
+    if stage.toy or find_spec("torchao"):
+        step = TrainingStep(stage, shape, rows=1, tokens=16 if stage.toy else 4096, float8=not stage.toy)
+        stage.measure(f"{shape}, float8, compiled, recompute none", step.measure, "float8, compiled", "none")
+        del step
+        free_memory()
     if not stage.toy:
         small = TrainingStep(stage, "small", rows=8, tokens=2048)
         for variant in ("eager", "triton, compiled"):
@@ -49,10 +55,12 @@ def run(stage: Stage) -> None:
 class TrainingStep:
     """A model, its optimizer and one batch, measured under several implementations."""
 
-    def __init__(self, stage: Stage, shape: str, rows: int, tokens: int) -> None:
+    def __init__(self, stage: Stage, shape: str, rows: int, tokens: int, float8: bool = False) -> None:
         self.stage, self.shape, self.config = stage, shape, SHAPES[shape]
         self.rows, self.tokens = rows, tokens
-        self.runtime = RuntimeConfig(device=stage.device.type, dtype="bfloat16", loss_chunk_size=LOSS_CHUNK)
+        self.runtime = RuntimeConfig(
+            device=stage.device.type, dtype="bfloat16", loss_chunk_size=LOSS_CHUNK, float8=float8
+        )
         self.model: RecurrentDepthModel | None = None
 
     def _build(self) -> RecurrentDepthModel:
