@@ -103,7 +103,9 @@ def main() -> None:
         row = measure(models, batch, prompt, num_steps, args.new_tokens, args.repeats)
         rows.append(row)
         names = (*models, "llama")
-        speeds, decode = ([f"{row[f'{name}{kind}_per_s']:.1f}" for name in names] for kind in ("_tokens", "_decode_tokens"))
+        speeds, decode = (
+            [f"{row[f'{name}{kind}_per_s']:.1f}" for name in names] for kind in ("_tokens", "_decode_tokens")
+        )
         ratios = f"{row['time_over_llama']:.2f}, {row['int8_time_over_llama']:.2f}"
         caches = ", ".join(f"{row[f'{name}_cache_bytes'] / 2**20:.1f}" for name in names)
         print(

@@ -4,6 +4,8 @@ Only the weights of linear layers below the head are quantised, one scale per ou
 they are often tied, are read once per token and not once per iteration, and cost the most accuracy per byte.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,17 +22,19 @@ class Int8Linear(nn.Linear):
     reads the int8 weight, but only bfloat16 inputs are vectorised, so inputs and outputs of few rows are rounded to it.
     """
 
+    scale: Tensor  # [out_features], in bfloat16 for the kernel
+
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
         if x.device.type != "cpu" or x.requires_grad or not 0 < rows <= MOST_ROWS:
             return super().forward(x)
-        weight, dtype = self.weight, torch.bfloat16
-        y = torch._weight_int8pack_mm(x.reshape(rows, -1).to(dtype), weight.qdata, weight.scale.flatten().to(dtype))
+        weight: Any = self.weight
+        y = torch._weight_int8pack_mm(x.reshape(rows, -1).bfloat16(), weight.qdata, self.scale.bfloat16())
         return y.view(*x.shape[:-1], -1).to(x.dtype)
 
 
 def quantize(model: nn.Module) -> None:
-    """Quantise the linear layers of `model.transformer` to int8 in place. The model can then only be used for inference.
+    """Quantise the linear layers of `model.transformer` to int8 in place, for inference only.
 
     Raises:
         MissingPackageError: if torchao is not installed.
@@ -52,9 +56,10 @@ def use_int8_kernels(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and module.bias is None and _is_int8_by_channel(module.weight):
             module.__class__ = Int8Linear  # the weight stays torchao's
+            module.register_buffer("scale", module.weight.scale.flatten().bfloat16(), persistent=False)
 
 
-def _is_int8_by_channel(weight: Tensor) -> bool:
+def _is_int8_by_channel(weight: Any) -> bool:
     if type(weight).__name__ != "Int8Tensor":
         return False
-    return weight.act_quant_kwargs is None and list(weight.block_size) == [1, weight.shape[1]]  # type: ignore[attr-defined]
+    return weight.act_quant_kwargs is None and list(weight.block_size) == [1, weight.shape[1]]
