@@ -2,8 +2,9 @@
 
     python -m benchmarks generate            # 35M shape, one thread, by turns; writes results/generate_cpu.json
 
-Both use `generate()` with a dynamic cache and random weights. The Llama has as many layers as the looped model
+All use `generate()` with a dynamic cache and random weights. The Llama has as many layers as the looped model
 passes, so their work per token is nearly the same (the looped model adds its adapter), but its weights are distinct.
+`int8` is the looped model as `--quantize int8` loads it; the Llama stays in fp32.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import write_result
 from recurrent_depth.hf.loading import wrap
+from recurrent_depth.hf.quantization import quantize
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
 
@@ -25,14 +27,17 @@ SHAPE = ModelConfig(
     n_embd=512, n_heads=8, intermediate_size=1792, n_layers_in_prelude=2, n_layers_in_recurrent_block=4,
     n_layers_in_coda=2, vocab_size=8192, block_size=2048, mean_recurrence=8,
 )  # fmt: skip
-CASES = [(1, 64, 4), (1, 64, 8), (1, 64, 16), (8, 64, 4), (8, 64, 8), (8, 64, 16), (1, 1024, 8), (8, 1024, 8)]
+CASES = [(batch, prompt, steps) for prompt in (64, 1024) for batch in (1, 8) for steps in (4, 8, 16)]
 """(batch, prompt tokens, steps)"""
 
 
-def looped() -> Any:
+def looped(int8: bool = False) -> Any:
     model = RecurrentDepthModel(SHAPE)
     model.initialise(seed=0)
-    return wrap(model).eval()
+    wrapped = wrap(model).eval()
+    if int8:
+        quantize(wrapped)
+    return wrapped
 
 
 def unrolled(num_steps: int) -> Any:
@@ -58,14 +63,17 @@ def seconds(model: Any, ids: torch.Tensor, new_tokens: int, **options: Any) -> t
     return elapsed, sum(storages.values())
 
 
-def measure(model: Any, batch: int, prompt: int, num_steps: int, new_tokens: int, repeats: int) -> dict[str, Any]:
+def measure(
+    models: dict[str, Any], batch: int, prompt: int, num_steps: int, new_tokens: int, repeats: int
+) -> dict[str, Any]:
     ids = torch.randint(SHAPE.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(1))
-    llama = unrolled(num_steps)
-    runs: dict[str, list[float]] = {"looped": [], "llama": []}
-    prefill: dict[str, list[float]] = {"looped": [], "llama": []}
+    everyone = models | {"llama": unrolled(num_steps)}
+    runs: dict[str, list[float]] = {name: [] for name in everyone}
+    prefill: dict[str, list[float]] = {name: [] for name in everyone}
     held = {}
-    for _ in range(repeats):  # by turns, so that both meet the same machine
-        for name, m, options in (("looped", model, {"num_steps": num_steps}), ("llama", llama, {})):
+    for _ in range(repeats):  # by turns, so that all meet the same machine
+        for name, m in everyone.items():
+            options = {} if name == "llama" else {"num_steps": num_steps}
             prefill[name].append(seconds(m, ids, 1, **options)[0])
             elapsed, held[name] = seconds(m, ids, new_tokens, **options)
             runs[name].append(elapsed)
@@ -75,7 +83,8 @@ def measure(model: Any, batch: int, prompt: int, num_steps: int, new_tokens: int
         row[f"{name}_tokens_per_s"] = batch * new_tokens / total
         row[f"{name}_decode_tokens_per_s"] = batch * (new_tokens - 1) / (total - median(prefill[name]))
         row[f"{name}_cache_bytes"] = held[name]
-    row["time_over_llama"] = median(a / b for a, b in zip(runs["looped"], runs["llama"], strict=True))
+    for name, field in (("looped", "time_over_llama"), ("int8", "int8_time_over_llama")):
+        row[field] = median(a / b for a, b in zip(runs[name], runs["llama"], strict=True))
     return row
 
 
@@ -86,18 +95,21 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = looped()
+    models = {"looped": looped(), "int8": looped(int8=True)}
     rows = []
-    print("| batch | prompt | r | looped tok/s | Llama tok/s | time over Llama | cache MiB (looped, Llama) |")
+    print("| batch | prompt | r | looped, int8, Llama tok/s | without prompt | time over Llama | cache MiB (all) |")
     print("|---|---|---|---|---|---|---|")
     for batch, prompt, num_steps in CASES:
-        row = measure(model, batch, prompt, num_steps, args.new_tokens, args.repeats)
+        row = measure(models, batch, prompt, num_steps, args.new_tokens, args.repeats)
         rows.append(row)
+        names = (*models, "llama")
+        speeds, decode = (
+            [f"{row[f'{name}{kind}_per_s']:.1f}" for name in names] for kind in ("_tokens", "_decode_tokens")
+        )
+        ratios = f"{row['time_over_llama']:.2f}, {row['int8_time_over_llama']:.2f}"
+        caches = ", ".join(f"{row[f'{name}_cache_bytes'] / 2**20:.1f}" for name in names)
         print(
-            f"| {batch} | {prompt} | {num_steps} | "
-            f"{row['looped_tokens_per_s']:.1f} | {row['llama_tokens_per_s']:.1f} | "
-            f"{row['time_over_llama']:.2f} | {row['looped_cache_bytes'] / 2**20:.1f}, "
-            f"{row['llama_cache_bytes'] / 2**20:.1f} |",
+            f"| {batch} | {prompt} | {num_steps} | {', '.join(speeds)} | {', '.join(decode)} | {ratios} | {caches} |",
             flush=True,
         )
         settings = {"repeats": args.repeats, "transformers": transformers.__version__, "shape": asdict(SHAPE)}

@@ -116,7 +116,7 @@ def _load(config: EvalConfig, device: Any, dtype: Any) -> tuple[Any, Any]:
     from recurrent_depth.hf import RecurrentDepthForCausalLM
     from recurrent_depth.hf.loading import load_model
 
-    model, tokenizer = load_model(config.model, dtype, device, config.kernels)
+    model, tokenizer = load_model(config.model, dtype, device, config.kernels, config.quantize)
     if not isinstance(model, RecurrentDepthForCausalLM):
         raise ValueError(
             f"model: {config.model} is a {type(model).__name__}, not a recurrent-depth model; evaluate a dense model "

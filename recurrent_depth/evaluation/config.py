@@ -242,6 +242,7 @@ class EvalConfig:
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
         dtype: dtype of the weights: auto (bfloat16 on a GPU, float32 on a CPU), float32 or bfloat16.
         kernels: implementation of the element-wise operations: auto (triton on a GPU), triton, torch.
+        quantize: int8 keeps the weights of linear layers as 8-bit integers (needs torchao); null keeps `dtype`.
         overwrite: replace the results of an earlier evaluation in `out`.
     """
 
@@ -257,6 +258,7 @@ class EvalConfig:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     kernels: Literal["auto", "triton", "torch"] = "auto"
+    quantize: Literal["int8"] | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:

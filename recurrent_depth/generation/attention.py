@@ -21,7 +21,11 @@ from recurrent_depth.model.layers import rotary_at
 from recurrent_depth.model.ops import Ops, read_place
 
 COPY_LIMIT = 8192
-"""Below this many elements per row (columns x width), copying keys beats one call per row (measured on a CPU)."""
+"""Below this many elements per row (columns x width), copying keys of tokens at different iterations beats one call per
+row (measured on a CPU)."""
+
+SELECT_LIMIT = 32768
+"""The same for tokens at one iteration, whose lanes `index_select` copies whole, which is faster."""
 
 MOST_QUERIES = 8
 """Up to this many tokens per lane, attention is bound by memory; for longer prompts the entries are copied first."""
@@ -61,11 +65,6 @@ class Block:
     def shape(self) -> tuple[int, int]:
         """Return (n, T)."""
         return len(self.runs), self.width
-
-    @property
-    def chosen(self) -> slice | Tensor:
-        """Return the lanes as an index into keys; a slice gives a view."""
-        return slice(0, len(self.lanes)) if self.in_order else self.index
 
     @cached_property
     def index(self) -> Tensor:
@@ -218,8 +217,7 @@ class CacheAttention:
     def _write(self, kept: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k, v [N, H, K] in the entries [2, B, H, S, K] of a layer."""
         lanes, columns = self.layout.index
-        kept[0, lanes, :, columns] = k
-        kept[1, lanes, :, columns] = v
+        kept[:, lanes, :, columns] = torch.stack([k, v], dim=1)
 
     def _attend(self, ops: Ops, q: Tensor, block: Block, kept: Tensor, layer_index: int) -> Tensor:
         """Attend with the queries [n, H, T, K] of a block over the entries [2, B, H, S, K] of a layer."""
@@ -233,8 +231,10 @@ class CacheAttention:
                     self.cache.released,
                 )  # fmt: skip
             keys, values = self._copies(layer, block.index, self.iteration, block.end)
-        elif block.in_order or keys[0].numel() <= COPY_LIMIT:
-            keys, values = keys[block.chosen], values[block.chosen]
+        elif block.in_order:
+            keys, values = keys[: len(q)], values[: len(q)]
+        elif keys[0].numel() <= SELECT_LIMIT:  # index_select: three times as fast as keys[block.index] on a CPU
+            keys, values = keys.index_select(0, block.index), values.index_select(0, block.index)
         else:
             masks = [None] * len(q) if block.mask is None else block.mask.split(1)
             one_by_one = [

@@ -6,7 +6,7 @@ Weights are read only from safetensors, never from a pickle.
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from huggingface_hub import HfApi
@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from recurrent_depth.devices import choose_device
-from recurrent_depth.hf import RecurrentDepthConfig, RecurrentDepthForCausalLM
+from recurrent_depth.hf import RecurrentDepthConfig, RecurrentDepthForCausalLM, quantization
 from recurrent_depth.hf.chat import CHAT_TEMPLATE, CHAT_TOKENS, set_generation_tokens
 from recurrent_depth.hub import check_folder_or_hub_name, in_hub_cache
 from recurrent_depth.model.config import Kernels
@@ -41,6 +41,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     kernels: Kernels = "auto",
+    quantize: Literal["int8"] | None = None,
 ) -> tuple[RecurrentDepthForCausalLM, Any]:
     """Return a model in evaluation mode and its tokenizer (None if the folder has none).
 
@@ -49,12 +50,15 @@ def load_model(
         dtype: dtype of the weights; None: float32.
         device: auto, cpu, cuda or cuda:N.
         kernels: implementation of the element-wise operations: auto, triton, torch.
+        quantize: int8: quantise the weights of linear layers (see `recurrent_depth.hf.quantization`).
 
     Raises:
         ModelError: if the model does not exist or is damaged; the message names the file and the fix.
         CheckpointError: the same for a run.
     """
     chosen = choose_device(str(device))
+    if quantize is not None:
+        quantization.require_torchao()  # before the weights are read
     model: Any
     if is_run(path):
         inner = _explained(f"{path}: the checkpoint cannot be loaded", lambda: load_run_model(path))
@@ -68,6 +72,8 @@ def load_model(
     if isinstance(model, RecurrentDepthForCausalLM):  # dense models are allowed, to measure difficulty with them
         set_generation_tokens(model, tokenizer)
         model.set_kernels(kernels)
+    if quantize is not None:
+        quantization.quantize(model)
     return model, tokenizer
 
 

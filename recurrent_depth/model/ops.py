@@ -49,12 +49,12 @@ def bias_rope(
         q, k, v, each [B, H, T, K].
     """
     B, T, _ = qkv.shape
-    q, k, v = qkv.view(B, T, 3, n_heads, -1).unbind(2)
+    qk, v = qkv.view(B, T, 3, n_heads, -1).split([2, 1], dim=2)
     if qk_bias is not None:
-        q, k = q + qk_bias[0], k + qk_bias[1]
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        qk = qk + qk_bias.transpose(0, 1)
+    # Both at once: each of these small operations costs more in calls than in work when a single token is decoded.
+    q, k = _rotate(qk, cos[:, :, None, None], sin[:, :, None, None]).unbind(2)
+    return q.transpose(1, 2), k.transpose(1, 2), v[:, :, 0].transpose(1, 2)
 
 
 def _rotate(p: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

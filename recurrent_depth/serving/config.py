@@ -58,6 +58,7 @@ class ServeConfig:
         device: auto, cpu, cuda or cuda:N.
         dtype: dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU.
         kernels: implementation of the element-wise operations; auto is triton on a GPU.
+        quantize: int8 keeps the weights of linear layers as 8-bit integers (needs torchao); null keeps `dtype`.
         api_key: key that clients must send (Authorization: Bearer KEY); null takes the environment variable
             RECURRENT_DEPTH_API_KEY; without it no key is required.
         limits: limits of requests.
@@ -70,6 +71,7 @@ class ServeConfig:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     kernels: Literal["auto", "triton", "torch"] = "auto"
+    quantize: Literal["int8"] | None = None
     api_key: str | None = None
     limits: Limits = field(default_factory=Limits)
 

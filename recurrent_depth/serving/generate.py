@@ -31,6 +31,7 @@ class GenerateConfig(EngineOptions):
         device: auto, cpu, cuda or cuda:N.
         dtype: dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU.
         kernels: implementation of the element-wise operations; auto is triton on a GPU.
+        quantize: int8 keeps the weights of linear layers as 8-bit integers (needs torchao); null keeps `dtype`.
     """
 
     model: str
@@ -45,6 +46,7 @@ class GenerateConfig(EngineOptions):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     kernels: Kernels = "auto"
+    quantize: Literal["int8"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +76,7 @@ def generate(config: GenerateConfig) -> None:
     dtype = choose_dtype(config.dtype, device)
     if config.exit is not None:
         exit_rule(config.exit, config.exit_threshold)  # refuse an unknown rule before the model is loaded
-    model, tokenizer = load_model(config.model, dtype, device, config.kernels)
+    model, tokenizer = load_model(config.model, dtype, device, config.kernels, config.quantize)
     if tokenizer is None:
         raise ValueError(f"model: {config.model} has no tokenizer; generate from ids with recurrent_depth.generation")
     prompts = config.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]

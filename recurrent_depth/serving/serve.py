@@ -66,7 +66,8 @@ def load(config: ServeConfig) -> Service:
     """Load the model, start its engine, and return the service."""
     device = choose_device(config.device)
     transformers_logging.disable_progress_bar()
-    model, tokenizer = load_model(config.model, choose_dtype(config.dtype, device), device, config.kernels)
+    dtype = choose_dtype(config.dtype, device)
+    model, tokenizer = load_model(config.model, dtype, device, config.kernels, config.quantize)
     if not isinstance(model, RecurrentDepthForCausalLM):
         raise ModelError(f"model: {config.model} is not a recurrent-depth model; only those are served")
     if tokenizer is None:

@@ -41,7 +41,8 @@ def test_refilled_batch_equals_one_request_at_a_time(model, data):
     }
     options = Decoding(exit=exits, num_steps=steps, **common)
     # Keys are copied together where they are small, and read in place where they are large.
-    with patch("recurrent_depth.generation.attention.COPY_LIMIT", data.draw(st.sampled_from([0, 10**9]), "copy limit")):
+    limit, module = data.draw(st.sampled_from([0, 10**9]), "copy limit"), "recurrent_depth.generation.attention"
+    with patch(f"{module}.COPY_LIMIT", limit), patch(f"{module}.SELECT_LIMIT", limit):
         lanes = data.draw(st.integers(1, 4), "lanes")
         together = data.draw(st.none() | st.integers(1, lanes), "together")
         found = decode(model, prompts, options, Refill(lanes, together))

@@ -173,7 +173,8 @@ def test_decoding_without_an_exit_equals_the_plain_model(model, rule):
 @pytest.mark.parametrize("budget", [None, 1, 3])
 def test_stopped_tokens_are_not_computed(model, budget, limit, monkeypatch):
     """Count the iterations in calls of the core, with keys read in place and with keys copied."""
-    monkeypatch.setattr("recurrent_depth.generation.attention.COPY_LIMIT", limit)
+    for name in ("COPY_LIMIT", "SELECT_LIMIT"):
+        monkeypatch.setattr(f"recurrent_depth.generation.attention.{name}", limit)
     depths = [[1, 2, 2], [4, 4, 6], [2, 2, 3]]
     rows = [[5, 6, 7], [8, 9, 10], [11, 12, 13]]
     sizes = []
