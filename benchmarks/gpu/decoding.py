@@ -9,40 +9,61 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu.acceptance import fused
 from benchmarks.gpu.machine import copy
 from benchmarks.gpu.stage import Stage, synchronize
 from recurrent_depth.generation.cache import RecurrentCache, cache_bytes
 from recurrent_depth.generation.captured import CapturedToken
-from recurrent_depth.generation.exits import StateChange
+from recurrent_depth.generation.exits import ExitRule, Read, StateChange
 from recurrent_depth.generation.request import Decoding, Requests
 from recurrent_depth.generation.tokens import Tokens
+from recurrent_depth.hf.quantization import quantize
 from recurrent_depth.model.config import SHAPES, ModelConfig
 from recurrent_depth.model.ops import choose_ops, use_ops
 from recurrent_depth.model.transformer import RecurrentDepthModel
 
 CONTEXT, TOKENS = 1024, 8
+DEPTHS = (12, 6, 8, 9, 10, 14, 18, 24)
+"""Iterations of the requests of a batch with replayed exits: random weights say nothing about convergence."""
+
+
+class ReplayedExits:
+    """Stop the token of each row after a given number of iterations, [B, 1]."""
+
+    def __init__(self, depths: Tensor) -> None:
+        self.depths = depths
+
+    def remembers(self, vocab_size: int) -> int:
+        return 1
+
+    def converged(self, before: Tensor, after: Tensor, read: Read, memory: Tensor) -> tuple[Tensor, Tensor]:
+        taken = memory.nan_to_num(0.0) + 1
+        return taken[..., 0] >= self.depths, taken
 
 
 def cases() -> list[dict[str, Any]]:
     """Return the measurements, the most important first."""
-    best = {"way": "captured", "kernels": "triton", "budget": None, "exit": False}
+    best = {"way": "captured", "kernels": "triton", "budget": None, "exit": None, "weights": "bfloat16"}
     found = [{**best, "batch": 1, "num_steps": r} for r in (32, 16, 8, 4)]
     found += [{**best, "batch": 1, "num_steps": 32, **change} for change in (
         {"way": "plain"}, {"kernels": "torch"}, {"way": "plain", "kernels": "torch"}, {"budget": 4}, {"budget": 1},
-        {"exit": True},
+        {"exit": "never fires"}, {"exit": "replayed"},
     )]  # fmt: skip
     found += [{**best, "batch": batch, "num_steps": 32, "budget": 4} for batch in (8, 64, 2, 4, 16, 32)]
     found += [{**best, "batch": 8, "num_steps": r} for r in (32, 4, 8, 16)]
     found += [{**best, "batch": 64, "num_steps": r, "budget": 1} for r in (32, 8)]
     found += [{**best, "batch": 64, "num_steps": r} for r in (4, 8)]
-    found += [
-        {**best, "batch": 64, "num_steps": 32, "budget": 4, "way": "plain", "kernels": k} for k in ("triton", "torch")
-    ]
+    plain = {"batch": 64, "num_steps": 32, "budget": 4, "way": "plain"}
+    found += [{**best, **plain, "kernels": kernels} for kernels in ("triton", "torch")]
+    found += [{**best, "batch": 8, "num_steps": 32, "budget": 4, "exit": "replayed"}]
+    if find_spec("torchao"):  # the last, because it changes the model
+        found += [{**best, "batch": 1, "num_steps": 32, "weights": "int8"}]
     return found
 
 
@@ -50,7 +71,7 @@ def run(stage: Stage) -> None:
     speed = stage.measure("copy bandwidth", copy, stage)
     models: dict[str, RecurrentDepthModel] = {}
     for case in cases():
-        name = ", ".join(f"{key} {value}" for key, value in case.items() if value not in (None, False))
+        name = ", ".join(f"{key} {value}" for key, value in case.items() if value is not None)
         stage.measure(name, measure, stage, case, speed["bytes_per_second"], models)
 
 
@@ -82,6 +103,8 @@ def measure(stage: Stage, case: dict[str, Any], speed: float, models: dict[str, 
     if not models:
         models["model"] = random_model(config, stage.device, torch.float32 if stage.toy else torch.bfloat16)
     model, steps = models["model"], case["num_steps"]
+    if case["weights"] == "int8":
+        quantize(model)
     use_ops(model, choose_ops(fused(stage) if case["kernels"] == "triton" else "torch", stage.device))
     dtype = model.lm_head.weight.dtype
     needed = cache_bytes(config, case["batch"], context + 256, steps, case["budget"], dtype)
@@ -101,7 +124,12 @@ def captured_token(
     stage: Stage, model: RecurrentDepthModel, case: dict[str, Any], context: int, tokens: int
 ) -> Callable[[], Any]:
     """Return a function that decodes one token per row with captured graphs (on a CPU, their regions)."""
-    rule = StateChange(0.0) if case["exit"] else None  # never fires: all iterations, with the cost of the rule
+    rules: dict[Any, ExitRule | None] = {
+        None: None,
+        "never fires": StateChange(0.0),  # all iterations, with the cost of the rule
+        "replayed": ReplayedExits(torch.tensor(DEPTHS, device=stage.device).repeat(8)[: case["batch"], None]),
+    }
+    rule = rules[case["exit"]]
     options = Decoding(max_new_tokens=tokens + 4, num_steps=case["num_steps"], cache_budget=case["budget"], exit=rule)
     batch = case["batch"]
     requests = Requests(model, [[1] * context] * batch, options)
