@@ -28,8 +28,7 @@ DEPTH = (24, 8)
 LOSS_CHUNK = 4096
 CASES = [
     ("eager", "step"), ("compiled", "step"), ("triton", "step"), ("triton, compiled", "step"),
-    ("triton, compiled", "block"), ("triton, compiled", "none"), ("compiled", "none"), ("triton", "none"),
-    ("eager", "none"),
+    ("triton, compiled", "block"), ("triton, compiled", "none"), ("compiled", "none"),
 ]  # fmt: skip
 """(implementation, recomputation)"""
 
