@@ -49,7 +49,7 @@ class ReplayedExits:
 
 def cases() -> list[dict[str, Any]]:
     """Return the measurements, the most important first."""
-    best = {"way": "captured", "kernels": "triton", "budget": None, "exit": None, "weights": "bfloat16"}
+    best = {"way": "captured", "kernels": "triton", "budget": None, "exit": None, "quantize": None}
     found = [{**best, "batch": 1, "num_steps": r} for r in (32, 16, 8, 4)]
     found += [{**best, "batch": 1, "num_steps": 32, **change} for change in (
         {"way": "plain"}, {"kernels": "torch"}, {"way": "plain", "kernels": "torch"}, {"budget": 4}, {"budget": 1},
@@ -63,7 +63,7 @@ def cases() -> list[dict[str, Any]]:
     found += [{**best, **plain, "kernels": kernels} for kernels in ("triton", "torch")]
     found += [{**best, "batch": 8, "num_steps": 32, "budget": 4, "exit": "replayed"}]
     if find_spec("torchao"):  # the last, because it changes the model
-        found += [{**best, "batch": 1, "num_steps": 32, "weights": "int8"}]
+        found += [{**best, "batch": 1, "num_steps": 32, "quantize": "int8"}]
     return found
 
 
@@ -81,7 +81,7 @@ def bytes_of_a_token(config: ModelConfig, batch: int, context: int, num_steps: i
     step = D * D + config.n_layers_in_recurrent_block * block
     outer = config.unrolled_layers(0) * block + D * D + D * config.vocab_size
     entries = 2 * batch * context * D * config.unrolled_layers(num_steps)
-    return {"weights": element * (num_steps * step + outer), "keys_and_values": element * entries}
+    return {"weight_bytes": element * (num_steps * step + outer), "key_value_bytes": element * entries}
 
 
 def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> RecurrentDepthModel:
@@ -103,7 +103,7 @@ def measure(stage: Stage, case: dict[str, Any], speed: float, models: dict[str, 
     if not models:
         models["model"] = random_model(config, stage.device, torch.float32 if stage.toy else torch.bfloat16)
     model, steps = models["model"], case["num_steps"]
-    if case["weights"] == "int8":
+    if case["quantize"] == "int8":
         quantize(model)
     use_ops(model, choose_ops(fused(stage) if case["kernels"] == "triton" else "torch", stage.device))
     dtype = model.lm_head.weight.dtype
@@ -113,10 +113,10 @@ def measure(stage: Stage, case: dict[str, Any], speed: float, models: dict[str, 
     token = (captured_token if case["way"] == "captured" else plain_token)(stage, model, case, context, tokens)
     seconds = _median(token, stage, tokens)
     moved = bytes_of_a_token(config, case["batch"], context, steps)
-    floor = sum(moved.values()) / speed
+    floor = None if case["exit"] == "replayed" else sum(moved.values()) / speed
     return {
-        **case, "context": context, **moved, "ms_per_token": 1e3 * seconds, "floor_ms": 1e3 * floor,
-        "share_of_floor": floor / seconds, "cache_bytes": needed, "tokens_per_second": case["batch"] / seconds,
+        **case, "context": context, **moved, "ms_per_token": 1e3 * seconds, "floor_ms": floor and 1e3 * floor,
+        "share_of_floor": floor and floor / seconds, "cache_bytes": needed, "tokens_per_second": case["batch"] / seconds,
     }  # fmt: skip
 
 
