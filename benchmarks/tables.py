@@ -277,6 +277,58 @@ def selection(result: dict[str, Any]) -> str:
     return f"{head}\n\n" + markdown(["rows", "count", "all kinds", *kinds], rows)
 
 
+def gpu_acceptance(entries: dict[str, Row]) -> str:
+    """Return every check of the device with its number and limit."""
+    rows = []
+    for name, entry in entries.items():
+        found = (
+            f"{entry['error']:.1e}" if "error" in entry else f"{entry['share']:.2f}" if "share" in entry else "holds"
+        )
+        rows.append([name, found, f"{entry['limit']:.0e}" if "limit" in entry else ""])
+    return markdown(["check", "found", "limit"], rows)
+
+
+def gpu_training(entries: dict[str, Row]) -> str:
+    """Return the training step by implementation and recomputation."""
+    rows = [
+        [e["variant"], e["recompute"], f"{1e3 * e['seconds']:,.0f}", f"{e['tokens_per_second']:,.0f}",
+         f"{100 * e['mfu']:.1f}", f"{100 * e['hfu']:.1f}",
+         f"{e['peak_memory_bytes'] / 2**30:.1f} ({e['planned_peak_bytes'] / 2**30:.1f})"]
+        for e in entries.values()
+    ]  # fmt: skip
+    return markdown(["blocks", "recomputed", "ms", "tokens/s", "MFU, %", "HFU, %", "peak GiB (planned)"], rows)
+
+
+def gpu_decoding(entries: dict[str, Row]) -> str:
+    """Return the time per token by batch, iterations, cache and implementation, and its share of the floor."""
+    rows = []
+    for e in entries.values():
+        share = "" if e["share_of_floor"] is None else f"{100 * e['share_of_floor']:.0f}"
+        rows.append(
+            [str(e["batch"]), str(e["num_steps"]), str(e["budget"] or "all"), f"{e['way']}, {e['kernels']}",
+             e["exit"] or "", f"{e['ms_per_token']:.1f}", share, f"{e['tokens_per_second']:,.0f}"]
+        )  # fmt: skip
+    head = ["batch", "r", "cache budget", "launches, operations", "exits", "ms per token", "% of the floor", "tokens/s"]
+    return markdown(head, rows)
+
+
+def gpu_roofline(entries: dict[str, Row]) -> str:
+    """Return the time of every element-wise operation with the kernels and compiled by torch."""
+    rows = []
+    for name, e in entries.items():
+        if name.endswith(", triton"):
+            operation = name.removesuffix(", triton")
+            other = entries[f"{operation}, compiled"] if f"{operation}, compiled" in entries else None
+            cells = [f"{1e6 * x['seconds']:.0f} ({100 * x['share_of_copy']:.0f}%)" if x else "" for x in (e, other)]
+            rows.append([operation, *cells])
+    return markdown(["operation", "kernels, µs (share of copy)", "torch.compile, µs (share of copy)"], rows)
+
+
+def _gpu(stage: str) -> dict[str, Row]:
+    """Return the entries of a stage of the GPU suite, measured on an H200."""
+    return read_result(f"h200/{stage}")["entries"]
+
+
 def _part(name: str) -> dict[str, Any]:
     return read_result("decode_cpu")["parts"][name]
 
@@ -295,6 +347,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "scaling": lambda: scaling(read_result("scaling")),
     "inline notes": lambda: inline_notes(read_result("inline_notes")),
     "budget forcing": lambda: budget_forcing(read_result("budget_forcing")),
+    "gpu acceptance": lambda: gpu_acceptance(_gpu("acceptance")),
+    "gpu training": lambda: gpu_training(_gpu("training")),
+    "gpu decoding": lambda: gpu_decoding(_gpu("decoding")),
+    "gpu roofline": lambda: gpu_roofline(_gpu("roofline")),
     "selection": lambda: selection(read_result("selection")),
 }
 """What stands behind each mark."""

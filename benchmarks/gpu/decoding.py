@@ -116,7 +116,8 @@ def measure(stage: Stage, case: dict[str, Any], speed: float, models: dict[str, 
     floor = None if case["exit"] == "replayed" else sum(moved.values()) / speed
     return {
         **case, "context": context, **moved, "ms_per_token": 1e3 * seconds, "floor_ms": floor and 1e3 * floor,
-        "share_of_floor": floor and floor / seconds, "cache_bytes": needed, "tokens_per_second": case["batch"] / seconds,
+        "share_of_floor": floor and floor / seconds, "cache_bytes": needed,
+        "tokens_per_second": case["batch"] / seconds,
     }  # fmt: skip
 
 

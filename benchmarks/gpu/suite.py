@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9, help="time of this call in minutes (default: 9)")
     parser.add_argument("--out", default="gpu-results", help="folder of the JSON files (default: gpu-results)")
     names = [stage.name for stage in STAGES]
-    parser.add_argument("--stages", nargs="+", choices=names, default=names, help="stages to run (default: all)")
+    parser.add_argument("--stages", nargs="+", choices=names, default=names, help="default: all")
     options = parser.parse_args()
     chosen = [stage for stage in STAGES if stage.name in options.stages]
     import torch

@@ -42,7 +42,7 @@ class PlanConfig:
         num_gpus: GPUs of the run.
         device: GPU of the run; mi250x is one die.
         utilisation: executed FLOP/s (recomputation included) as a share of the dense bfloat16 peak.
-        measured: train.json of `python -m benchmarks gpu`; the HFU of its best step of the nearest shape gives the
+        measured: training.json of `python -m benchmarks gpu`; the HFU of its best step of the nearest shape gives the
             time, beside `utilisation`; null: no measurement.
         tokens: tokens of a row; null takes run.model.block_size.
         finetuning: the fine-tuning to plan; not with `run`.

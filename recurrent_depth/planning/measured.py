@@ -1,4 +1,4 @@
-"""Read the training steps that `python -m benchmarks gpu` has measured (train.json), and choose one for a run."""
+"""Read the training steps that `python -m benchmarks gpu` has measured (training.json), and choose one for a run."""
 
 import json
 import math
@@ -47,7 +47,7 @@ class MeasuredStep:
 
 
 def read_measured_steps(path: str | Path) -> list[MeasuredStep]:
-    """Return the training steps of a train.json that have an HFU; those that failed have none.
+    """Return the training steps of a training.json that have an HFU; those that failed have none.
 
     Raises:
         MeasurementError: if the file does not exist, is not such a file, or has no step with an HFU.
@@ -55,10 +55,10 @@ def read_measured_steps(path: str | Path) -> list[MeasuredStep]:
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
         gpu = str(record["environment"]["gpu"])
-        steps = [_step(gpu, row) for row in record["rows"] if row.get("hfu") is not None]
+        steps = [_step(gpu, row) for row in record["entries"].values() if row.get("hfu") is not None]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MeasurementError(
-            f"measured: {path} is not a train.json of `python -m benchmarks gpu` ({_reason(error)}); give that file, "
+            f"measured: {path} is not a training.json of `python -m benchmarks gpu` ({_reason(error)}); give that file, "
             "or leave measured out"
         ) from error
     if not steps:
