@@ -5,7 +5,7 @@ OUT ?= runs/quickstart
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup quickstart test kernels-test kernels-check slow oldest wheel real real-test ci clean
+.PHONY: setup quickstart test kernels-test kernels-check slow oldest newest gpu wheel real real-test ci clean
 
 # The file .recurrent-depth-EXTRA in the environment says that this extra of pyproject.toml is installed.
 setup: $(VENV)/.recurrent-depth-dev
@@ -42,12 +42,18 @@ kernels-check: setup
 wheel: setup
 	bash scripts/check_wheel.sh $(BIN)/python
 
-# The oldest transformers that is supported, laid over the environment; the newest is in it.
-oldest: setup
-	rm -rf build/oldest
-	$(BIN)/pip install --quiet --target build/oldest --no-deps "transformers==5.4.0" "huggingface_hub>=1.3,<2" "tokenizers>=0.22,<0.23"
-	$(BIN)/pip install --quiet --target build/oldest httpx
-	PYTHONPATH=build/oldest $(BIN)/pytest -n 2 tests/hf --ignore tests/hf/test_finetuning.py
+# The oldest versions that are supported, and the newest that can be had; each in an environment of its own.
+oldest:
+	bash scripts/test_versions.sh oldest torch==2.11.0 triton==3.6.0 transformers==5.4.0 "numpy<2.4"
+
+newest:
+	bash scripts/test_versions.sh newest --upgrade torch transformers
+
+# Everything on one GPU (docs/gpu.md), MINUTES at a time; results in OUT_GPU. Without a GPU: all of it at toy size.
+MINUTES ?= 9
+OUT_GPU ?= gpu-results
+gpu: setup
+	$(BIN)/python -m benchmarks gpu --minutes $(MINUTES) --out $(OUT_GPU)
 
 # A real model, evaluation data and text (docs/real.md) into build/real. What cannot be had is reported as SKIPPED.
 # GSM8K=FOLDER takes its train and test rows from there.
@@ -58,7 +64,7 @@ real: setup
 real-test: real
 	$(BIN)/pytest -n 2 -m "real and not gpu"
 
-ci: test kernels-test kernels-check slow oldest wheel real-test
+ci: test kernels-test kernels-check slow oldest newest wheel real-test
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

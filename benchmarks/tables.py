@@ -318,7 +318,7 @@ def gpu_roofline(entries: dict[str, Row]) -> str:
     for name, e in entries.items():
         if name.endswith(", triton"):
             operation = name.removesuffix(", triton")
-            other = entries[f"{operation}, compiled"] if f"{operation}, compiled" in entries else None
+            other = entries.get(f"{operation}, compiled")
             cells = [f"{1e6 * x['seconds']:.0f} ({100 * x['share_of_copy']:.0f}%)" if x else "" for x in (e, other)]
             rows.append([operation, *cells])
     return markdown(["operation", "kernels, µs (share of copy)", "torch.compile, µs (share of copy)"], rows)

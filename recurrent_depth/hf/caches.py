@@ -4,14 +4,19 @@ Shapes: B batch, T new tokens, S cached tokens, H heads, K head size.
 """
 
 import copy
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, DynamicLayer, StaticCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from recurrent_depth.hf.configuration import RecurrentDepthConfig
+
+CACHE_NAME = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
+"""The name of the cache among arguments and outputs of transformers, which changed in 5.24."""
 
 
 class CacheLayers:

@@ -53,7 +53,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
         "max_position_embeddings": "block_size",
         "num_attention_heads": "n_heads",
     }
-    keys_to_ignore_at_inference = ["past_key_values", "last_state", "latent_states"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "last_state", "latent_states"]  # noqa: RUF012
 
     def __init__(self, num_steps: int | None = None, state_seed: int | None = None, **kwargs: Any) -> None:
         for name, implemented in _FIXED.items():

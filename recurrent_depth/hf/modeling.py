@@ -18,7 +18,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from recurrent_depth.hf.caches import CacheLayers, make_cache
+from recurrent_depth.hf.caches import CACHE_NAME, CacheLayers, make_cache
 from recurrent_depth.hf.clock import DepthClock
 from recurrent_depth.hf.configuration import RecurrentDepthConfig
 from recurrent_depth.model.attention import AttentionFunction, on_heads
@@ -132,11 +132,13 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         num_steps: NumSteps | None = None,
         input_states: Tensor | None = None,
         state_seed: int | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> RecurrentDepthOutput | tuple[Any, ...]:
         """Run the model.
 
         Args:
+            past_key_values, cache: the cache, by its name before and since transformers 5.24.
             num_steps: core iterations, an int (all carry gradient) or (without, with) gradient. Default:
                 config.num_steps, of which the last mean_backprop_depth carry gradient in training. If that is None: a
                 sampled depth in training (see `DepthClock`), otherwise mean_recurrence.
@@ -151,7 +153,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids,
             attention_mask,
             position_ids,
-            past_key_values,
+            cache if past_key_values is None else past_key_values,
             inputs_embeds,
             use_cache,
             output_hidden_states,
@@ -168,7 +170,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         output = RecurrentDepthOutput(
             loss=loss,
             logits=logits,
-            past_key_values=backbone.past_key_values,
+            **{CACHE_NAME: getattr(backbone, CACHE_NAME)},
             hidden_states=backbone.hidden_states,
             last_state=backbone.last_state,
             latent_states=self.transformer.ln_f(backbone.last_state),
@@ -239,8 +241,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             config=self.config,
             inputs_embeds=x,
             attention_mask=attention_mask,
-            past_key_values=cache,
             position_ids=position_ids,
+            **{CACHE_NAME: cache},
         )
 
     def _positions(self, x: Tensor, layers: CacheLayers | None, mask: Tensor | None, given: Tensor | None) -> Tensor:
@@ -315,6 +317,8 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the inputs of transformers, with num_steps and state_seed of the generation config."""
+        if kwargs.get("past_key_values") is not None:
+            kwargs[CACHE_NAME] = kwargs.pop("past_key_values")
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         for name in ("num_steps", "state_seed"):
             value = kwargs.get(name, getattr(self.generation_config, name, None))
@@ -328,12 +332,12 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
             if model_kwargs.get(name) is None and getattr(generation_config, name, None) is not None:
                 model_kwargs[name] = getattr(generation_config, name)
         kind = generation_config.cache_implementation
-        wanted = generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None
+        wanted = generation_config.use_cache is not False and model_kwargs.get(CACHE_NAME) is None
         if wanted and kind in (None, "dynamic", "static"):
             steps = model_kwargs.get("num_steps") or self._depth()
             max_length = max(args[-1], getattr(generation_config, "max_cache_len", None) or 0)
             static_length = max_length if kind == "static" else None
-            model_kwargs["past_key_values"] = make_cache(
+            model_kwargs[CACHE_NAME] = make_cache(
                 self.config, sum(split_steps(steps)), static_length, expected_length=max_length
             )
             return None

@@ -58,8 +58,8 @@ def read_measured_steps(path: str | Path) -> list[MeasuredStep]:
         steps = [_step(gpu, row) for row in record["entries"].values() if row.get("hfu") is not None]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MeasurementError(
-            f"measured: {path} is not a training.json of `python -m benchmarks gpu` ({_reason(error)}); give that file, "
-            "or leave measured out"
+            f"measured: {path} is not a training.json of `python -m benchmarks gpu` ({_reason(error)}); give that "
+            "file, or leave measured out"
         ) from error
     if not steps:
         raise MeasurementError(
