@@ -324,6 +324,26 @@ def gpu_roofline(entries: dict[str, Row]) -> str:
     return markdown(["operation", "kernels, µs (share of copy)", "torch.compile, µs (share of copy)"], rows)
 
 
+def gpu_summary(training: dict[str, Row], decoding: dict[str, Row]) -> str:
+    """Return the fastest training step, and captured decoding at some batches and iterations."""
+    best = min((e for e in training.values() if e["shape"] == "huginn-3.5b"), key=lambda e: e["seconds"])
+    rows = [[
+        "training step, 4096 tokens, 24 iterations without and 8 with gradient",
+        f"{best['seconds']:.2f} s, {best['tokens_per_second']:,.0f} tokens/s",
+        f"{100 * best['mfu']:.0f}% of the peak (MFU)",
+    ]]  # fmt: skip
+    for batch, num_steps in ((1, 32), (1, 8), (8, 32), (64, 32)):
+        way = {"batch": batch, "num_steps": num_steps, "way": "captured", "kernels": "triton", "exit": None}
+        e = next(e for e in decoding.values() if way.items() <= e.items() and (batch < 64 or e["budget"] == 4))
+        cache = "" if e["budget"] is None else f", cache budget {e['budget']}"
+        rows.append([
+            f"decoding, batch {batch}, r = {num_steps}{cache}",
+            f"{e['ms_per_token']:.1f} ms per token, {e['tokens_per_second']:,.0f} tokens/s",
+            f"{100 * e['share_of_floor']:.0f}% of the memory floor",
+        ])  # fmt: skip
+    return markdown(["3.5B model in bfloat16", "one H200", ""], rows)
+
+
 def _gpu(stage: str) -> dict[str, Row]:
     """Return the entries of a stage of the GPU suite, measured on an H200."""
     return read_result(f"h200/{stage}")["entries"]
@@ -347,6 +367,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scaling": lambda: scaling(read_result("scaling")),
     "inline notes": lambda: inline_notes(read_result("inline_notes")),
     "budget forcing": lambda: budget_forcing(read_result("budget_forcing")),
+    "gpu summary": lambda: gpu_summary(_gpu("training"), _gpu("decoding")),
     "gpu acceptance": lambda: gpu_acceptance(_gpu("acceptance")),
     "gpu training": lambda: gpu_training(_gpu("training")),
     "gpu decoding": lambda: gpu_decoding(_gpu("decoding")),
