@@ -36,7 +36,7 @@ def measure(decoder: Decoder, rows: int) -> list[dict[str, Any]]:
                 result = decoder.generate(test.prompts, options)
                 tokens = sum(map(len, test.prompts)) + sum(map(len, result.tokens)) - rows
                 row = {"threshold": threshold, "budget": budget, "rule": rule, **score(result.tokens, test.expected)}
-                found.append(row | {"iterations_per_token": result.core_steps / tokens})
+                found.append(row | {"iterations_per_token": result.core_iterations / tokens})
                 print(found[-1], flush=True)
     return found
 

@@ -125,9 +125,9 @@ def summary(results: list[Decoded], prompts: list[list[int]]) -> dict[str, Any]:
     drafted = sum(r.drafted for r in results)
     return {
         "tokens": tokens,
-        "core_steps_per_token": (sum(r.core_steps for r in results) - prompt_steps) / (tokens - len(prompts)),
-        "core_steps_per_prompt_token": prompt_steps / sum(map(len, prompts)),
-        "computed_steps": sum(r.computed_steps for r in results),
+        "core_iterations_per_token": (sum(r.core_iterations for r in results) - prompt_steps) / (tokens - len(prompts)),
+        "core_iterations_per_prompt_token": prompt_steps / sum(map(len, prompts)),
+        "computed_iterations": sum(r.computed_iterations for r in results),
         "flops": sum(r.flops for r in results),
         "cache_bytes": max(r.cache_bytes for r in results),
         "acceptance": sum(r.accepted for r in results) / drafted if drafted else None,
@@ -159,7 +159,7 @@ def by_turns(
         row["speedup"] = median(a / b for a, b in zip(seconds[ways[0].name], mine, strict=True))
         print(
             f"{row['way']:48s} B {batch:3d} {row['tokens_per_s']:9.1f} tok/s {row['speedup']:6.2f}x "
-            f"{row['core_steps_per_token']:6.2f} steps/token {row['cache_bytes'] / 2**20:8.2f} MiB "
+            f"{row['core_iterations_per_token']:6.2f} steps/token {row['cache_bytes'] / 2**20:8.2f} MiB "
             f"{'' if row['acceptance'] is None else format(row['acceptance'], '.2f')}",
             flush=True,
         )
@@ -192,9 +192,10 @@ def tune(model: RecurrentDepthModel, test: Exam) -> Tuned:
         row = {"way": name, **score(results[0].tokens, test.expected), **summary(results, test.prompts)}
         found.append(row)
         print(
-            f"tune {name:40s} exact {row['exact']:.3f} answers {row['answers']:.3f} {row['core_steps_per_token']:.2f}"
+            f"tune {name:40s} exact {row['exact']:.3f} answers {row['answers']:.3f} "
+            f"{row['core_iterations_per_token']:.2f}"
         )
-        return row["exact"], row["core_steps_per_token"]
+        return row["exact"], row["core_iterations_per_token"]
 
     full, _ = scores(f"r={MOST}", options(num_steps=MOST))
     fixed = {r: scores(f"r={r}", options(num_steps=r))[0] for r in (4, 8, 10, 12, 14, 16, 20, 24)}

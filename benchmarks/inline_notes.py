@@ -73,7 +73,7 @@ def measure(model: RecurrentDepthModel) -> list[Cell]:
                     n=ROWS,
                     thinking_tokens=notes,
                     new_tokens=notes + 1,
-                    core_steps=r * tokens,
+                    core_iterations=r * tokens,
                     flops=forward_flops(model.config, tokens, r),
                 )
             )

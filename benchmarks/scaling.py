@@ -23,7 +23,7 @@ from recurrent_depth.model.flops import training_flops
 from recurrent_depth.planning.devices import DEVICES
 from recurrent_depth.planning.pretraining import Job, communication, memory, throughput
 from recurrent_depth.training.config import OptimizerConfig, RunConfig, RuntimeConfig
-from recurrent_depth.training.optimizer import local
+from recurrent_depth.training.optimizer import local_shard
 from recurrent_depth.training.parallel import start_processes
 from recurrent_depth.training.trainer import Trainer
 from support import run_ranks
@@ -68,7 +68,7 @@ def measure(config: RunConfig, repeats: int, out: Path) -> None:
     with counted() as counts:
         trainer.train_step()
     moments = [value for p in trainer.parameters for value in trainer.optimizer.state[p].values()]
-    with LiveMemory(*(local(tensor.detach()) for tensor in [*trainer.parameters, *moments])) as live:
+    with LiveMemory(*(local_shard(tensor.detach()) for tensor in [*trainer.parameters, *moments])) as live:
         trainer.train_step()
     if trainer.ranks.is_main:
         out.write_text(json.dumps({"seconds": seconds, "counts": counts, "peak_bytes": live.peak}))

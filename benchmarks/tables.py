@@ -130,7 +130,7 @@ def ways(rows: list[Row]) -> str:
 
 
 def _steps(rows: list[Row]) -> str:
-    return _cells([f"{row['core_steps_per_token']:.1f}" for row in rows])
+    return _cells([f"{row['core_iterations_per_token']:.1f}" for row in rows])
 
 
 def _cells(values: list[str]) -> str:
@@ -149,7 +149,7 @@ def mixed(rows: list[Row]) -> str:
         ratio = row["speedup"] / padded["speedup"]
         lines.append(
             f"| {row['batch']} | {kind}, {rule} | {row['tokens_per_s']:,.0f} | {ratio:.2f}x | "
-            f"{row['core_steps_per_token']:.1f} |"
+            f"{row['core_iterations_per_token']:.1f} |"
         )
     return "\n".join(lines)
 

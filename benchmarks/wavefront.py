@@ -63,7 +63,7 @@ def ways(options: dict[str, Any]) -> list[tuple[str, Decoding, Wavefront | None]
 def cost(found: Decoded, prompts: Sequence[Sequence[int]]) -> tuple[int, int]:
     """(core iterations of one position after the prompts, passes of the longest request or of the batch)."""
     read = sum(steps[0] * len(prompt) for steps, prompt in zip(found.steps, prompts, strict=True))
-    return found.computed_steps - round(read), found.passes
+    return found.computed_iterations - round(read), found.passes
 
 
 def measure_random(requests: int = 6, new: int = 24) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from recurrent_depth.model.flops import training_flops
 from recurrent_depth.planning.devices import DEVICES
 from recurrent_depth.planning.pretraining import Job, communication, fits, memory, remedies, throughput
 from recurrent_depth.training.config import DepthRampConfig, OptimizerConfig, RuntimeConfig
-from recurrent_depth.training.optimizer import local
+from recurrent_depth.training.optimizer import local_shard
 from recurrent_depth.training.parallel import start_processes
 from recurrent_depth.training.trainer import Trainer
 from support import run_ranks, small_run
@@ -42,7 +42,7 @@ def measured_peak(config) -> int:
     trainer = Trainer(config, start_processes(config.runtime))
     trainer.train_step()
     moments = [value for p in trainer.parameters for value in trainer.optimizer.state[p].values()]
-    with LiveMemory(*(local(tensor.detach()) for tensor in [*trainer.parameters, *moments])) as live:
+    with LiveMemory(*(local_shard(tensor.detach()) for tensor in [*trainer.parameters, *moments])) as live:
         trainer.train_step()
     return live.peak
 
@@ -98,7 +98,8 @@ def test_planned_weights_and_moments_are_divided_by_the_ranks_that_share_them():
 
 
 def test_remedies_make_a_run_fit():
-    config = huginn(micro_steps=1024, runtime={"activation_checkpointing": "none", "loss_chunk_size": None})
+    runtime = {"activation_checkpointing": "none", "loss_chunk_size": None, "kernels": "torch"}
+    config = huginn(micro_steps=1024, runtime=runtime)
     job, device = Job(config, 4, 4096), DEVICES["a100"]
     assert not fits(job, device)
     changes = remedies(job, device)

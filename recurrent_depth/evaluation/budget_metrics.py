@@ -21,7 +21,7 @@ class Cell:
         n: number of questions.
         thinking_tokens: tokens written in the trace.
         new_tokens: all tokens written.
-        core_steps: core iterations over all tokens, the prompt included.
+        core_iterations: core iterations over all tokens, the prompt included.
         flops: FLOPs of prompt and reply.
         within_budget: share of the questions whose trace stayed within its budget.
         mode: budget-forcing, or the name of a control.
@@ -34,7 +34,7 @@ class Cell:
     n: int
     thinking_tokens: float
     new_tokens: float
-    core_steps: float
+    core_iterations: float
     flops: float
     within_budget: float = 1.0
     mode: str = "budget-forcing"

@@ -52,7 +52,7 @@ class Attempts:
     """The replies to all questions, with the sums of their core iterations and FLOPs."""
 
     replies: list[Attempt]
-    core_steps: int
+    core_iterations: int
     flops: int
 
     def cell(self, mode: str, label: str, num_steps: int, at_most: float = math.inf) -> Cell:
@@ -68,7 +68,7 @@ class Attempts:
             n=n,
             thinking_tokens=sum(reply.thinking_tokens for reply in self.replies) / n,
             new_tokens=sum(reply.new_tokens for reply in self.replies) / n,
-            core_steps=self.core_steps / n,
+            core_iterations=self.core_iterations / n,
             flops=self.flops / n,
             within_budget=sum(reply.thinking_tokens <= at_most for reply in self.replies) / n,
         )
@@ -136,14 +136,14 @@ class Examiner:
             stop=(self.formatter.end_answer,),
             thinking=budget,
         )
-        tokens, core_steps, flops = self._decode(prompts, options)
+        tokens, core_iterations, flops = self._decode(prompts, options)
         read = [self.formatter.read_reply(ids) for ids in tokens]
         verdicts = self.grade(self.questions, [answer for _, answer in read])
         replies = [
             Attempt(thinking, len(ids), answer, correct)
             for (thinking, answer), ids, correct in zip(read, tokens, verdicts, strict=True)
         ]
-        return Attempts(replies, core_steps, flops)
+        return Attempts(replies, core_iterations, flops)
 
     def _overhead(self) -> int:
         """Return the number of tokens of a reply without its trace: delimiters and answer."""
@@ -164,15 +164,15 @@ class Examiner:
         """Decode the prompts sorted by length, to reduce padding; return tokens in the order of the prompts."""
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         tokens: list[list[int]] = [[] for _ in prompts]
-        core_steps = flops = 0
+        core_iterations = flops = 0
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
             result = self._decoder.generate([prompts[index] for index in batch], options, requests=batch)
             for index, written in zip(batch, result.tokens, strict=True):
                 tokens[index] = written
-            core_steps += result.core_steps
+            core_iterations += result.core_iterations
             flops += result.flops
-        return tokens, core_steps, flops
+        return tokens, core_iterations, flops
 
 
 def make_examiner(

@@ -53,11 +53,11 @@ def rejection(examiner: Examiner, config: ControlsConfig, num_steps: int, at_mos
     """Return the cell that takes the first sample with a short enough trace. Its cost includes all samples drawn."""
     kept: dict[int, Attempt] = {}
     left = list(range(len(examiner.questions)))
-    core_steps = flops = 0
+    core_iterations = flops = 0
     for seed in range(config.rejection_tries):
         some = dataclasses.replace(examiner, questions=[examiner.questions[index] for index in left])
         drawn = some.ask(num_steps, at_most, forced=False, temperature=config.temperature, seed=seed)
-        core_steps, flops = core_steps + drawn.core_steps, flops + drawn.flops
+        core_iterations, flops = core_iterations + drawn.core_iterations, flops + drawn.flops
         short = {
             index: reply for index, reply in zip(left, drawn.replies, strict=True) if reply.thinking_tokens <= at_most
         }
@@ -67,7 +67,7 @@ def rejection(examiner: Examiner, config: ControlsConfig, num_steps: int, at_mos
             break
     none = Attempt(at_most + 1, at_most + 1, "", False)
     replies = [kept.get(index, none) for index in range(len(examiner.questions))]
-    return Attempts(replies, core_steps, flops).cell("rejection", f"tokens={at_most}", num_steps, at_most)
+    return Attempts(replies, core_iterations, flops).cell("rejection", f"tokens={at_most}", num_steps, at_most)
 
 
 def majority(samples: Sequence[Attempts]) -> Attempts:
@@ -93,4 +93,4 @@ def _with_tokens_of_all(replies: Sequence[Attempt], chosen: Attempt) -> Attempt:
 
 
 def _with_cost_of_all(samples: Sequence[Attempts], replies: list[Attempt]) -> Attempts:
-    return Attempts(replies, sum(s.core_steps for s in samples), sum(s.flops for s in samples))
+    return Attempts(replies, sum(s.core_iterations for s in samples), sum(s.flops for s in samples))

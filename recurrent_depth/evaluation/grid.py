@@ -76,7 +76,7 @@ _COLUMNS = [
 
 def _line(cell: Cell) -> list[str]:
     accuracy = f"{100 * cell.accuracy:.1f} ± {100 * cell.stderr:.1f}"
-    counts = [f"{value:.1f}" for value in (cell.thinking_tokens, cell.new_tokens, cell.core_steps)]
+    counts = [f"{value:.1f}" for value in (cell.thinking_tokens, cell.new_tokens, cell.core_iterations)]
     return [cell.mode, cell.label, str(cell.num_steps), accuracy, *counts, f"{cell.flops:.3g}",
             f"{cell.within_budget:.0%}", str(cell.n)]  # fmt: skip
 

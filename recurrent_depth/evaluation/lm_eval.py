@@ -90,7 +90,9 @@ class RecurrentLM(HFLM):
             self.decoder = Decoder(self.model, engine.mode())
         on_token = stop_at(self.tokenizer, stop, options)
         result = self.decoder.generate(unpadded(context, attention_mask), options, on_token=on_token)
-        self.spent += Counter(tokens=sum(map(len, result.tokens)), core_steps=result.core_steps, flops=result.flops)
+        self.spent += Counter(
+            tokens=sum(map(len, result.tokens)), core_iterations=result.core_iterations, flops=result.flops
+        )
         return joined(context, result.tokens, self.tokenizer.pad_token_id)
 
 

@@ -51,7 +51,7 @@ class Batch:
             if len(stopped) >= self._together() or not len(self.tokens.iterating):
                 self._continue_lanes(stopped)
                 stopped = []
-        self.requests.result.computed_steps, self.requests.result.passes = self.tokens.computed, self.tokens.passes
+        self.requests.result.computed_iterations, self.requests.result.passes = self.tokens.computed, self.tokens.passes
         return self.requests.result
 
     def _together(self) -> int:

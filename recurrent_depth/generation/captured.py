@@ -42,15 +42,15 @@ def decode_captured(model: DecodableModel, requests: Requests, token: "CapturedT
             if requests.running[request]:
                 requests.write(request, drawn)
         if not any(requests.running):
-            result.computed_steps += batch.tokens.computed
+            result.computed_iterations += batch.tokens.computed
             return result
         if token.uses_graphs and not token.graphs:
             token.capture()
-        result.computed_steps += lanes * token.run([written[-1] for written in result.tokens], requests.running)
+        result.computed_iterations += lanes * token.run([written[-1] for written in result.tokens], requests.running)
         # host: iterations are counted there, which reads the new tokens next anyway
-        for request, core_steps in enumerate(token.taken[:, 0].tolist()):
+        for request, core_iterations in enumerate(token.taken[:, 0].tolist()):
             if requests.running[request]:
-                requests.count(request, 1, core_steps, lengths[request] + 1)
+                requests.count(request, 1, core_iterations, lengths[request] + 1)
         logits = token.logits
 
 

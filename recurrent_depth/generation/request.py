@@ -92,8 +92,8 @@ class Decoded:
         tokens: new ids of each request, a stop id included.
         steps: core iterations of each request: the mean over its prompt, then one number per new token (speculation:
             two per round, drafts and check).
-        core_steps: core iterations summed over all tokens, prompts and dropped drafts included.
-        computed_steps: core iterations that were run; more than core_steps if lanes that had stopped were computed.
+        core_iterations: core iterations summed over all tokens, prompts and dropped drafts included.
+        computed_iterations: core iterations that were run; more if lanes that had stopped were computed.
         flops: FLOPs of the tokens (matrix products; attention at the mean context of a pass).
         cache_bytes: size of the cache.
         passes: passes of the core over the tokens in flight (refilled batches, wavefront).
@@ -102,8 +102,8 @@ class Decoded:
 
     tokens: list[list[int]]
     steps: list[list[float]] = field(default_factory=list)
-    core_steps: int = 0
-    computed_steps: int = 0
+    core_iterations: int = 0
+    computed_iterations: int = 0
     flops: int = 0
     cache_bytes: int = 0
     passes: int = 0
@@ -210,18 +210,18 @@ class Requests:
         self.running[request] = continues
         return continues
 
-    def count(self, request: int, tokens: int, core_steps: int, context: int) -> None:
+    def count(self, request: int, tokens: int, core_iterations: int, context: int) -> None:
         """Add a pass of a request over new tokens to the cost; `context` is the column of the last one, from 1."""
-        self.result.steps[request].append(core_steps / tokens)
-        self.result.core_steps += core_steps
-        self.add_flops(tokens, core_steps, context - (tokens - 1) / 2)
+        self.result.steps[request].append(core_iterations / tokens)
+        self.result.core_iterations += core_iterations
+        self.add_flops(tokens, core_iterations, context - (tokens - 1) / 2)
 
-    def add_flops(self, tokens: int, core_steps: int, context: float) -> None:
+    def add_flops(self, tokens: int, core_iterations: int, context: float) -> None:
         """Add the FLOPs of tokens in prelude, coda and head, and of their core iterations, at a mean context."""
         config = self.config
-        layers = core_steps * config.n_layers_in_recurrent_block + tokens * config.unrolled_layers(0)
+        layers = core_iterations * config.n_layers_in_recurrent_block + tokens * config.unrolled_layers(0)
         once = attention_flops(config, 1)
-        linear = core_steps * (iteration_flops(config, 1) - config.n_layers_in_recurrent_block * once)
+        linear = core_iterations * (iteration_flops(config, 1) - config.n_layers_in_recurrent_block * once)
         linear += tokens * (outer_flops(config, 1) - config.unrolled_layers(0) * once)
         self.result.flops += linear + round(4 * config.n_embd * layers * context)
 

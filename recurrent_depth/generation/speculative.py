@@ -46,7 +46,7 @@ class _Rounds:
     def run(self) -> Decoded:
         while any(self.requests.running):
             self._round([request for request, running in enumerate(self.requests.running) if running])
-        self.requests.result.computed_steps = self.tokens.computed
+        self.requests.result.computed_iterations = self.tokens.computed
         return self.requests.result
 
     def _round(self, running: list[int]) -> None:

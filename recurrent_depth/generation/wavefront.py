@@ -69,7 +69,7 @@ class _Passes:
     def run(self) -> Decoded:
         while any(window.positions for window in self.windows):
             self._pass()
-        self.result.core_steps = self.result.computed_steps = self.tokens.computed
+        self.result.core_iterations = self.result.computed_iterations = self.tokens.computed
         return self.result
 
     def _pass(self) -> None:

@@ -95,7 +95,7 @@ def generate(config: GenerateConfig) -> None:
         text = text_of(tokenizer, tokens, options, config.stop)
         print(json.dumps({"prompt": prompt, "text": text, "steps": steps}, ensure_ascii=False))
     print(
-        f"{sum(map(len, result.tokens))} tokens, {result.core_steps} core iterations, {result.flops:.3g} FLOPs, "
+        f"{sum(map(len, result.tokens))} tokens, {result.core_iterations} core iterations, {result.flops:.3g} FLOPs, "
         f"{result.cache_bytes / 2**20:.1f} MiB of cache",
         file=sys.stderr,
     )

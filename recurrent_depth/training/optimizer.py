@@ -49,7 +49,9 @@ class HuginnAdam(torch.optim.Optimizer):
 
     def _update_clips(self, params: list[Tensor]) -> Tensor:
         """Return max(1, rms(g / sqrt(v))) of every tensor, with a single all-reduce."""
-        sums = torch.stack([_ratio_square_sum(local(p.grad), local(self.state[p]["exp_avg_sq"])) for p in params])
+        sums = torch.stack(
+            [_ratio_square_sum(local_shard(p.grad), local_shard(self.state[p]["exp_avg_sq"])) for p in params]
+        )
         sharded = [p for p in params if isinstance(p, DTensor)]
         if sharded:
             mesh = sharded[0].device_mesh
@@ -61,14 +63,14 @@ class HuginnAdam(torch.optim.Optimizer):
     def _move(self, p: Tensor, group: dict[str, Any], clip: Tensor) -> None:
         state, (beta1, beta2) = self.state[p], group["betas"]
         count = float(state["step"])
-        weight = local(p)
+        weight = local_shard(p)
         weight.mul_(1 - group["lr"] / group["peak_lr"] * group["weight_decay"])
-        first = local(state["exp_avg"]) / (1 - beta1**count)
-        second = (local(state["exp_avg_sq"]) / (1 - beta2**count)).sqrt_()
+        first = local_shard(state["exp_avg"]) / (1 - beta1**count)
+        second = (local_shard(state["exp_avg_sq"]) / (1 - beta2**count)).sqrt_()
         weight.sub_(torch.atan2(first, second) * (group["lr"] / clip))
 
 
-def local(tensor: Tensor | None) -> Tensor:
+def local_shard(tensor: Tensor | None) -> Tensor:
     """Return this rank's shard of a tensor, or the tensor if it is not sharded."""
     assert tensor is not None
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

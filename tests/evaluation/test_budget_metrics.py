@@ -22,7 +22,7 @@ from recurrent_depth.evaluation.grid import grid_markdown
 def cell(accuracy, flops, label="tokens=0 waits=0", num_steps=1, tokens=0.0, kept=1.0, mode="budget-forcing"):
     return Cell(
         label=label, num_steps=num_steps, accuracy=accuracy, stderr=0.0, n=100, thinking_tokens=tokens,
-        new_tokens=tokens, core_steps=1.0, flops=flops, within_budget=kept, mode=mode,
+        new_tokens=tokens, core_iterations=1.0, flops=flops, within_budget=kept, mode=mode,
     )  # fmt: skip
 
 

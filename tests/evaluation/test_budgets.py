@@ -39,7 +39,7 @@ def examiner():
 
 def test_questions_in_a_batch_give_the_replies_and_counts_of_each_alone(examiner):
     together = examiner.ask(3, at_most=7)
-    core_steps = flops = 0
+    core_iterations = flops = 0
     for index, question in enumerate(examiner.questions):
         options = Decoding(
             max_new_tokens=7 + 1 + 2 + 3, num_steps=3, stop=(examiner.formatter.end_answer,),
@@ -50,9 +50,9 @@ def test_questions_in_a_batch_give_the_replies_and_counts_of_each_alone(examiner
         thinking, answer = examiner.formatter.read_reply(alone.tokens[0])
         assert (reply.thinking_tokens, reply.answer, reply.new_tokens) == (thinking, answer, len(alone.tokens[0]))
         assert thinking <= 7
-        core_steps += alone.core_steps
+        core_iterations += alone.core_iterations
         flops += alone.flops
-    assert (together.core_steps, together.flops) == (core_steps, flops)
+    assert (together.core_iterations, together.flops) == (core_iterations, flops)
     cell = together.cell("budget-forcing", "tokens=7 waits=0", 3, 7)
     assert cell.flops == pytest.approx(flops / 9)
     assert cell.within_budget == 1.0
@@ -110,7 +110,7 @@ def test_majority_and_oracle_choose_among_samples():
     assert [reply.answer for reply in voted.replies] == ["b", "d", "c"]
     assert [reply.correct for reply in voted.replies] == [False, True, False]
     assert [reply.correct for reply in best.replies] == [True, True, True]
-    assert (voted.flops, best.core_steps, voted.replies[0].thinking_tokens) == (60, 6, 6)
+    assert (voted.flops, best.core_iterations, voted.replies[0].thinking_tokens) == (60, 6, 6)
     tie = majority(samples[:2])
     assert [reply.answer for reply in tie.replies] == ["a", "d", "c"]
 

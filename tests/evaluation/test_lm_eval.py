@@ -50,7 +50,7 @@ def test_answers_and_stop_texts_are_read_after_the_thinking_part(lm):
         assert tokens.index(end) <= 7
         assert answer == lm.tok_decode(tokens[tokens.index(end) + 1 :]).lstrip()
     assert lm.spent["tokens"] <= 24 * 3
-    assert lm.spent["core_steps"] > 3 * lm.spent["tokens"]
+    assert lm.spent["core_iterations"] > 3 * lm.spent["tokens"]
     stop = next(char for char in answers[0][2:] if char in thoughts[0] and char not in answers[0][:2])
     assert ask(lm, **options, until=[stop])[0] == answers[0].partition(stop)[0]
 
@@ -61,7 +61,7 @@ def test_generation_without_engine_options_equals_an_exit_that_never_fires(lm):
     lm.spent = Counter()
     ask(lm, exit="state-change", exit_threshold=9.0, min_steps=2)
     prompts = sum(len(lm.tok_encode(context)) for context in CONTEXTS)
-    assert lm.spent["core_steps"] == 2 * (lm.spent["tokens"] + prompts - len(CONTEXTS))
+    assert lm.spent["core_iterations"] == 2 * (lm.spent["tokens"] + prompts - len(CONTEXTS))
 
 
 def test_engine_options_refuse_a_random_initial_state(lm):
@@ -114,7 +114,7 @@ def test_lm_eval_tasks_are_asked_under_every_budget(chat_folder, tmp_path, monke
     short, long = spent["tokens=0 waits=0"], spent["tokens=8 waits=2"]
     assert 0 < short["1"]["tokens"] <= 60
     assert 0 < long["1"]["tokens"] <= 60
-    assert short["2"]["core_steps"] > short["1"]["core_steps"]
+    assert short["2"]["core_iterations"] > short["1"]["core_iterations"]
     assert long["2"]["flops"] > long["1"]["flops"]
 
 

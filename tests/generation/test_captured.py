@@ -32,7 +32,7 @@ def same(model, options, prompts=PROMPTS):
     plain, captured = decode(model, prompts, options), decode(model, prompts, options, Captured())
     assert captured.tokens == plain.tokens
     assert captured.steps == plain.steps
-    assert (captured.core_steps, captured.flops) == (plain.core_steps, plain.flops)
+    assert (captured.core_iterations, captured.flops) == (plain.core_iterations, plain.flops)
     assert captured.cache_bytes == plain.cache_bytes
     return captured
 
@@ -76,7 +76,7 @@ def test_captured_decoding_runs_one_iteration_after_the_last_stop(model):
     plain = decode(model, [[5, 6, 7]], options)
     assert result.tokens == plain.tokens
     late = [min(12, steps + 1) - steps for steps in result.steps[0][1:]]
-    assert result.computed_steps - plain.computed_steps == sum(late) > 0
+    assert result.computed_iterations - plain.computed_iterations == sum(late) > 0
 
 
 def captured_token(model, rule, budget=None):

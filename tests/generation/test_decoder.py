@@ -34,7 +34,7 @@ def test_greedy_decoding_equals_the_model_without_a_cache(model):
     prompts = [[5, 6, 7, 8], [9], [1, 2]]
     decoded = decode(model, prompts, Decoding(max_new_tokens=10, num_steps=4))
     assert decoded.tokens == [uncached_greedy(model, prompt, 4, 10) for prompt in prompts]
-    assert decoded.core_steps == 4 * (7 + 3 * 9)
+    assert decoded.core_iterations == 4 * (7 + 3 * 9)
     assert decoded.steps[0] == [4.0] * 10
 
 
@@ -61,8 +61,8 @@ def test_request_does_not_depend_on_its_batch(model, data):
         alone = decode(model, [prompt], options, requests=[row])
         assert together.tokens[row] == alone.tokens[0]
         assert together.steps[row] == alone.steps[0]
-        total += alone.core_steps
-    assert together.core_steps == total
+        total += alone.core_iterations
+    assert together.core_iterations == total
     assert all(not set(written[:-1]) & {3, 4, 5} for written in together.tokens)
 
 

@@ -50,7 +50,7 @@ def test_refilled_batch_equals_one_request_at_a_time(model, data):
         alone = decode(model, [prompt], Decoding(exit=exits[i], num_steps=steps[i], **common), requests=[i])
         assert found.tokens[i] == alone.tokens[0]
         assert found.steps[i] == alone.steps[0]
-    assert found.computed_steps == found.core_steps
+    assert found.computed_iterations == found.core_iterations
 
 
 @pytest.mark.parametrize("budget", [None, 1, 2, 4])
@@ -70,10 +70,11 @@ def test_refilled_batch_stays_full(model):
     prompts = random_prompts([3] * 12, seed=1)
     steps = [2, 12] * 6
     options = Decoding(max_new_tokens=6, num_steps=steps)
-    padded = sum(decode(model, prompts[i : i + 4], Decoding(max_new_tokens=6, num_steps=steps[i : i + 4])).core_steps
-                 for i in range(0, 12, 4))  # fmt: skip
+    parts = [slice(first, first + 4) for first in range(0, 12, 4)]
+    of_part = [Decoding(max_new_tokens=6, num_steps=steps[part]) for part in parts]
+    padded = sum(decode(model, prompts[p], part).core_iterations for p, part in zip(parts, of_part, strict=True))
     found = decode(model, prompts, options, Refill(lanes=4))
-    assert found.core_steps == padded
+    assert found.core_iterations == padded
     longest = 12 * 6  # passes of one long request
     assert found.passes < 3 * longest  # three lockstep batches of four would take three times the longest request
     assert found.passes >= 6 * longest / 4

@@ -40,7 +40,7 @@ def test_exact_wavefront_equals_plain_decoding(model, data):
     assert found.tokens == plain.tokens
     assert found.steps == plain.steps
     assert 0 <= found.accepted <= found.drafted
-    assert found.core_steps >= plain.core_steps
+    assert found.core_iterations >= plain.core_iterations
 
 
 @torch.no_grad()
@@ -160,7 +160,7 @@ def test_approximate_wavefront_at_published_settings_equals_plain_decoding(scale
     found = decode(model, prompts, options, Wavefront(4, exact=False, threshold=0.03))
     assert found.tokens == plain
     looser = decode(model, prompts, options, Wavefront(4, exact=False, threshold=0.3))
-    assert looser.computed_steps < found.computed_steps
+    assert looser.computed_iterations < found.computed_iterations
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)

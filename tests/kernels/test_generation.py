@@ -38,7 +38,7 @@ def test_approximate_wavefront_with_kernels_equals_torch_with_a_full_cache():
     model = lively_model()
     options, wavefront = Decoding(max_new_tokens=5, num_steps=3), Wavefront(2, width=5, exact=False, threshold=0.02)
     plain = decode(model, PROMPTS, options, wavefront)
-    assert plain.computed_steps > 3 * (len(PROMPTS[0]) + len(PROMPTS[1]) + 2 * 5)
+    assert plain.computed_iterations > 3 * (len(PROMPTS[0]) + len(PROMPTS[1]) + 2 * 5)
     use_ops(model, replace(TORCH_OPS, decode_attention=decode_attention, rope_into_cache=rope_into_cache))
     fused = decode(model, PROMPTS, options, wavefront)
     assert (fused.tokens, fused.steps) == (plain.tokens, plain.steps)
