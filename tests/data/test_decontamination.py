@@ -1,4 +1,4 @@
-"""Overlap with evaluation sets, against plain reading of the definition."""
+"""N-gram overlap with evaluation sets, compared with a direct implementation of its definition."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_overlap_ignores_case_and_white_space():
 
 @settings(deadline=None)
 @given(texts=st.lists(sentences, max_size=4), text=sentences, n=st.integers(1, 5))
-def test_overlap_is_a_shared_run_of_words(texts, text, n):
+def test_overlap_is_first_shared_word_ngram(texts, text, n):
     def runs(words):
         return [tuple(word.lower() for word in words[i : i + n]) for i in range(len(words)) if len(words) - i >= n]
 
@@ -34,7 +34,7 @@ def test_overlap_is_a_shared_run_of_words(texts, text, n):
     assert index.too_short == sum(len(other) < n for other in texts)
 
 
-def test_ngram_without_words_is_refused():
+def test_ngram_index_refuses_zero_words():
     with pytest.raises(ValueError, match="at least one word"):
         NgramIndex([], 0)
 
@@ -46,4 +46,4 @@ def test_overlap_finds_gsm8k_training_questions_that_repeat_test_questions():
     index = NgramIndex(test, 13)
     assert all(index.overlap(f"Solve this. {question} Thank you.") for question in test if len(question.split()) >= 13)
     shared = sum(index.overlap(question) is not None for question in train)
-    assert 0 < shared < len(train) // 20  # a few share a sentence; most share nothing
+    assert 0 < shared < len(train) // 20  # few questions share a sentence with the test set

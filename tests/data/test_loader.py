@@ -48,7 +48,7 @@ def test_packed_epoch_has_every_row_once_and_epochs_differ(data):
     assert first != stored
 
 
-def test_packed_rows_depend_on_their_number_alone(data):
+def test_packed_rows_depend_only_on_row_number(data):
     source = packed(data, seed=5)
     n = source.rows_per_epoch
     order = rows_of(source, 0, n + 16)
@@ -57,12 +57,12 @@ def test_packed_rows_depend_on_their_number_alone(data):
     assert shares[0] + shares[1] == order[n:]
 
 
-def test_packed_targets_are_the_next_tokens(data):
+def test_packed_targets_are_next_tokens(data):
     batch = packed(data, "validation").batch(0, 4, 0)
     assert torch.equal(batch.input_ids[:, 1:], batch.targets[:, :-1])
 
 
-def test_packed_documents_and_positions_restart_at_document_starts(data):
+def test_packed_document_ids_and_positions_follow_document_starts(data):
     source = packed(data, document_masking=True, restart_positions=True)
     batch = source.batch(0, source.rows_per_epoch, 0)
     begin = load_tokenizer(data).token_to_id("<|begin_text|>")
@@ -82,14 +82,14 @@ def test_packed_rows_without_a_manifest_are_read(tmp_path):
     assert sorted(rows_of(source, 0, 3)) == sorted(tuple(row[:-1]) for row in rows)
 
 
-def test_fingerprint_of_packed_rows_follows_the_data(data, tmp_path):
+def test_packed_source_fingerprint_changes_with_data(data, tmp_path):
     before = packed(data).fingerprint()
     assert packed(data).fingerprint() == before
     (tmp_path / "other").mkdir()
     assert packed(prepared(tmp_path / "other", policy="huginn")).fingerprint() != before
 
 
-def test_damaged_packed_file_is_named(data):
+def test_packed_source_error_names_damaged_file(data):
     file = sorted((data / "train").glob("*.parquet"))[0]
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
@@ -97,13 +97,13 @@ def test_damaged_packed_file_is_named(data):
         packed(data)
 
 
-def test_tokenizer_that_is_not_the_manifests_is_an_error(data):
+def test_packed_source_refuses_tokenizer_that_differs_from_manifest(data):
     (data / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="not the tokenizer"):
         packed(data).tokenizer_json()
 
 
-def test_missing_packed_folder_and_split_are_named(data, tmp_path):
+def test_packed_source_error_names_missing_folder_or_split(data, tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         packed(tmp_path / "nothing")
     with pytest.raises(DataError, match="validation_path"):

@@ -1,4 +1,4 @@
-"""Packed rows that cannot be trained on are refused, with the file and the row; the fingerprint follows the content."""
+"""Checks of packed rows: errors name the file and the row, and the fingerprint depends on the content."""
 
 import json
 
@@ -38,26 +38,26 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize(("rows", "words"), BAD_ROWS.values(), ids=BAD_ROWS.keys())
-def test_input_ids_that_are_not_rows_are_refused(tmp_path, rows, words):
+def test_packed_source_refuses_invalid_input_ids(tmp_path, rows, words):
     write(tmp_path, {"input_ids": rows})
     with pytest.raises(DataError, match=rf"a\.parquet, row group 0, column input_ids.*{words}"):
         read_all(tmp_path)
 
 
-def test_a_bad_row_of_a_later_row_group_is_refused_when_it_is_read(tmp_path):
+def test_packed_source_refuses_invalid_row_of_later_row_group(tmp_path):
     write(tmp_path, {"input_ids": [ROWS[0], ROWS[1], None]}, row_group_size=2)
     with pytest.raises(DataError, match=r"row group 1, column input_ids: row 0 is null"):
         read_all(tmp_path)
 
 
-def test_files_with_rows_of_another_length_are_refused(tmp_path):
+def test_packed_source_refuses_files_with_different_row_lengths(tmp_path):
     write(tmp_path, {"input_ids": ROWS})
     write(tmp_path, {"input_ids": [[1, 2, 3]]}, name="b")
     with pytest.raises(DataError, match=r"b\.parquet, row group 0: rows of 3 ids, but .*a\.parquet has rows of 5"):
         read_all(tmp_path)
 
 
-def test_labels_that_do_not_fit_the_ids_are_refused(tmp_path):
+def test_packed_source_refuses_labels_that_do_not_match_ids(tmp_path):
     write(tmp_path, {"input_ids": ROWS, "labels": ROWS})
     with pytest.raises(DataError, match="5 labels, but 5 input_ids need 4"):
         read_all(tmp_path)
@@ -77,13 +77,13 @@ def test_labels_that_do_not_fit_the_ids_are_refused(tmp_path):
         ([["0"], ["1"], ["2"]], "must hold lists of integers"),
     ],
 )
-def test_document_starts_outside_their_row_are_refused(tmp_path, starts, words):
+def test_packed_source_refuses_invalid_document_starts(tmp_path, starts, words):
     write(tmp_path, {"input_ids": ROWS, "doc_starts": starts})
     with pytest.raises(DataError, match=words):
         read_all(tmp_path, document_masking=True)
 
 
-def test_document_starts_may_be_empty_or_the_last_target(tmp_path):
+def test_packed_document_starts_may_be_empty_or_last_position(tmp_path):
     write(tmp_path, {"input_ids": ROWS, "doc_starts": pa.array([[], [0, 2], [4]], pa.list_(pa.int32()))})
     batch = read_all(tmp_path, document_masking=True, restart_positions=True)
     expected = {
@@ -108,7 +108,7 @@ GOOD = {"vocab_size": 10, "sequence_length": 4, "splits": {"train": {"rows": 3}}
         ({"vocab_size": 9}, r"a\.parquet, row group 0 holds token ids 1 to 9, but vocab_size of manifest\.json is 9"),
     ],
 )
-def test_a_manifest_that_does_not_fit_its_rows_is_refused(tmp_path, changes, words):
+def test_packed_source_refuses_manifest_that_contradicts_rows(tmp_path, changes, words):
     write(tmp_path, {"input_ids": ROWS})
     (tmp_path / "manifest.json").write_text(json.dumps(GOOD))
     read_all(tmp_path)
@@ -118,7 +118,7 @@ def test_a_manifest_that_does_not_fit_its_rows_is_refused(tmp_path, changes, wor
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "\xff"])
-def test_a_damaged_manifest_is_named(tmp_path, content):
+def test_packed_source_error_names_damaged_manifest(tmp_path, content):
     write(tmp_path, {"input_ids": ROWS})
     (tmp_path / "manifest.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(DataError, match=r"manifest\.json is not"):
@@ -130,8 +130,8 @@ def fingerprint(folder):
 
 
 @pytest.mark.parametrize("hashed_bytes", [1 << 30, 1 << 18])
-def test_the_fingerprint_follows_the_content_of_files_of_equal_size(tmp_path, monkeypatch, hashed_bytes):
-    """Also where only a sample of a large set is read: a changed row moves the bytes or the statistics of the rest."""
+def test_packed_source_fingerprint_differs_for_files_of_equal_size(tmp_path, monkeypatch, hashed_bytes):
+    """If only a sample of the bytes is hashed, a changed row changes sampled bytes or the statistics in the footer."""
     monkeypatch.setattr("recurrent_depth.data.packed.HASHED_BYTES", hashed_bytes)
     rows = [[(i * j * 7919) % 60000 for j in range(1, 258)] for i in range(1, 1001)]
     for name, first in (("one", 1), ("same", 1), ("other", 2)):

@@ -21,7 +21,7 @@ NAME = "somebody/huginn-rows"
 
 
 def write(folder, row_length=4097):
-    """Two files to train on and one held out; ids below 64 that count upwards."""
+    """Write two training files and one validation file. Token ids count upwards modulo 64."""
     for split, files in (("train", 2), ("validation", 1)):
         (folder / split).mkdir(parents=True)
         for file in range(files):
@@ -33,7 +33,7 @@ def write(folder, row_length=4097):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A data set as huggingface_hub's cache keeps it after a download; returns its snapshot."""
+    """Write a data set in the layout of huggingface_hub's cache. Return its snapshot folder."""
     import huggingface_hub.constants
 
     repository = tmp_path / "hub" / ("datasets--" + NAME.replace("/", "--"))
@@ -57,7 +57,7 @@ def run_config(tmp_path, path):
     )  # fmt: skip
 
 
-def test_released_rows_in_a_folder_train(tmp_path):
+def test_training_reads_released_rows_from_folder(tmp_path):
     write(tmp_path / "rows")
     train(run_config(tmp_path, str(tmp_path / "rows")))
     assert len(losses(tmp_path / "run")) == 2
@@ -65,7 +65,7 @@ def test_released_rows_in_a_folder_train(tmp_path):
     assert any(record["type"] == "validation" for record in records)
 
 
-def test_released_rows_by_hub_name_equal_a_folder(hub, tmp_path):
+def test_released_rows_are_equal_from_hub_and_folder(hub, tmp_path):
     local = write(tmp_path / "rows")
     for split in ("train", "validation"):
         expected = open_source(DataConfig(packed=PackedDataConfig(str(local))), split, 3, 1).batch(0, 6, 0)
@@ -76,7 +76,7 @@ def test_released_rows_by_hub_name_equal_a_folder(hub, tmp_path):
     assert pinned.rows_per_epoch == 12
 
 
-def test_released_rows_download_one_split_only(hub, tmp_path, monkeypatch):
+def test_released_rows_download_only_requested_split(hub, tmp_path, monkeypatch):
     import huggingface_hub
 
     asked = {}
@@ -96,7 +96,7 @@ def test_released_rows_download_one_split_only(hub, tmp_path, monkeypatch):
     }
 
 
-def test_name_that_is_neither_folder_nor_hub_is_an_error(hub):
+def test_released_rows_error_names_unknown_path_or_missing_split(hub):
     with pytest.raises(DataError, match=r"nobody/nothing is neither a folder nor a data set"):
         open_source(DataConfig(packed=PackedDataConfig("nobody/nothing")), "train", 0, 1)
     shutil.rmtree(hub / "validation")
@@ -104,7 +104,7 @@ def test_name_that_is_neither_folder_nor_hub_is_an_error(hub):
         open_source(DataConfig(packed=PackedDataConfig(NAME)), "validation", 0, 1)
 
 
-def test_truncated_file_and_wrong_column_of_rows_are_named(tmp_path):
+def test_released_rows_error_names_truncated_file_or_missing_column(tmp_path):
     folder = write(tmp_path / "rows")
     second = folder / "train" / "00001.parquet"
     second.write_bytes(second.read_bytes()[:-100])

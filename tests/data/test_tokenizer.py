@@ -1,4 +1,4 @@
-"""Training a tokenizer: bounded on texts without spaces, unchanged on others; files that are not a tokenizer."""
+"""Tokenizer training: bounded word length in text without spaces, plain BPE otherwise. Errors of invalid files."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ TEXTS = [f"Document {i}: hello there, {i * i} times.\n\n    indented()" for i in
 
 
 def reference(texts, vocab_size):
-    """The same BPE without any preparation of the texts."""
+    """Return a BPE tokenizer trained without any preprocessing of the texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -42,13 +42,13 @@ def reference(texts, vocab_size):
     ],
     ids=["empty", "cjk", "accents", "marks", "table", "indentation", "longest-word", "numbers"],
 )  # fmt: skip
-def test_tokenizer_of_ordinary_text_is_plain_bpe(text):
+def test_tokenizer_training_equals_plain_bpe_on_ordinary_text(text):
     texts = [*TEXTS, text]
     assert train_tokenizer(texts, 500).to_str() == reference(texts, 500).to_str()
 
 
 @pytest.mark.parametrize("run", ["a" * 40_000, "7" * 40_000, " " * 40_000, "=-" * 20_000, "漢" * 20_000, "é1" * 20_000])
-def test_tokenizer_learns_no_words_of_unbounded_length(run):
+def test_tokenizer_training_bounds_word_length(run):
     """BPE's training time is quadratic in the longest word: 400,000 letters would take minutes."""
     tokenizer = train_tokenizer([*TEXTS, f"before {run} after"], 400)
     assert max(map(len, tokenizer.get_vocab())) <= 3 * 1000  # bytes of 1,000 characters
@@ -56,12 +56,12 @@ def test_tokenizer_learns_no_words_of_unbounded_length(run):
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
-def test_tokenizer_with_too_few_entries_is_refused():
+def test_tokenizer_training_refuses_too_small_vocabulary():
     with pytest.raises(ValueError, match="vocab_size is 100; it must be at least 288"):
         train_tokenizer(TEXTS, 100)
 
 
-def test_file_that_is_not_a_tokenizer_is_named(tmp_path):
+def test_tokenizer_error_names_invalid_file(tmp_path):
     whole = train_tokenizer(TEXTS, 300).to_str().encode()
     file = tmp_path / "tokenizer.json"
     contents = [b"", b"{", b"[]", b"{}", b'{"model": 3}', b"\xff\xfe\x00", b"null", b'"text"', b"[" * 100_000]
@@ -72,7 +72,7 @@ def test_file_that_is_not_a_tokenizer_is_named(tmp_path):
             load_tokenizer(file)
 
 
-def test_tokenizer_decodes_any_text():
+def test_tokenizer_round_trip_keeps_any_text():
     tokenizer = train_tokenizer(TEXTS, 300)
     for text in ("naïve — 漢字 🙂", "tabs\tand\nlines\r\n", "".join(map(chr, range(32, 1000)))):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
@@ -82,7 +82,7 @@ def test_tokenizer_decodes_any_text():
 
 @pytest.mark.slow
 def test_tokenizer_of_65536_entries_fits_16_bits(tmp_path):
-    """65,536 entries from the standard library and its tests: all ids fit 16 bits, special tokens are inside."""
+    """Train 65,536 entries on the standard library and its tests. All ids, special tokens included, fit 16 bits."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [file for file in sorted(root.rglob("*.py")) if "site-packages" not in file.parts]
     texts = [json.dumps({"text": file.read_text(errors="replace")}) + "\n" for file in files]

@@ -1,4 +1,4 @@
-"""Rows for fine-tuning: the loss where it belongs, nothing cut in silence, nothing seen across examples."""
+"""Fine-tuning rows: labels on the reply only, dropped and cut examples counted, no attention across examples."""
 
 import errno
 
@@ -24,7 +24,7 @@ from support import losses, small_run
 ID = {word: index for index, word in enumerate(WORDS)}
 
 
-def test_loss_is_on_the_reply_without_forced_words():
+def test_reasoning_labels_cover_reply_without_unlearned_words():
     formatter = Formatter(puzzle_tokenizer(), ThinkingFormat())
     example = Example("0", "s", "cup1 swap01", "swap01 cup0 Wait swap01 cup0", "cup0")
     tokens = tokenize(formatter, example, unlearned=["Wait"])
@@ -38,7 +38,7 @@ def test_loss_is_on_the_reply_without_forced_words():
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(2, 20), min_size=1, max_size=30), st.integers(20, 40))
-def test_packing_keeps_every_example_whole(sizes, length):
+def test_reasoning_packing_keeps_examples_whole(sizes, length):
     examples = [Tokens([100 + i] * size, [200 + i] * (size - 1) + [-100]) for i, size in enumerate(sizes)]
     rows = lay_out(examples, length, pad=7, pack=True)
     found = []
@@ -59,8 +59,7 @@ def test_packing_keeps_every_example_whole(sizes, length):
     assert sum(sizes) > length * (len(rows) - 1) / 2
 
 
-def test_loss_of_a_packed_row_is_the_sum_over_its_examples(tmp_path):
-    """The loss of a packed row is the sum of the losses of its examples alone."""
+def test_packed_reasoning_loss_equals_sum_over_examples(tmp_path):
     config = ReasoningDataConfig(out=str(tmp_path / "data"), block=90, **write_rows(tmp_path / "in", puzzles(40)))
     manifest = prepare_reasoning(config)
     data = DataConfig(packed=PackedDataConfig(config.out, document_masking=True, restart_positions=True))
@@ -92,7 +91,7 @@ def small_model():
     return model.eval()
 
 
-def test_rows_hold_one_example_without_packing(tmp_path):
+def test_reasoning_rows_without_packing_hold_one_example(tmp_path):
     config = ReasoningDataConfig(str(tmp_path / "data"), pack=False, **write_rows(tmp_path / "in", puzzles(20)))
     manifest = prepare_reasoning(config)
     assert manifest["splits"]["train"]["rows"] == manifest["splits"]["train"]["documents"]
@@ -101,7 +100,7 @@ def test_rows_hold_one_example_without_packing(tmp_path):
     assert source.sequence_length == manifest["sequence_length"] < config.block
 
 
-def test_examples_longer_than_the_block_are_refused_dropped_or_cut(tmp_path, capsys):
+def test_reasoning_examples_longer_than_block_are_refused_dropped_or_cut(tmp_path, capsys):
     rows = puzzles(30, longest=4) + puzzles(3, longest=10, seed=5)
     whole = [len(row["question"].split()) + len(row["trace"].split()) + 14 for row in rows]
     block = 30
@@ -122,20 +121,20 @@ def test_examples_longer_than_the_block_are_refused_dropped_or_cut(tmp_path, cap
     assert "longer than the block: " in capsys.readouterr().err
 
 
-def test_rows_without_fields_are_counted(tmp_path):
+def test_prepare_reasoning_counts_unusable_examples(tmp_path):
     rows = [*puzzles(10), {"question": "cup1 swap01", "answer": "cup0"}, {"question": "cup1", "trace": "x"}]
     rows.append({"question": "cup1 swap01", "trace": "swap01 <|end_think|> cup0", "answer": "cup0"})
     manifest = prepare_reasoning(ReasoningDataConfig(str(tmp_path / "data"), **write_rows(tmp_path / "in", rows)))
     assert manifest["not_trained_on"] == {"no answer": 1, "no trace": 1, "a delimiter inside the text": 1}
 
 
-def test_rows_without_any_usable_example_are_an_error(tmp_path):
+def test_prepare_reasoning_refuses_pool_without_usable_example(tmp_path):
     inputs = write_rows(tmp_path / "in", [{"question": "cup1 swap01", "answer": "cup0"}])
     with pytest.raises(DataError, match=r"no example is left of 1 .*no trace"):
         prepare_reasoning(ReasoningDataConfig(str(tmp_path / "data"), **inputs))
 
 
-def test_full_disk_leaves_no_folder(tmp_path, monkeypatch):
+def test_prepare_reasoning_on_full_disk_leaves_no_folder(tmp_path, monkeypatch):
     inputs = write_rows(tmp_path / "in", puzzles(10))
 
     def full(*_, **__):
@@ -147,7 +146,7 @@ def test_full_disk_leaves_no_folder(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_existing_rows_are_not_overwritten(tmp_path):
+def test_prepare_reasoning_refuses_existing_folder(tmp_path):
     inputs = write_rows(tmp_path / "in", puzzles(10))
     prepare_reasoning(ReasoningDataConfig(str(tmp_path / "data"), **inputs))
     with pytest.raises(FileExistsError, match="exists and is not empty"):
@@ -155,7 +154,7 @@ def test_existing_rows_are_not_overwritten(tmp_path):
 
 
 @pytest.mark.slow
-def test_fine_tuning_on_prepared_rows_lowers_the_loss(tmp_path):
+def test_fine_tuning_on_reasoning_rows_lowers_loss(tmp_path):
     config = ReasoningDataConfig(out=str(tmp_path / "data"), block=90, **write_rows(tmp_path / "in", puzzles(60)))
     prepare_reasoning(config)
     model = small_model().config

@@ -1,4 +1,4 @@
-"""The thinking format: what a model is trained on is what it is asked with and what is read back."""
+"""Thinking format: training rows, prompts and the reading of replies agree."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def chat_tokenizer(tokenizer, tmp_path_factory):
     return fast_tokenizer(file)
 
 
-def test_prompt_equals_the_chat_template(chat_tokenizer):
+def test_format_prompt_equals_chat_template(chat_tokenizer):
     formatter = Formatter(chat_tokenizer, ThinkingFormat())
     question = "  how many apples?\n"
     messages = [{"role": "user", "content": question}]
@@ -32,7 +32,7 @@ def test_prompt_equals_the_chat_template(chat_tokenizer):
     assert formatter.prompt(question) == expected
 
 
-def test_prompt_and_reply_equal_the_whole_chat(chat_tokenizer):
+def test_format_example_equals_chat_template_and_reads_back(chat_tokenizer):
     formatter = Formatter(chat_tokenizer, ThinkingFormat(answer_prefix="Answer: "))
     reply = "<|begin_think|>count them<|end_think|><|begin_answer|>Answer: 7<|end_answer|>"
     messages = [{"role": "user", "content": "how many?"}, {"role": "assistant", "content": reply}]
@@ -43,7 +43,7 @@ def test_prompt_and_reply_equal_the_whole_chat(chat_tokenizer):
     assert formatter.read_reply(written) == (len(parts[2]), "7")
 
 
-def test_puzzle_rows_have_the_layout_of_the_format():
+def test_puzzle_rows_match_thinking_format():
     formatter = Formatter(puzzle_tokenizer(), ThinkingFormat())
     parts = formatter.example("cup1 swap01", "swap01 cup0", "cup0")
     words = [formatter.tokenizer.id_to_token(token) for part in parts for token in part]
@@ -51,32 +51,32 @@ def test_puzzle_rows_have_the_layout_of_the_format():
 
 
 @pytest.mark.parametrize("delimiter", ["</think>", "apples are", "<|begin_text"])
-def test_delimiter_of_several_tokens_is_refused(tokenizer, delimiter):
+def test_format_refuses_delimiter_of_several_tokens(tokenizer, delimiter):
     with pytest.raises(DataError, match="needs one"):
         Formatter(tokenizer, ThinkingFormat(end_think=delimiter))
 
 
-def test_delimiter_that_is_an_unknown_word_is_refused():
-    tokenizer = puzzle_tokenizer()  # maps what it does not know to one token, padding
+def test_format_refuses_delimiter_unknown_to_tokenizer():
+    tokenizer = puzzle_tokenizer()  # maps every unknown word to the padding token
     assert len(tokenizer.encode("</think>").ids) == 1
     with pytest.raises(DataError, match="has no id itself"):
         Formatter(tokenizer, ThinkingFormat(end_think="</think>"))
 
 
-def test_spare_tokens_replace_delimiters(tokenizer):
+def test_format_uses_spare_tokens_as_delimiters(tokenizer):
     formatter = Formatter(tokenizer, SPARES)
     assert tokenizer.id_to_token(formatter.end_think) == "<|c_1|>"
     assert formatter.read_reply(tokenizer.encode("<|c_0|>one<|c_1|><|c_2|>7<|c_3|>").ids)[1] == "7"
 
 
-def test_equal_delimiters_and_a_prompt_without_question_are_refused():
+def test_format_refuses_equal_delimiters_and_prompt_without_question():
     with pytest.raises(ValueError, match="different"):
         ThinkingFormat(begin_answer="<|end_think|>")
     with pytest.raises(ValueError, match=r"\{question\}"):
         ThinkingFormat(prompt="Q:")
 
 
-def test_unfinished_reply_has_no_answer(tokenizer):
+def test_format_reads_empty_or_partial_answer_of_unfinished_reply(tokenizer):
     formatter = Formatter(tokenizer, ThinkingFormat())
     for text, thinking in (("<|begin_think|>", 0), ("<|begin_think|><|end_think|>", 0), ("", 0)):
         assert formatter.read_reply(tokenizer.encode(text).ids) == (thinking, "")

@@ -1,4 +1,4 @@
-"""Reading pools: field maps, forms of files, rows that lack something."""
+"""Reading of pools: field maps, file formats and incomplete rows."""
 
 import json
 
@@ -19,7 +19,7 @@ def write_jsonl(path, records):
     return str(path)
 
 
-def test_fields_are_mapped_through_lists_and_objects(tmp_path):
+def test_pool_maps_fields_through_lists_and_objects(tmp_path):
     records = [
         {"problem": " Q1 ", "solutions": [{"text": "T1"}, {"text": "no"}], "gold": 7, "kind": "algebra", "ok": True},
         {"problem": "Q2", "solutions": [], "gold": 0.5},
@@ -39,7 +39,7 @@ def test_fields_are_mapped_through_lists_and_objects(tmp_path):
     ]
 
 
-def test_sources_of_several_forms_are_read_in_order(tmp_path):
+def test_pool_reads_sources_of_several_formats_in_order(tmp_path):
     records = [{"question": f"Q{i}", "answer": str(i), "source": "AIME" if i else None} for i in range(3)]
     folder = tmp_path / "parts"
     folder.mkdir()
@@ -67,13 +67,13 @@ def test_pool_reads_a_hub_data_set(tmp_path, monkeypatch):
     assert (rows[0].id, rows[0].answer) == ("gsm8k/0", "13")
 
 
-def test_gsm8k_answers_are_split():
+def test_gsm8k_answer_is_split_into_trace_and_number():
     assert split_gsm8k(GSM8K) == ("She pays 3*4=12 dollars.\nSo 12+1=13.", "13")
     assert split_gsm8k(GSM8K, keep_calculator_marks=True)[0].startswith("She pays 3*4=<<3*4=12>>12 dollars")
     assert split_gsm8k("no mark") == ("no mark", "")
 
 
-def test_incomplete_rows_are_counted_as_dropped(tmp_path):
+def test_pool_drops_incomplete_rows_with_reason(tmp_path):
     records = [
         {"question": "Q", "answer": GSM8K},
         {"answer": GSM8K},
@@ -92,39 +92,39 @@ def test_incomplete_rows_are_counted_as_dropped(tmp_path):
 
 
 class TestPoolErrors:
-    def test_wrong_field_map_names_the_fields_of_the_source(self, tmp_path):
+    def test_pool_error_names_fields_of_source(self, tmp_path):
         file = write_jsonl(tmp_path / "a.jsonl", [{"problem": "Q", "answer": "1"}])
         with pytest.raises(DataError, match=r"no question.*\['answer', 'problem'\].*fields"):
             load_pool([SourceConfig(file)])
 
-    def test_unknown_column_is_named(self):
+    def test_pool_field_map_refuses_unknown_column(self):
         with pytest.raises(ValueError, match=r"\['prompt'\].*question"):
             SourceConfig("a.jsonl", fields={"prompt": "problem"})
 
-    def test_missing_file_is_named(self, tmp_path):
+    def test_pool_error_names_missing_file(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl.*--root"):
             load_pool([SourceConfig("nothing.jsonl")], tmp_path)
 
     @pytest.mark.parametrize(("line", "message"), [("{", "line 2 is not JSON"), ("[1]", "line 2 is not an object")])
-    def test_damaged_line_is_named(self, tmp_path, line, message):
+    def test_pool_error_names_damaged_line(self, tmp_path, line, message):
         (tmp_path / "a.jsonl").write_text('{"question": "Q", "answer": "1"}\n' + line + "\n")
         with pytest.raises(DataError, match=message):
             load_pool([SourceConfig("a.jsonl")], tmp_path)
 
-    def test_truncated_parquet_file_is_named(self, tmp_path):
+    def test_pool_error_names_truncated_parquet_file(self, tmp_path):
         file = tmp_path / "a.parquet"
         pq.write_table(pa.table({"question": ["Q"], "answer": ["1"]}), file)
         file.write_bytes(file.read_bytes()[:-9])
         with pytest.raises(DataError, match=r"a\.parquet cannot be read as parquet"):
             load_pool([SourceConfig(str(file))])
 
-    def test_id_that_occurs_twice_is_an_error(self, tmp_path):
+    def test_pool_refuses_duplicate_id(self, tmp_path):
         file = write_jsonl(tmp_path / "a.jsonl", [{"id": "x", "question": "Q", "answer": "1"}] * 2)
         with pytest.raises(DataError, match="'a/x' occurs twice"):
             load_pool([SourceConfig(file)])
 
 
-def test_examples_survive_parquet(tmp_path):
+def test_pool_examples_round_trip_through_parquet(tmp_path):
     assert tuple(SCHEMA.names) == COLUMNS
     rows = [example(0), example(1, trace_correct=False, domain="d", trace_tokens=3, picked="seed", trace_answer="2")]
     pq.write_table(to_table(rows), tmp_path / "examples.parquet")

@@ -1,4 +1,4 @@
-"""Rows of any shape become documents, and documents the token ids that transformers would give."""
+"""Conversion of source rows to documents, and encoding of documents, compared with the chat template."""
 
 import pytest
 
@@ -15,13 +15,13 @@ def tokenizer():
     return train_tokenizer(["Hello there, be brief. user system Huginn naïve"] * 3, 400)
 
 
-def test_fields_of_a_record_are_joined():
+def test_document_joins_fields_of_a_record():
     row = {"path": "a.py", "content": "x = 1", "lines": ["one", "two"], "hints": None, "solution": "42"}
     assert document_from(row, ["path", "content"], False, "o").text == "a.py\n\nx = 1"
     assert document_from(row, ["lines", "hints/solution"], False, "o").text == "one\ntwo\n\n42"
 
 
-def test_messages_and_fields_become_conversations():
+def test_document_turns_come_from_messages_or_fields():
     expected = (("system", "Be brief."), ("user", " Hi! "), ("assistant", "Hello.\n"))
     assert document_from({"messages": MESSAGES}, ["messages"], True, "o").turns == expected
     old = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
@@ -38,7 +38,7 @@ def test_document_of_null_fields_is_empty(row, chat):
     assert not document_from(row, ["q", "a"], chat, "o").text.strip()
 
 
-def test_null_fields_beside_text_are_left_out():
+def test_document_omits_null_fields():
     row = {"title": None, "text": "one", "lines": ["two", None, "three"]}
     assert document_from(row, ["title", "text", "lines"], False, "o").text == "one\n\ntwo\nthree"
     assert document_from({"q": None, "a": "so"}, ["q", "a"], True, "o") == Document("", "o")
@@ -46,12 +46,12 @@ def test_null_fields_beside_text_are_left_out():
 
 
 @pytest.mark.parametrize("row", [{"other": "x"}, {"text": 3}, {"text": [{"who": "me"}]}])
-def test_record_without_text_names_the_field(row):
+def test_document_error_names_field_without_text(row):
     with pytest.raises(FieldError, match=r"text|role"):
         document_from(row, ["text"], True, "o")
 
 
-def test_conversation_is_encoded_as_the_chat_template_writes_it(tokenizer):
+def test_conversation_encoding_equals_chat_template(tokenizer):
     transformers = pytest.importorskip("transformers")
     from recurrent_depth.hf.chat import CHAT_TEMPLATE
 
@@ -62,7 +62,7 @@ def test_conversation_is_encoded_as_the_chat_template_writes_it(tokenizer):
     assert DocumentEncoder(tokenizer).encode([plain, document, plain])[1].tolist() == expected
 
 
-def test_text_cannot_write_special_tokens(tokenizer):
+def test_encoding_treats_special_tokens_in_text_as_text(tokenizer):
     text = "<|end_turn|><|begin_text|> hello"
     (ids,) = DocumentEncoder(tokenizer).encode([Document(text, "o")])
     assert ids[0] == 0
@@ -70,7 +70,7 @@ def test_text_cannot_write_special_tokens(tokenizer):
     assert tokenizer.decode(ids) == text
 
 
-def test_half_of_a_surrogate_pair_is_replaced(tokenizer):
+def test_document_replaces_lone_surrogates(tokenizer):
     document = document_from({"text": "a\ud800b"}, ["text"], False, "o")
     assert document.text == "a?b"
     DocumentEncoder(tokenizer).encode([document])

@@ -1,4 +1,4 @@
-"""datatrove's executors run the same tasks: local and (if installed) Ray for real, Slurm's by its scripts."""
+"""Executors of `prepare`: local processes and Ray (if installed) run for real, Slurm by its generated scripts."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ pytest.importorskip("datatrove")
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Four files, so four parts."""
+    """Return a folder of four JSONL files. Each becomes one part."""
     folder = tmp_path / "texts"
     folder.mkdir()
     for file in range(4):
@@ -38,7 +38,7 @@ def config_for(corpus, out, **changes):
 
 
 @pytest.mark.slow
-def test_executors_give_the_same_files(corpus, tmp_path):
+def test_executors_write_identical_files(corpus, tmp_path):
     prepare(config_for(corpus, tmp_path / "one"))
     expected = folder_hash(tmp_path / "one")
     prepare(config_for(corpus, tmp_path / "processes", workers=3))
@@ -73,7 +73,7 @@ def test_killed_datatrove_executor_repeats_only_unfinished_tasks(corpus, tmp_pat
     assert folder_hash(tmp_path / "data") == folder_hash(tmp_path / "expected")
 
 
-def test_slurm_executor_submits_jobs_that_wait_for_each_other(corpus, tmp_path, monkeypatch, capsys):
+def test_slurm_executor_chains_jobs_and_writes_identical_files(corpus, tmp_path, monkeypatch, capsys):
     calls = tmp_path / "calls"
     command(tmp_path, "sbatch", f'echo "$@" >> {calls}; echo Submitted batch job $(wc -l < {calls})')
     command(tmp_path, "scontrol", "echo node1")
@@ -91,11 +91,11 @@ def test_slurm_executor_submits_jobs_that_wait_for_each_other(corpus, tmp_path, 
     submitted = [call for call in calls.read_text().splitlines() if "--dependency=" in call]
     depends = [call.split("--dependency=")[1].split()[0] for call in submitted]
     names = [phase.name for phase in phases(Job.plan(config))]
-    assert len(depends) == len(names) - 1  # all but the first wait for the one before
+    assert len(depends) == len(names) - 1  # every phase but the first depends on the previous one
     assert all(what.startswith("afterok:") for what in depends)
     assert not (tmp_path / "data").exists()
 
-    # What a node does with such a script: every task of every phase, in a process of its own.
+    # Run every task of every phase as the launch script does on a Slurm node.
     for name in names:
         tasks = json.loads((logs / name / "ranks_to_run.json").read_text())
         for task in tasks:
@@ -104,14 +104,14 @@ def test_slurm_executor_submits_jobs_that_wait_for_each_other(corpus, tmp_path, 
             pickled(logs / name / "executor.pik").run()
     assert prepare(config) == json.loads(
         (tmp_path / "data" / "manifest.json").read_text()
-    )  # the same command cleans up
+    )  # the same command removes the work folder
     assert not (tmp_path / "data.unfinished").exists()
     prepare(config_for(corpus, tmp_path / "expected"))
     assert folder_hash(tmp_path / "data") == folder_hash(tmp_path / "expected")
 
 
 def command(tmp_path, name, line):
-    """A program of that name in tmp_path/bin."""
+    """Write an executable shell script to tmp_path/bin."""
     file = tmp_path / "bin" / name
     file.parent.mkdir(exist_ok=True)
     file.write_text(f"#!/bin/sh\n{line}\n")
@@ -119,14 +119,14 @@ def command(tmp_path, name, line):
 
 
 def pickled(file):
-    """An executor as datatrove's launcher loads it."""
+    """Return the executor in a pickle file, loaded as datatrove's launcher loads it."""
     import dill
 
     with file.open("rb") as content:
         return dill.load(content)
 
 
-def test_ray_executor_runs_every_phase(corpus, tmp_path):
+def test_ray_executors_cover_every_phase(corpus, tmp_path):
     config = dataclasses.replace(config_for(corpus, tmp_path / "data"), executor="ray", workers=2)
     executors = datatrove_executors(Job.plan(config))
     assert [type(executor).__name__ for executor in executors] == ["RayPipelineExecutor"] * 5
@@ -134,7 +134,7 @@ def test_ray_executor_runs_every_phase(corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_ray_executor_gives_the_same_files(corpus, tmp_path):
+def test_ray_executor_writes_identical_files(corpus, tmp_path):
     ray = pytest.importorskip("ray", reason="Ray is not part of the development environment")
     prepare(config_for(corpus, tmp_path / "expected"))
     ray.init(num_cpus=2, include_dashboard=False)

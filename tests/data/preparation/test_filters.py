@@ -1,4 +1,4 @@
-"""Planted duplicates, near duplicates and evaluation text are dropped, counted, and nothing else is."""
+"""Document filters: planted duplicates, near duplicates and evaluation text are dropped and counted."""
 
 import json
 import random
@@ -21,7 +21,7 @@ def texts(count, seed=0, words=60):
 
 
 def write(folder, documents, files=3):
-    """The documents in a few JSONL files, in order."""
+    """Write the documents in order to a few JSONL files. Return the folder."""
     folder.mkdir()
     size = -(-len(documents) // files)
     for number in range(files):
@@ -31,7 +31,7 @@ def write(folder, documents, files=3):
 
 
 def dropped_and_kept(folder, tmp_path, filters, **changes):
-    """(documents dropped by reason, texts that begin in a row)."""
+    """Return (number of documents dropped by reason, texts that begin in a row)."""
     out = tmp_path / "data"
     options = {"vocab_size": 600, "sequence_length": 1000, "part_bytes": 12_000, "validation_share": 0.5} | changes
     manifest = prepare(PrepareConfig(out=str(out), source=[str(folder)], filters=filters, **options))
@@ -47,7 +47,7 @@ def dropped_and_kept(folder, tmp_path, filters, **changes):
     return report["documents_dropped"], found
 
 
-def test_duplicates_across_files_are_dropped(tmp_path):
+def test_filters_drop_duplicates_across_files(tmp_path):
     documents = texts(180)
     documents[100] = documents[3]  # in another file
     documents[101] = documents[3]
@@ -60,7 +60,7 @@ def test_duplicates_across_files_are_dropped(tmp_path):
     assert sum(text.startswith(documents[40]) for text in found) <= 1
 
 
-def test_near_duplicates_are_dropped_without_the_exact_filter(tmp_path):
+def test_near_duplicate_filter_alone_drops_exact_duplicates(tmp_path):
     documents = texts(60)
     documents[50] = documents[3]
     folder = write(tmp_path / "texts", documents)
@@ -70,7 +70,7 @@ def test_near_duplicates_are_dropped_without_the_exact_filter(tmp_path):
     assert dropped == {"empty": 0, "contaminated": 0, "exact_duplicate": 0, "near_duplicate": 1}
 
 
-def test_exercises_that_differ_in_their_numbers_are_kept(tmp_path):
+def test_duplicate_filters_keep_exercises_with_different_numbers(tmp_path):
     template = "Ann has {} apples and buys {} more, gives {} to Bob and eats {} of them; how many are left for the pie?"
     generator = random.Random(1)
     exercises = [template.format(*(generator.randint(100, 999) for _ in range(4))) for _ in range(100)]
@@ -81,7 +81,7 @@ def test_exercises_that_differ_in_their_numbers_are_kept(tmp_path):
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="needs ../shared/data")
-def test_documents_with_evaluation_questions_are_dropped(tmp_path):
+def test_decontamination_drops_documents_with_evaluation_questions(tmp_path):
     questions = [json.loads(line)["question"] for line in GSM8K.read_text().splitlines()]
     planted = {7: questions[11], 90: questions[500].upper(), 130: "A.\n\n" + "\n".join(questions[1000].split(" "))}
     documents = texts(150)

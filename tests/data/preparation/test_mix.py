@@ -1,4 +1,4 @@
-"""Shares of a mix: the shipped configuration with small stand-ins for its sources."""
+"""Category shares and passes of a data mix. The shipped Huginn mix runs with small generated sources."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ def test_shipped_mix_parses(path):
     assert load(path).all_sources
 
 
-def test_huginn_mix_lists_its_sources():
+def test_huginn_mix_has_published_sources_and_shares():
     config = load(next(path for path in CONFIGS if path.stem == "huginn_mix"))
     assert len(config.sources) == 113
     assert config.category_shares == PUBLISHED
@@ -48,7 +48,10 @@ def test_huginn_mix_lists_its_sources():
 
 
 def stand_in(source, number, folder, generator):
-    """A JSONL file with the fields of a source; its texts all say its number. Sizes differ by source, up to tenfold."""
+    """Write a small JSONL file with the fields of `source`. Return the source with the path of this file.
+
+    Every text contains the number of the source. Files differ in rows, up to tenfold.
+    """
     rows = []
     for row in range(generator.randint(4, 40)):
         text = f"row{row} " + f"source{number}. " * generator.randint(5, 60)
@@ -63,7 +66,7 @@ def stand_in(source, number, folder, generator):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """(folder, configuration, manifest) of the mix with stand-ins."""
+    """Return (folder, configuration, manifest) of the Huginn mix with generated sources."""
     tmp_path, generator = tmp_path_factory.mktemp("mix"), random.Random(0)
     mix = load(next(path for path in CONFIGS if path.stem == "huginn_mix"))
     sources = [stand_in(source, number, tmp_path, generator) for number, source in enumerate(mix.sources)]
@@ -75,7 +78,7 @@ def prepared(tmp_path_factory):
 
 
 def counted_rows(folder):
-    """Rows by source, read from the text itself."""
+    """Return the number of rows per source, counted in the decoded text."""
     tokenizer = load_tokenizer(folder)
     found = Counter()
     for row in pq.read_table(folder / "train").column("input_ids").to_pylist():
@@ -85,7 +88,7 @@ def counted_rows(folder):
     return found
 
 
-def test_huginn_mix_gets_its_category_shares(prepared):
+def test_huginn_mix_rows_match_published_category_shares(prepared):
     folder, config, manifest = prepared
     rows = counted_rows(folder)
     total = rows.total()
@@ -99,7 +102,7 @@ def test_huginn_mix_gets_its_category_shares(prepared):
     assert total == pytest.approx(12_000, abs=len(PUBLISHED))
 
 
-def test_weights_are_relative_passes_within_a_category(prepared):
+def test_source_weights_set_relative_passes_within_a_category(prepared):
     folder, config, manifest = prepared
     reports = manifest["sources"]
     rows = counted_rows(folder)
@@ -113,7 +116,7 @@ def test_weights_are_relative_passes_within_a_category(prepared):
     assert all(f"| {source.name} |" in text for source in config.sources)
 
 
-def test_every_file_mixes_rows_of_all_sources(prepared):
+def test_mix_files_have_equal_size_and_interleave_sources(prepared):
     folder, _, manifest = prepared
     sizes = [len(pq.read_table(file)) for file in sorted((folder / "train").glob("*.parquet"))]
     assert len(sizes) == 3
@@ -131,7 +134,7 @@ def sources(*weights_and_categories):
     ]
 
 
-def test_mix_without_a_target_reads_no_source_more_often_than_its_weight():
+def test_mix_without_target_limits_passes_to_weights():
     mix = sources((1, "a"), (4, "a"), (2, "b"))
     factors = passes(mix, [100, 10, 1000], {"a": 50, "b": 50}, None)
     assert factors == pytest.approx([1, 4, 0.14])  # 140 rows of a are the bottleneck, so 140 of b
@@ -139,7 +142,7 @@ def test_mix_without_a_target_reads_no_source_more_often_than_its_weight():
     assert passes(mix, [100, 10, 1000], {}, 214) == pytest.approx([0.1, 0.4, 0.2])
 
 
-def test_category_without_rows_is_an_error():
+def test_mix_refuses_category_without_rows():
     with pytest.raises(DataError, match="'b'"):
         passes(sources((1, "a"), (1, "b")), [5, 0], {"a": 1, "b": 1}, None)
 
@@ -150,7 +153,7 @@ def test_category_without_rows_is_an_error():
     quarters=st.lists(st.integers(0, 12), min_size=8, max_size=8),
     files=st.integers(1, 4),
 )
-def test_rows_are_taken_as_often_as_planned(rows, quarters, files):
+def test_mix_takes_each_row_as_often_as_planned(rows, quarters, files):
     factors = [quarters[part] / 4 for part in range(len(rows))]
     copies = row_copies(rows, factors, ["one"] * len(rows))
     assert abs(sum(copies) - sum(n * f for n, f in zip(rows, factors, strict=True))) <= 0.5 + max(factors, default=0)
@@ -163,13 +166,13 @@ def test_rows_are_taken_as_often_as_planned(rows, quarters, files):
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_passes_have_different_orders():
+def test_mix_passes_have_different_row_orders():
     order = chosen_rows(50, 100, np.random.default_rng(0))
     assert sorted(order[:50]) == sorted(order[50:]) == list(range(50))
     assert list(order[:50]) != list(order[50:])
 
 
-def test_mix_options_that_do_not_fit_are_named():
+def test_mix_refuses_inconsistent_options():
     with pytest.raises(ValueError, match=r"s1.*'b'"):
         PrepareConfig(out="o", sources=sources((1, "a"), (1, "b")), category_shares={"a": 1.0})
     with pytest.raises(ValueError, match="twice"):

@@ -1,4 +1,4 @@
-"""Packing, by properties that hold for every token."""
+"""Properties of packing that hold for every token, on random document lengths."""
 
 import pytest
 from hypothesis import given
@@ -10,20 +10,20 @@ documents_of = st.lists(st.integers(1, 40), max_size=30)
 
 
 def pack(documents, length, policy):
-    """All rows of some documents, and the packer that counted dropped tokens."""
+    """Return all rows of the documents, and the packer, which counts the dropped tokens."""
     packer = Packer(length, policy)
     rows = [row for document in documents for row in packer.add(document)]
     return [*rows, *packer.finish()], packer
 
 
 def numbered(lengths):
-    """Documents whose tokens are all different: document d, token t is 1000 d + t."""
+    """Return documents whose tokens are all different: document d, token t is 1000 d + t."""
     return [[1000 * d + t for t in range(length)] for d, length in enumerate(lengths)]
 
 
 @pytest.mark.parametrize("policy", ["concat", "best-fit", "huginn"])
 @given(lengths=documents_of, row=st.integers(2, 17))
-def test_packing_keeps_every_token_once_or_counted_as_dropped(policy, lengths, row):
+def test_packing_keeps_each_token_once_or_counts_it_as_dropped(policy, lengths, row):
     rows, packer = pack(numbered(lengths), row, policy)
     kept = [token for r in rows for token in r.input_ids]
     assert all(len(r.input_ids) == row for r in rows)
@@ -43,13 +43,13 @@ def test_packed_document_starts_mark_first_tokens(policy, lengths, row):
 
 
 @given(lengths=documents_of, row=st.integers(2, 17))
-def test_concat_packing_drops_only_the_last_row(lengths, row):
+def test_concat_packing_drops_only_last_partial_row(lengths, row):
     _, packer = pack(numbered(lengths), row, "concat")
     assert packer.rests == 0
     assert packer.unfilled == sum(lengths) % row
 
 
 @given(lengths=documents_of, row=st.integers(2, 17))
-def test_huginn_packing_never_continues_a_document_in_the_next_row(lengths, row):
+def test_huginn_packing_never_continues_a_document_in_next_row(lengths, row):
     rows, _ = pack(numbered(lengths), row, "huginn")
     assert all(r.doc_starts[:1] == [0] for r in rows)

@@ -1,4 +1,4 @@
-"""Preparation: from text to rows and back, from every kind of source."""
+"""`prepare` from text to rows and back, and every kind of source."""
 
 import errno
 import itertools
@@ -35,7 +35,7 @@ def config_for(corpus, out, **changes):
     return PrepareConfig(out=str(out), source=[str(corpus)], **(defaults | changes))
 
 
-def test_prepared_rows_decode_to_the_text(corpus, tmp_path):
+def test_prepared_rows_decode_to_source_text(corpus, tmp_path):
     manifest = prepare(config_for(corpus, tmp_path / "data", sequence_length=2000))
     tokenizer = load_tokenizer(tmp_path / "data")
     assert tokenizer.get_vocab_size() == 400 == manifest["vocab_size"]
@@ -65,7 +65,7 @@ def test_preparation_is_deterministic(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["txt", "parquet", "folder"])
-def test_text_files_parquet_and_folders_are_read(tmp_path, form):
+def test_source_reads_text_file_parquet_and_folder(tmp_path, form):
     folder = tmp_path / "texts"
     folder.mkdir()
     if form == "parquet":
@@ -79,13 +79,13 @@ def test_text_files_parquet_and_folders_are_read(tmp_path, form):
     assert texts == (TEXTS[:1] if form == "txt" else TEXTS)
 
 
-def test_standard_library_is_a_source():
+def test_source_python_stdlib_reads_python_files():
     names = [document.origin for document, _ in zip(read_documents("python-stdlib"), range(40), strict=False)]
     assert len(names) == 40
     assert all(name.endswith(".py") and "site-packages" not in name for name in names)
 
 
-def test_hub_data_set_is_read_by_name_and_subset(corpus, tmp_path, monkeypatch):
+def test_source_reads_hub_data_set_by_name_and_subset(corpus, tmp_path, monkeypatch):
     import datasets
 
     local = datasets.load_dataset("json", data_files=str(corpus), split="train", cache_dir=str(tmp_path / "cache"))
@@ -100,21 +100,21 @@ def test_hub_data_set_is_read_by_name_and_subset(corpus, tmp_path, monkeypatch):
     assert set(asked) == {("someone/corpus", "part", "train", True)}
 
 
-def test_rows_prepared_by_default_fit_the_quickstart_model():
-    """`prepare --source python-stdlib --out D`, then `train --config .../text.yaml` on D."""
+def test_default_prepared_rows_fit_quickstart_model():
+    """`train --config .../text.yaml` reads the rows that `prepare --source python-stdlib` writes."""
     model = yaml.safe_load((HUGINN_MIX.parents[1] / "pretrain" / "quickstart" / "text.yaml").read_text())["model"]
     config = PrepareConfig(out="data", source=["python-stdlib"])
     assert config.sequence_length <= model["block_size"]
     assert config.vocab_size <= model["vocab_size"]
 
 
-def test_prepare_does_not_overwrite_an_existing_set(corpus, tmp_path):
+def test_prepare_refuses_existing_output_folder(corpus, tmp_path):
     prepare(config_for(corpus, tmp_path / "data"))
     with pytest.raises(FileExistsError):
         prepare(config_for(corpus, tmp_path / "data"))
 
 
-def test_full_disk_leaves_nothing_half_written_and_loses_nothing(corpus, tmp_path, monkeypatch):
+def test_prepare_on_full_disk_keeps_finished_tasks_and_no_partial_files(corpus, tmp_path, monkeypatch):
     expected = prepare(config_for(corpus, tmp_path / "expected"))
 
     def full(*args, **kwargs):

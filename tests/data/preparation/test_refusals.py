@@ -1,4 +1,4 @@
-"""Commands that prepare cannot carry out: the error names cause and fix, and nothing is left behind."""
+"""Errors of `prepare`: each names the cause and the fix, and leaves no files behind."""
 
 import errno
 import json
@@ -41,7 +41,7 @@ def everything(folder):
 
 
 def refused(tmp_path, config, message, error=ValueError):
-    """Check the error, and that files and folders are as they were."""
+    """Check that `prepare` raises the error and changes no file or folder."""
     before = everything(tmp_path)
     with pytest.raises(error, match=message):
         prepare(config)
@@ -49,7 +49,7 @@ def refused(tmp_path, config, message, error=ValueError):
 
 
 @pytest.mark.parametrize("tokens", ["-1", "0", "inf", "nan", "many"])
-def test_prepare_refuses_an_impossible_number_of_tokens(corpus, tmp_path, capsys, tokens):
+def test_prepare_refuses_invalid_number_of_tokens(corpus, tmp_path, capsys, tokens):
     before = everything(tmp_path)
     out = str(tmp_path / "new" / "data")
     assert main(["prepare", "--source", str(corpus), "--out", out, "--tokens", tokens]) != 0
@@ -83,24 +83,24 @@ def test_prepare_refuses_conversations_without_chat_tokens(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["data.unfinished", "data.unfinished/notes"])
-def test_prepare_leaves_a_foreign_unfinished_folder_alone(corpus, tmp_path, name):
+def test_prepare_refuses_only_nonempty_foreign_unfinished_folder(corpus, tmp_path, name):
     (tmp_path / "data.unfinished").mkdir()
     if name.endswith("notes"):
         (tmp_path / name).write_text("mine")
         for restart in (False, True):
             config = config_for(corpus, tmp_path / "data", restart=restart)
             refused(tmp_path, config, r"data\.unfinished was not made by prepare.*move it away")
-    else:  # an empty folder is nobody's work
+    else:  # an empty folder holds nothing to lose
         prepare(config_for(corpus, tmp_path / "data"))
 
 
-def test_prepare_leaves_a_foreign_unfinished_file_alone(corpus, tmp_path):
+def test_prepare_refuses_file_in_place_of_unfinished_folder(corpus, tmp_path):
     (tmp_path / "data.unfinished").write_text("mine")
     refused(tmp_path, config_for(corpus, tmp_path / "data"), r"data\.unfinished is a file")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"options": 3, "parts": []}', "{}"])
-def test_prepare_names_a_damaged_job_file(corpus, tmp_path, content):
+def test_prepare_error_names_damaged_job_file(corpus, tmp_path, content):
     (tmp_path / "data.unfinished").mkdir()
     (tmp_path / "data.unfinished" / "job.json").write_text(content)
     with pytest.raises(DataError, match=r"job\.json is damaged.*--restart true"):
@@ -117,19 +117,19 @@ def test_prepare_names_a_damaged_job_file(corpus, tmp_path, content):
         ("nothing", {"executor": "slurm"}, "sbatch, which is not on the PATH"),
     ],
 )
-def test_prepare_names_what_is_not_installed(corpus, tmp_path, monkeypatch, missing, changes, message):
+def test_prepare_error_names_missing_package_or_program(corpus, tmp_path, monkeypatch, missing, changes, message):
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setenv("PATH", "")
     refused(tmp_path, config_for(corpus, tmp_path / "data", **changes), message, UserError)
 
 
-def test_prepare_names_the_package_for_hub_data_sets(tmp_path, monkeypatch):
+def test_prepare_error_names_package_for_hub_data_sets(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     config = config_for("someone/corpus", tmp_path / "data")
     refused(tmp_path, config, r"someone/corpus is neither a file nor a folder.*pip install 'recurrent-depth\[data\]'")
 
 
-def test_prepare_names_a_missing_file(tmp_path):
+def test_prepare_error_names_missing_file(tmp_path):
     config = config_for(tmp_path / "nothing.jsonl", tmp_path / "data")
     refused(tmp_path, config, r"nothing\.jsonl does not exist; fix the path", FileNotFoundError)
 
@@ -156,12 +156,12 @@ def test_prepare_refuses_a_missing_evaluation_set(corpus, tmp_path):
         (["[1]"], {}, "line 1 is not an object"),
     ],
 )
-def test_prepare_removes_its_folder_after_an_error_in_the_data(tmp_path, lines, changes, message):
+def test_prepare_removes_its_folder_after_data_error(tmp_path, lines, changes, message):
     source = write_lines(tmp_path / "corpus.jsonl", lines)
     refused(tmp_path, config_for(source, tmp_path / "new" / "folder" / "data", **changes), message)
 
 
-def test_prepare_refuses_a_folder_without_text_and_says_what_it_holds(tmp_path):
+def test_prepare_error_lists_endings_in_folder_without_text_files(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
     for name in ("a.rst", "b.rst", "c.py", "README"):
@@ -172,7 +172,7 @@ def test_prepare_refuses_a_folder_without_text_and_says_what_it_holds(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), ResumableError("connection lost")])
-def test_prepare_keeps_its_work_after_an_outside_cause(corpus, tmp_path, monkeypatch, error):
+def test_prepare_keeps_finished_tasks_after_external_failure(corpus, tmp_path, monkeypatch, error):
     def fail(*_, **__):
         raise error
 
@@ -185,7 +185,7 @@ def test_prepare_keeps_its_work_after_an_outside_cause(corpus, tmp_path, monkeyp
     assert not (tmp_path / "data.unfinished").exists()
 
 
-def test_prepare_keeps_older_work_after_an_error_in_the_data(corpus, tmp_path, monkeypatch):
+def test_prepare_keeps_finished_tasks_when_options_change(corpus, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("recurrent_depth.data.preparation.phases.write_parquet", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -204,7 +204,7 @@ class TestTextFiles:
             (folder / f"{number:02d}.txt").write_text(text)
         return folder
 
-    def test_prepare_counts_and_reports_what_it_does_not_read_well(self, folder, tmp_path, capsys):
+    def test_prepare_reports_skipped_files_and_invalid_utf8(self, folder, tmp_path, capsys):
         (folder / "latin.txt").write_bytes("déjà vu".encode("latin-1") + TEXTS[0].encode())
         (folder / "page.rst").write_text("text")
         (folder / "code.py").write_text("text")
@@ -221,7 +221,7 @@ class TestTextFiles:
         assert "not read are 1 .py, 1 .rst" in terminal
         assert "1 of 61 documents hold bytes that are not UTF-8" in terminal
 
-    def test_replacement_characters_of_a_text_are_not_damage(self, folder, tmp_path):
+    def test_prepare_counts_replacement_characters_as_valid_utf8(self, folder, tmp_path):
         (folder / "decoded.txt").write_text("\ufffd " + TEXTS[0])
         (source,) = prepare(config_for(folder, tmp_path / "data"))["sources"].values()
         assert source["documents_not_utf8"] == 0
@@ -238,7 +238,7 @@ class TestTextFiles:
             tmp_path, config_for(folder, tmp_path / "data", **changes), "10 of 60 files are not UTF-8; convert them"
         )
 
-    def test_things_that_are_not_files_are_not_read(self, folder):
+    def test_source_folder_skips_pipes_folders_and_dangling_links(self, folder):
         os.mkfifo(folder / "pipe.txt")
         (folder / "folder.md").mkdir()
         (folder / "dangling.md").symlink_to(folder / "nothing")
@@ -246,14 +246,14 @@ class TestTextFiles:
 
 
 class TestParquet:
-    def test_null_and_empty_rows_are_counted_as_empty(self, tmp_path):
+    def test_parquet_null_and_empty_rows_are_counted_as_empty(self, tmp_path):
         file = tmp_path / "a.parquet"
         pq.write_table(pa.table({"text": [*TEXTS, None, "", " ", None]}), file, row_group_size=7)
         (source,) = prepare(config_for(file, tmp_path / "data"))["sources"].values()
         assert source["documents_read"] == len(TEXTS) + 4
         assert source["documents_dropped"]["empty"] == 4
 
-    def test_file_without_rows_is_empty(self, tmp_path):
+    def test_parquet_file_without_rows_is_refused(self, tmp_path):
         pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
         refused(tmp_path, config_for(tmp_path / "a.parquet", tmp_path / "data"), "no text found")
 
@@ -268,16 +268,16 @@ class TestParquet:
         ],
         ids=["numbers", "bytes", "lists", "not-utf8"],
     )  # fmt: skip
-    def test_other_columns_are_named(self, tmp_path, column, message):
+    def test_parquet_column_without_text_is_refused(self, tmp_path, column, message):
         pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
         refused(tmp_path, config_for(tmp_path / "a.parquet", tmp_path / "data"), message)
 
-    def test_missing_column_is_named_with_those_there_are(self, tmp_path):
+    def test_parquet_error_names_missing_and_existing_columns(self, tmp_path):
         pq.write_table(pa.table({"body": TEXTS}), tmp_path / "a.parquet")
         config = config_for(tmp_path / "a.parquet", tmp_path / "data")
         refused(tmp_path, config, r"none of the fields \['text'\] is a column \(it has \['body'\]\).*--field")
 
-    def test_truncated_file_is_named(self, tmp_path):
+    def test_parquet_error_names_truncated_file(self, tmp_path):
         file = tmp_path / "a.parquet"
         pq.write_table(pa.table({"text": TEXTS}), file)
         file.write_bytes(file.read_bytes()[:-20])

@@ -1,4 +1,4 @@
-"""A preparation that is killed goes on, and ends with the same files."""
+"""Restart of `prepare`: an interrupted preparation continues and writes the same files."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ WORDS = [a + b + c for a in "bdgklmnprst" for b in "aeiou" for c in ("", "n", "r
 
 
 def folder_hash(folder):
-    """One hash of all names and contents."""
+    """Return one SHA-256 of all file names and contents of a folder."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         if file.is_file():
@@ -37,7 +37,7 @@ def folder_hash(folder):
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    """A configuration file with two sources and every filter."""
+    """Return a configuration file with two sources and every filter."""
     folder, generator = tmp_path_factory.mktemp("sources"), random.Random(0)
     question = " ".join(generator.choices(WORDS, k=20))
     (folder / "evaluation.jsonl").write_text(json.dumps({"text": question}) + "\n")
@@ -71,13 +71,13 @@ def config_of(options, out, **changes):
 
 @pytest.fixture(scope="module")
 def undisturbed(options, tmp_path_factory):
-    """Hash of the folder that an undisturbed run makes."""
+    """Return the hash of the folder that an uninterrupted run writes."""
     out = tmp_path_factory.mktemp("undisturbed") / "data"
     prepare(config_of(options, out))
     return folder_hash(out)
 
 
-def test_restart_repeats_only_the_task_that_failed(options, undisturbed, tmp_path, monkeypatch):
+def test_restart_repeats_only_failed_task(options, undisturbed, tmp_path, monkeypatch):
     out = tmp_path / "data"
     config = config_of(options, out)
     job = Job.plan(config)
@@ -97,7 +97,7 @@ def test_restart_repeats_only_the_task_that_failed(options, undisturbed, tmp_pat
     generator = random.Random(3)
     broken = [(phase.name, generator.randrange(phase.tasks)) for phase in phases(job)]
     failures = len(broken)
-    for _ in range(failures - 1):  # a failure to store the very last result comes after the rename
+    for _ in range(failures - 1):  # the last task stores its result after the folder is renamed
         with pytest.raises(Broken):
             prepare(config)
         assert not out.exists()
@@ -122,11 +122,11 @@ def test_restart_refuses_other_options_and_changed_sources(options, tmp_path, mo
     with pytest.raises(DataError, match="sources have changed"):
         prepare(config_of(options, out))
     os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
-    with pytest.raises(ZeroDivisionError):  # accepted
+    with pytest.raises(ZeroDivisionError):  # restart=True accepts the other options
         prepare(config_of(options, out, sequence_length=32, restart=True))
 
 
-def test_restart_names_damaged_work(options, tmp_path, monkeypatch):
+def test_restart_error_names_damaged_shard(options, tmp_path, monkeypatch):
     out = tmp_path / "data"
     config = config_of(options, out)
     with monkeypatch.context() as patch:
@@ -140,7 +140,7 @@ def test_restart_names_damaged_work(options, tmp_path, monkeypatch):
     assert not out.exists()
 
 
-def test_restart_notices_a_source_that_lost_lines(options, tmp_path, monkeypatch):
+def test_restart_refuses_source_that_lost_lines(options, tmp_path, monkeypatch):
     config = config_of(options, tmp_path / "data")
 
     def shorter(source, part):
@@ -155,7 +155,7 @@ def test_restart_notices_a_source_that_lost_lines(options, tmp_path, monkeypatch
         prepare(config)
 
 
-def test_second_preparation_into_the_same_folder_is_refused(options, tmp_path, monkeypatch, capsys):
+def test_prepare_refuses_folder_in_use(options, tmp_path, monkeypatch, capsys):
     out = tmp_path / "data"
     monkeypatch.setattr("recurrent_depth.data.preparation.command.LOCK_PATIENCE_S", 0.1)
     (tmp_path / "data.unfinished").mkdir()
@@ -167,8 +167,8 @@ def test_second_preparation_into_the_same_folder_is_refused(options, tmp_path, m
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
-def test_preparation_killed_in_every_phase_gives_the_same_files(options, undisturbed, tmp_path, workers):
-    """Eleven phases, a kill in each, at seeded moments; a plain rerun ends the work."""
+def test_prepare_killed_in_every_phase_writes_identical_files(options, undisturbed, tmp_path, workers):
+    """Kill each of the eleven phases at a seeded moment, then run the same command again."""
     out = tmp_path / "data"
     job = Job.plan(config_of(options, out))
     generator = random.Random(workers)
@@ -195,7 +195,7 @@ def test_preparation_killed_in_every_phase_gives_the_same_files(options, undistu
 
 
 @pytest.mark.slow
-def test_killed_worker_process_ends_the_command_with_a_reason(options, undisturbed, tmp_path):
+def test_prepare_reports_killed_worker_process(options, undisturbed, tmp_path):
     out = tmp_path / "data"
     process = start(options, out, 3, stderr=subprocess.PIPE)
     job = Job.plan(config_of(options, out))
@@ -225,8 +225,8 @@ except KeyboardInterrupt:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", [True, False])
-def test_interrupted_preparation_ends_quietly_and_continues(options, undisturbed, tmp_path, group):
-    """Ctrl-C on a terminal reaches all processes, `kill -INT` only the first."""
+def test_prepare_prints_no_traceback_on_interrupt_and_continues(options, undisturbed, tmp_path, group):
+    """Ctrl-C in a terminal reaches all processes, `kill -INT` only the first one."""
     out = tmp_path / "data"
     command = [sys.executable, "-c", INTERRUPTIBLE, "prepare", "--config", str(options), "--out", str(out)]
     process = subprocess.Popen(
@@ -247,7 +247,7 @@ def test_interrupted_preparation_ends_quietly_and_continues(options, undisturbed
 
 
 def children(pid):
-    """Processes that this one has started; of ours, the fork server, and of that, the workers."""
+    """Return the ids of child processes. The command starts a fork server, which starts the workers."""
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     try:
         return [int(child) for task in tasks for child in task.read_text().split()]

@@ -1,4 +1,4 @@
-"""Sources cut into parts: whatever the size of a part, the documents are the same, in the same order."""
+"""Sources cut into parts: the documents and their order do not depend on the size of a part."""
 
 import json
 
@@ -21,20 +21,20 @@ def source_of(address, **options):
 
 
 def texts_of(source, part_bytes):
-    """(texts, number of parts)"""
+    """Return (texts, number of parts)."""
     parts = cut(source, part_bytes)
     return [document.text for part in parts for document in read(source, part)], len(parts)
 
 
 @settings(deadline=None, max_examples=40)
 @given(part_bytes=st.integers(1, 4000))
-def test_jsonl_lines_belong_to_the_part_in_which_they_begin(tmp_path_factory, part_bytes):
+def test_jsonl_documents_do_not_depend_on_part_size(tmp_path_factory, part_bytes):
     file = tmp_path_factory.mktemp("lines") / "a.jsonl"
     file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in TEXTS))
     assert texts_of(source_of(file), part_bytes)[0] == TEXTS
 
 
-def test_parts_of_a_folder_hold_its_documents_in_order(tmp_path):
+def test_folder_parts_keep_document_order(tmp_path):
     folder = tmp_path / "mixed"
     folder.mkdir()
     for number, text in enumerate(TEXTS[:20]):
@@ -48,7 +48,7 @@ def test_parts_of_a_folder_hold_its_documents_in_order(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The real load_dataset; names on the hub lead to folders here."""
+    """Make the real load_dataset read local folders for names of hub data sets. Return tmp_path."""
     import datasets
 
     load_dataset = datasets.load_dataset
@@ -66,7 +66,7 @@ def hub(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_shards_of_a_hub_data_set_are_parts(hub):
+def test_hub_data_set_has_one_part_per_shard(hub):
     source = source_of("someone/corpus", subset="part", fields=["question", "answer"], chat_formatted=True)
     texts, parts = texts_of(source, 10**9)
     assert parts == 3
@@ -75,7 +75,7 @@ def test_shards_of_a_hub_data_set_are_parts(hub):
     assert document.turns == (("user", TEXTS[20]), ("assistant", "yes"))
 
 
-def test_hub_data_set_is_prepared(hub):
+def test_prepare_reads_every_document_of_hub_data_set(hub):
     config = PrepareConfig(
         out=str(hub / "data"), sources=[source_of("someone/corpus", subset="part", fields=["question"])],
         vocab_size=330, sequence_length=16, validation_share=0.3,
@@ -86,7 +86,7 @@ def test_hub_data_set_is_prepared(hub):
 
 
 @pytest.mark.parametrize("changes", [{"address": "someone/else"}, {"subset": "other"}, {"split": "dev"}])
-def test_missing_hub_data_set_is_named(hub, changes):
+def test_hub_error_names_missing_data_set(hub, changes):
     options = {"name": "mine", "address": "someone/corpus", "subset": "part"} | changes
     config = PrepareConfig(out=str(hub / "data"), sources=[SourceConfig(**options)])
     with pytest.raises(DataError, match=r"source mine: the data set someone/\w+ cannot be opened"):
@@ -94,13 +94,13 @@ def test_missing_hub_data_set_is_named(hub, changes):
     assert not (hub / "data.unfinished").exists()
 
 
-def test_wrong_fields_of_a_hub_data_set_are_named(hub):
+def test_hub_error_names_missing_and_existing_fields(hub):
     source = source_of("someone/corpus", subset="part", fields=["body"])
     with pytest.raises(DataError, match=r"source s: someone/corpus: nothing in field 'body'.*\['answer', 'question'\]"):
         texts_of(source, 1)
 
 
-def test_line_that_is_not_json_is_named(tmp_path):
+def test_jsonl_error_names_line_that_is_not_json(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "a"}\n{"text": "b"}\n{"text": \n')
     with pytest.raises(DataError, match=r"a\.jsonl, line 3 is not JSON"):

@@ -1,4 +1,4 @@
-"""Notes in generated tasks against a row written by hand, word after word."""
+"""Notes in generated tasks, compared with rows built word by word."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ TASK = TASKS["permutation_automaton"]
 
 
 def by_hand(ids, states, places):
-    """Words and labels of one row."""
+    """Return the token ids and labels of one row."""
     words, labels = [], []
     for token, state, noted in zip(ids, states, places, strict=True):
         words.append(token)
@@ -23,7 +23,7 @@ def by_hand(ids, states, places):
     return words, labels
 
 
-def test_notes_follow_the_marked_positions_and_hold_the_state():
+def test_notes_follow_marked_positions_and_hold_state():
     ids, states = TASK.rows(0, 60, 12, seed=2, split=0)
     places = random_places(ids.shape, 0, (0.0, 0.3, 0.9), seed=2, split=0)
     input_ids, labels = with_notes(TASK, ids, states, places)
@@ -39,12 +39,12 @@ def test_notes_follow_the_marked_positions_and_hold_the_state():
     )
 
 
-def test_note_word_has_the_id_that_rows_hold():
+def test_note_id_decodes_to_note_word():
     text = NotedTask(TASK, (0.5,)).tokenizer().decode([note_id(TASK)], skip_special_tokens=False)
     assert text == NOTE
 
 
-def test_noted_rows_depend_on_their_number_alone():
+def test_noted_rows_depend_only_on_row_number():
     source = open_source(
         DataConfig(task=TaskDataConfig("shell_game", 4, 9, note_densities=(0.0, 0.5))), "train", seed=5, total_steps=10
     )
@@ -62,7 +62,7 @@ def test_noted_rows_depend_on_their_number_alone():
     assert other.fingerprint() != source.fingerprint()
 
 
-def test_note_density_of_one_half_notes_half_of_the_places():
+def test_note_density_is_share_of_noted_positions():
     places = random_places(torch.Size((2000, 11)), 0, (0.5,), seed=0, split=0)
     assert not places[:, 0].any()
     assert abs(places[:, 1:].double().mean().item() - 0.5) < 0.02

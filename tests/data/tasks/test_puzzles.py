@@ -1,4 +1,4 @@
-"""Puzzles with traces against cups moved on a table."""
+"""Puzzles with traces, compared with a simulation of cups on a table."""
 
 import re
 
@@ -21,7 +21,7 @@ from recurrent_depth.data.tasks.puzzles import (
 
 
 def move(table, word):
-    """The cups of a table after a move, by the meaning of its name."""
+    """Return the cups of a table after the move that `word` names."""
     kind, digits = re.fullmatch(r"([a-z]+)(\d+)", word).groups()
     cups = [int(digit) for digit in digits]
     new = list(table)
@@ -43,7 +43,7 @@ def move(table, word):
 
 
 @pytest.mark.parametrize("domain", sorted(DOMAINS))
-def test_puzzle_answers_equal_a_table_of_cups(domain):
+def test_puzzle_answers_equal_a_simulation(domain):
     rng = np.random.default_rng(3)
     for _ in range(40):
         puzzle = draw_puzzle(rng, domain, 10)
@@ -61,7 +61,7 @@ def words_of(batch, row):
     return [WORDS[i] for i in batch.input_ids[row].tolist()]
 
 
-def test_puzzle_labels_cover_reply_and_hidden_states():
+def test_puzzle_labels_cover_reply_and_cup_after_each_move():
     source = open_source(
         DataConfig(puzzles=PuzzleDataConfig(("swap", "flip"), 2, 8, 0.0)), "train", seed=1, total_steps=1
     )
@@ -90,7 +90,7 @@ def test_puzzle_labels_cover_reply_and_hidden_states():
     assert kinds == {"whole", "cut", "empty"}
 
 
-def test_puzzle_rows_depend_on_their_number_and_grow_with_the_run():
+def test_puzzle_rows_depend_on_row_number_and_grow_during_training():
     source = open_source(DataConfig(puzzles=PuzzleDataConfig(("swap",), 2, 10, 0.5)), "train", seed=1, total_steps=100)
     many, some = source.batch(0, 30, 80), source.batch(20, 4, 80)
     for index in range(4):
@@ -103,14 +103,14 @@ def test_puzzle_rows_depend_on_their_number_and_grow_with_the_run():
     assert not torch.equal(held_out.batch(0, 4, 0).input_ids[:, :20], some.input_ids[:, :20])
 
 
-def test_puzzle_tokenizer_reads_every_word_as_one_token():
+def test_puzzle_tokenizer_encodes_every_word_as_one_token():
     tokenizer = puzzle_tokenizer()
     words = conversation(["cup1", "swap01"], ["swap01", "cup0", "Wait"], "cup0")
     assert tokenizer.encode(" ".join(words)).tokens == words
     assert [tokenizer.token_to_id(word) for word in WORDS] == list(range(len(WORDS)))
 
 
-def test_impossible_puzzle_options_are_refused():
+def test_puzzle_refuses_invalid_options():
     with pytest.raises(ValueError, match="none is used twice"):
         draw_puzzle(np.random.default_rng(0), "flip", 11)
     with pytest.raises(ValueError, match="juggle"):

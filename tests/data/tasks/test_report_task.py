@@ -1,4 +1,4 @@
-"""The task that writes a report, against a naive simulation of cups on a table."""
+"""The report task, compared with a naive simulation of cups on a table."""
 
 import pytest
 import torch
@@ -14,13 +14,13 @@ NONE = -100
 
 
 def turn(table, word):
-    """`turn130`: what is at 1 goes to 3, from 3 to 0, from 0 to 1."""
+    """Apply a rotation in place. `turn130` moves the cup at 1 to 3, at 3 to 0 and at 0 to 1."""
     a, b, c = (int(digit) for digit in word[4:])
     table[b], table[c], table[a] = table[a], table[b], table[c]
 
 
 def places(start, words):
-    """Where a ball under cup `start` is at first and after every rotation."""
+    """Return the place of a ball under cup `start`, before the first and after every rotation."""
     table = [f"cup{i}" == start for i in range(5)]
     found = [start]
     for word in words:
@@ -30,7 +30,7 @@ def places(start, words):
 
 
 def row_of(words):
-    """What should follow the prompt `words`, and the labels of that whole row as a report and as a lesson."""
+    """Return the words that follow the prompt `words`, and the labels of the row as a report and as a lesson."""
     *read, _, start = words
     ordered = [word for word in TASK.game.instructions if word in read]
     after = places(start, ordered)
@@ -63,7 +63,7 @@ def test_report_lessons_are_in_training_rows_only():
     assert shares == [pytest.approx(0.7, abs=0.03), 0]
 
 
-def test_report_rows_depend_on_their_number_seed_and_split():
+def test_report_rows_depend_only_on_row_number_seed_and_split():
     ids, labels = TASK.rows(0, 30, 12, seed=1, split=0)
     some, some_labels = TASK.rows(13, 4, 12, seed=1, split=0)
     assert torch.equal(some, ids[13:17])
@@ -80,15 +80,15 @@ def test_report_starts_instructions_and_answers_are_balanced():
         assert (shares - 1 / n).abs().max() < 0.03
 
 
-def test_report_reading_order_says_nothing_about_writing_order():
+def test_report_reading_order_is_independent_of_writing_order():
     ids, _ = TASK.rows(0, 2000, 16, seed=0, split=1)
     read, written = ids[:, :16], ids[:, 18:34]
-    moments = (written[:, :, None] == read[:, None]).int().argmax(-1)  # [row, written instruction]: when it was read
+    moments = (written[:, :, None] == read[:, None]).int().argmax(-1)  # (row, written instruction): place in `read`
     follows = (moments[:, 1:] == moments[:, :-1] + 1).double().mean()
     assert abs(follows - 1 / 16) < 0.01
 
 
-def test_report_source_grows_its_rows_and_knows_the_longest():
+def test_report_source_grows_rows_to_sequence_length():
     config = DataConfig(
         task=TaskDataConfig(name="rotation_report", min_length=2, max_length=10, curriculum_fraction=0.5)
     )
@@ -104,7 +104,7 @@ def test_report_source_grows_its_rows_and_knows_the_longest():
 
 
 @pytest.mark.parametrize("name", ["rotation_report", "shell_game"])
-def test_mixed_lengths_stay_below_the_curriculum_and_are_reproducible(name):
+def test_mixed_lengths_stay_within_curriculum_and_are_reproducible(name):
     grown = DataConfig(task=TaskDataConfig(name=name, min_length=2, max_length=9, curriculum_fraction=0.5))
     mixed = DataConfig(
         task=TaskDataConfig(name=name, min_length=2, max_length=9, curriculum_fraction=0.5, mixed_lengths=True)
@@ -120,13 +120,13 @@ def test_mixed_lengths_stay_below_the_curriculum_and_are_reproducible(name):
     assert open_source(mixed, "validation", 3, 400).batch(0, 1, 0).input_ids.shape[1] == source.sequence_length
 
 
-def test_report_tokenizer_reads_what_the_task_writes():
+def test_report_tokenizer_encodes_task_text_to_task_ids():
     ids, _ = TASK.rows(0, 3, 8, seed=0, split=0)
     for row in ids.tolist():
         assert TASK.tokenizer().encode(TASK.text(row)).ids == row
 
 
-def test_report_with_too_many_instructions_names_the_limit():
+def test_report_error_names_instruction_limit():
     with pytest.raises(ValueError, match="20 different instructions"):
         TASK.rows(0, 1, 21, seed=0, split=0)
     with pytest.raises(ValueError, match=r"max_length.*20"):

@@ -1,4 +1,4 @@
-"""Generated tasks against naive simulators."""
+"""Generated state-tracking tasks, compared with naive simulators."""
 
 import itertools
 import re
@@ -12,7 +12,7 @@ from recurrent_depth.data.tasks.state import TASKS, bucket_name
 
 
 def play_shell_game(words):
-    """Swap cups on a table, look where the ball is."""
+    """Return the place of the ball at first and after every swap of cups."""
     table = [f"cup{i}" == words[0] for i in range(5)]
     places = [table.index(True)]
     for word in words[1:]:
@@ -39,7 +39,7 @@ def test_state_labels_equal_a_simulation(name, simulate):
         assert simulate(task.text(row).split()) == row_labels
 
 
-def test_permutation_automaton_generates_all_permutations():
+def test_permutation_automaton_moves_generate_all_permutations():
     moves = TASKS["permutation_automaton"].moves
     reached, frontier = {tuple(range(5))}, [tuple(range(5))]
     while frontier:
@@ -53,7 +53,7 @@ def test_permutation_automaton_generates_all_permutations():
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
-def test_state_rows_depend_on_their_number_alone(name):
+def test_state_rows_depend_only_on_row_number_seed_and_split(name):
     task = TASKS[name]
     ids, labels = task.rows(0, 40, 9, seed=1, split=0)
     some, some_labels = task.rows(17, 5, 6, seed=1, split=0)
@@ -72,7 +72,7 @@ def test_state_instructions_and_answers_are_balanced(name):
         assert (shares - 1 / n).abs().max() < 0.03
 
 
-def test_state_tokenizer_reads_what_the_task_writes():
+def test_state_tokenizer_encodes_task_text_to_task_ids():
     task = TASKS["shell_game"]
     ids, _ = task.rows(0, 3, 8, seed=0, split=0)
     tokenizer = task.tokenizer()
@@ -81,7 +81,7 @@ def test_state_tokenizer_reads_what_the_task_writes():
         assert re.fullmatch(r"cup\d( swap\d\d){8}", task.text(row))
 
 
-def test_curriculum_grows_to_its_full_length():
+def test_curriculum_grows_to_full_length():
     config = DataConfig(task=TaskDataConfig(name="shell_game", min_length=4, max_length=16, curriculum_fraction=0.5))
     source = open_source(config, "train", seed=0, total_steps=100)
     lengths = [source.batch(0, 2, step).input_ids.shape[1] - 1 for step in range(100)]
@@ -91,7 +91,7 @@ def test_curriculum_grows_to_its_full_length():
     assert open_source(config, "validation", 0, 100).batch(0, 2, 0).input_ids.shape == (2, 17)
 
 
-def test_bucket_names_cover_their_difficulties():
+def test_bucket_name_is_difficulty_range():
     assert [bucket_name(d) for d in (0, 1, 2, 3, 8, 9, 16, 17)] == [
         "0", "1-2", "1-2", "3-4", "5-8", "9-12", "13-16", "17-24",
     ]  # fmt: skip
@@ -101,6 +101,6 @@ def test_bucket_names_cover_their_difficulties():
     ("wrong", "message"),
     [({"name": "chess"}, "data.task.name"), ({"name": "shell_game", "min_length": 9, "max_length": 4}, "min_length")],
 )
-def test_impossible_task_options_name_the_field(wrong, message):
+def test_task_error_names_invalid_option(wrong, message):
     with pytest.raises(ValueError, match=message):
         open_source(DataConfig(task=TaskDataConfig(**wrong)), "train", 0, 10)

@@ -1,4 +1,4 @@
-"""A chat-completions server on this machine, real HTTP, whose answers a test decides."""
+"""A local HTTP server with the chat-completions API. The test supplies its answers."""
 
 import json
 import threading
@@ -8,11 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Answer = Callable[[dict[str, Any]], dict[str, Any] | int]
-"""From a request's body to a message (with optional `finish_reason`), or to an HTTP status."""
+"""Returns a message (with an optional `finish_reason`) or an HTTP status for the body of a request."""
 
 
 class ChatServer:
-    """Counts requests; `answer` may be exchanged while it runs."""
+    """Record all requests and how many ran at once. `answer` may be replaced while the server runs."""
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
@@ -75,5 +75,5 @@ def chat_server(answer: Answer) -> Iterator[ChatServer]:
 
 
 def asked(body: dict[str, Any]) -> str:
-    """The user's message of a request."""
+    """Return the user's message of a request."""
     return body["messages"][-1]["content"]

@@ -1,4 +1,4 @@
-"""Rows made by hand, and stages run on them."""
+"""Build example rows and run one curation stage on them."""
 
 from pathlib import Path
 from typing import Any

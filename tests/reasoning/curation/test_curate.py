@@ -1,4 +1,4 @@
-"""The whole recipe: funnel, dropped rows, report, caching, a killed run, and the shipped recipes."""
+"""`curate` from pool to report: funnel, dropped rows, cache, errors, a killed run and the shipped recipes."""
 
 import errno
 import json
@@ -40,7 +40,7 @@ STAGES = [
 
 @pytest.fixture
 def data(tmp_path, chat_folder):
-    """Twenty questions; rows 0 to 5 have one fault each."""
+    """Return a folder with a pool of twenty questions. Rows 0 to 5 have one fault each."""
     rows = [
         {
             "question": f"How many apples are {i} and {i} apples?",
@@ -105,7 +105,7 @@ def test_curation_accounts_for_every_row(data, tmp_path, chat_folder, capsys):
     assert "difficulty: 16 -> 15  (solved by small: 1)" in capsys.readouterr().err
 
 
-def test_report_escapes_text_of_the_data(data, tmp_path, chat_folder):
+def test_curation_report_escapes_text_of_rows(data, tmp_path, chat_folder):
     pool = [json.loads(line) for line in (data / "pool.jsonl").read_text().splitlines()]
     pool[7]["question"] += " <script>alert(1)</script> | a | b"
     write(data / "pool.jsonl", pool)
@@ -115,7 +115,7 @@ def test_report_escapes_text_of_the_data(data, tmp_path, chat_folder):
     assert {line.replace(r"\|", "").count("|") for line in lines if line.startswith("|")} <= {5, 6}
 
 
-def test_stages_run_once_and_a_change_repeats_only_what_it_touches(data, tmp_path, chat_folder):
+def test_curation_repeats_only_stages_affected_by_a_change(data, tmp_path, chat_folder):
     cache = tmp_path / "cache" / "stages"
 
     def run(out="out", stages=STAGES, **changes):
@@ -134,7 +134,7 @@ def test_stages_run_once_and_a_change_repeats_only_what_it_touches(data, tmp_pat
     assert run(seed=1)[0] == everything
     attempts = data / "attempts.jsonl"
     attempts.write_text(attempts.read_text().replace("-1", "-2"))
-    assert run()[0] == ["difficulty"]  # the rows that come out of it are the same, so the rest is known
+    assert run()[0] == ["difficulty"]  # its output rows are the same, so later stages come from the cache
     write(data / "test.jsonl", [{"question": "Something else"}])
     assert run()[0][0] == "decontaminate"
 
@@ -156,7 +156,7 @@ class Deadly(Stage):
 
 
 @pytest.mark.slow
-def test_killed_curation_continues_to_the_same_bytes(data, tmp_path, chat_folder):
+def test_curation_continues_after_kill_with_identical_files(data, tmp_path, chat_folder):
     (tmp_path / "deadly_stage.py").write_text(DEADLY)
     stages = [*STAGES[:3], {"stage": "deadly"}, *STAGES[4:]]
     options = {"pool": [{"path": "pool.jsonl"}], "stages": stages, "root": str(data), "imports": ["deadly_stage"]}
@@ -179,7 +179,7 @@ def test_killed_curation_continues_to_the_same_bytes(data, tmp_path, chat_folder
 
 
 class TestCurateErrors:
-    def test_stage_that_leaves_no_row_says_why(self, data, tmp_path, chat_folder):
+    def test_curation_without_remaining_rows_reports_reasons(self, data, tmp_path, chat_folder):
         stages = [{"stage": "quality"}, {"stage": "lengths", "tokenizer": "TOKENIZER", "at_least": 999}]
         with pytest.raises(ValueError, match=r"lengths left no row of 18 \(trace too short: 18\).*dropped\.parquet"):
             curate(recipe(data, tmp_path / "out", chat_folder, stages))
@@ -219,12 +219,12 @@ class TestCurateErrors:
             ),
         ],
     )
-    def test_wrong_recipe_fails_before_any_row_is_read(self, tmp_path, description, message):
+    def test_curation_refuses_invalid_recipe_before_reading_rows(self, tmp_path, description, message):
         config = CurateConfig(out=str(tmp_path / "out"), pool=[SourceConfig("nowhere.jsonl")], stages=[description])
         with pytest.raises(ValueError, match=message):
             curate(config)
 
-    def test_stage_that_loses_rows_is_an_error(self, data, tmp_path, chat_folder):
+    def test_curation_refuses_stage_that_loses_rows(self, data, tmp_path, chat_folder):
         @stage("forgetful")
         @dataclass(frozen=True)
         class Forgetful(Stage):
@@ -260,7 +260,7 @@ class TestCurateErrors:
             ("", {"stage": "difficulty", "models": [{"name": "a", "recorded": "none.jsonl"}]}, r"none\.jsonl does not"),
         ],
     )
-    def test_missing_file_model_or_package_is_named_before_any_stage_runs(
+    def test_curation_error_names_missing_file_model_or_package_before_stages_run(
         self, data, tmp_path, chat_folder, monkeypatch, missing, description, message
     ):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -271,7 +271,7 @@ class TestCurateErrors:
         assert not (tmp_path / "new").exists()
 
     @pytest.mark.parametrize("content", [None, "import nothing_at_all", "1 / 0"])
-    def test_import_that_fails_is_named(self, data, tmp_path, chat_folder, monkeypatch, content):
+    def test_curation_error_names_failing_import(self, data, tmp_path, chat_folder, monkeypatch, content):
         monkeypatch.chdir(tmp_path)
         name = f"own_stages_{content and len(content)}"
         if content:
@@ -280,18 +280,18 @@ class TestCurateErrors:
             curate(recipe(data, tmp_path / "out", chat_folder, imports=[name]))
         assert not (tmp_path / "out").exists()
 
-    def test_missing_pool_leaves_no_folder(self, tmp_path):
+    def test_curation_with_missing_pool_leaves_no_folder(self, tmp_path):
         config = CurateConfig(out=str(tmp_path / "new" / "out"), pool=[SourceConfig("nowhere.jsonl")])
         with pytest.raises(FileNotFoundError, match="nowhere"):
             curate(config)
         assert not (tmp_path / "new").exists()
 
-    def test_second_curation_into_the_same_folder_is_refused(self, data, tmp_path, chat_folder):
+    def test_curation_refuses_folder_in_use(self, data, tmp_path, chat_folder):
         (tmp_path / "out").mkdir()
         with folder_lock(tmp_path / "out"), pytest.raises(FolderInUseError, match="is in use by process"):
             curate(recipe(data, tmp_path / "out", chat_folder))
 
-    def test_damaged_outcome_in_the_cache_is_named(self, data, tmp_path, chat_folder):
+    def test_curation_refuses_damaged_cache(self, data, tmp_path, chat_folder):
         config = recipe(data, tmp_path / "out", chat_folder, STAGES[:2])
         curate(config)
         for file in ("kept.parquet", "dropped.parquet", "facts.json"):
@@ -302,7 +302,7 @@ class TestCurateErrors:
                     curate(config)
                 (place / file).write_bytes(content)
 
-    def test_full_disk_leaves_no_folder(self, data, tmp_path, chat_folder, monkeypatch):
+    def test_curation_on_full_disk_leaves_no_partial_files(self, data, tmp_path, chat_folder, monkeypatch):
         def full(*_, **__):
             raise OSError(errno.ENOSPC, "full")
 
@@ -312,18 +312,18 @@ class TestCurateErrors:
         assert not (tmp_path / "new" / "out" / "manifest.json").exists()
         assert not list((tmp_path / "new").rglob("*.tmp"))
 
-    def test_surrogates_in_a_pool_are_replaced(self, data, tmp_path, chat_folder):
+    def test_curation_replaces_lone_surrogates(self, data, tmp_path, chat_folder):
         (data / "pool.jsonl").write_text('{"question": "a\\ud800?", "answer": "1", "trace": "x"}\n')
         curate(recipe(data, tmp_path / "out", chat_folder, [{"stage": "quality"}]))
         assert [row.question for row in read_examples(tmp_path / "out")] == ["a??"]
 
-    def test_two_stages_of_one_name_are_refused(self):
+    def test_curation_refuses_two_stages_with_one_name(self):
         stages = [{"stage": "quality"}, {"stage": "quality"}]
         with pytest.raises(ValueError, match="stages: two are called 'quality'"):
             CurateConfig(out="x", pool=[SourceConfig("a")], stages=stages)
         CurateConfig(out="x", pool=[SourceConfig("a")], stages=[stages[0], {"stage": "quality", "name": "again"}])
 
-    def test_command_line_prints_no_traceback(self, tmp_path, capsys):
+    def test_curate_command_prints_error_without_traceback(self, tmp_path, capsys):
         (tmp_path / "r.yaml").write_text("pool: [{path: nowhere.jsonl}]\nstages: [{stage: quality}]\n")
         assert main(["curate", "--config", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "out")]) == 1
         error = capsys.readouterr().err
@@ -332,12 +332,12 @@ class TestCurateErrors:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_shipped_recipe_parses(path):
+def test_shipped_curation_recipe_parses(path):
     config = parse_options(CurateConfig, ["--config", str(path), "--out", "x"])
     assert [build_stage(description) for description in config.stages]
 
 
-def test_ablation_recipes_differ_in_their_selection_alone():
+def test_ablation_recipes_differ_only_in_selection():
     recipes = {path.stem: yaml.safe_load(path.read_text()) for path in RECIPES}
     assert {"s1", "gsm8k", "random", "diverse", "longest", "all"} <= set(recipes)
     names = {stem: [s["stage"] for s in recipe["stages"]] for stem, recipe in recipes.items()}
@@ -349,7 +349,7 @@ def test_ablation_recipes_differ_in_their_selection_alone():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="../shared/data/gsm8k is absent")
-def test_gsm8k_questions_of_the_test_set_are_dropped(tmp_path):
+def test_curation_drops_gsm8k_questions_that_overlap_test_set(tmp_path):
     config = CurateConfig(
         out=str(tmp_path / "out"),
         pool=[SourceConfig("train.jsonl", name="gsm8k", answer_format="gsm8k")],

@@ -1,4 +1,4 @@
-"""Difficulty from attempts, recorded or made by a server."""
+"""Stage `difficulty`: attempts from a file or from a server."""
 
 import json
 
@@ -16,7 +16,7 @@ def recorded(folder, name, attempts):
 
 
 class TestRecorded:
-    def test_question_that_any_model_solves_is_dropped(self, tmp_path):
+    def test_difficulty_drops_questions_that_any_model_solves(self, tmp_path):
         models = [
             recorded(tmp_path, "small", {0: "#### 1", 1: "#### 7", 2: "#### 8", 3: "4.0"}),
             recorded(tmp_path, "large", {0: "1", 1: "so\n#### 2.00", 2: "", 3: "5"}),
@@ -30,7 +30,7 @@ class TestRecorded:
             "large": {"correct": 2, "wrong": 2, "undecided": 0, "no attempt": 0},
         }
 
-    def test_rows_without_a_recorded_attempt_are_dropped(self, tmp_path):
+    def test_difficulty_drops_rows_without_recorded_attempt(self, tmp_path):
         models = [
             recorded(tmp_path, "small", {0: "9", 1: "9", 2: "9"}), recorded(tmp_path, "large", {0: "9", 3: "4"}),
         ]  # fmt: skip
@@ -44,25 +44,25 @@ class TestRecorded:
         kept = run_stage({"stage": "difficulty", "models": models, "keep_unknown": True}, rows, tmp_path)
         assert ids(kept.examples) == [0, 1, 2]
 
-    def test_attempts_at_other_rows_are_an_error(self, tmp_path):
+    def test_difficulty_refuses_attempts_at_other_rows(self, tmp_path):
         model = recorded(tmp_path, "small", {7: "1"})
         with pytest.raises(DataError, match=r"no attempt at any of the 2 rows; it has pool/7, the pool has pool/0"):
             run_stage({"stage": "difficulty", "models": [model]}, [example(0), example(1)], tmp_path)
 
     @pytest.mark.parametrize("line", ['{"id": "pool/0"}', '{"id": 0, "attempt": "1"}', "{"])
-    def test_damaged_line_of_attempts_is_named(self, tmp_path, line):
+    def test_difficulty_error_names_damaged_line_of_attempts(self, tmp_path, line):
         (tmp_path / "a.jsonl").write_text('{"id": "pool/0", "attempt": "1"}\n' + line + "\n")
         with pytest.raises(DataError, match="line 2"):
             run_stage({"stage": "difficulty", "models": [{"name": "a", "recorded": "a.jsonl"}]}, [example(0)], tmp_path)
 
-    def test_missing_file_of_attempts_is_named(self, tmp_path):
+    def test_difficulty_error_names_missing_attempts_file(self, tmp_path):
         with pytest.raises(DataError, match=r"nowhere\.jsonl does not exist"):
             run_stage(
                 {"stage": "difficulty", "models": [{"name": "a", "recorded": "nowhere.jsonl"}]}, [example()], tmp_path
             )
 
 
-def test_judge_without_a_verdict_leaves_the_attempt_ungraded(tmp_path):
+def test_difficulty_drops_rows_without_judge_verdict(tmp_path):
     def judge(body):
         text = asked(body)
         return {"content": "Yes" if "is 0 plus" in text else "No" if "is 1 plus" in text else "Purple."}
@@ -79,7 +79,7 @@ def test_judge_without_a_verdict_leaves_the_attempt_ungraded(tmp_path):
     }  # fmt: skip
 
 
-def test_attempts_by_a_server_are_graded(tmp_path):
+def test_difficulty_grades_attempts_of_a_server(tmp_path):
     with chat_server(lambda body: {"content": "2"} if "is 1 plus" in asked(body) else 400) as server:
         writer = {"url": server.url, "model": "m", "retries": 0}
         description = {"stage": "difficulty", "models": [{"name": "far", "writer": {"endpoint": writer}}]}

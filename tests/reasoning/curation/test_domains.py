@@ -1,4 +1,4 @@
-"""Domains by clustering, by a model, and those of the source."""
+"""Stage `domains`: labels from clustering, from a model and from the source."""
 
 import json
 
@@ -16,7 +16,7 @@ PAGES = "Anna reads {} pages of a book on Monday and {} pages on Friday; how man
 class TestDomains:
     ROWS = tuple(example(i, question=(TRAINS, APPLES, PAGES)[i % 3].format(i + 2, 3 * i + 5)) for i in range(30))
 
-    def test_clusters_find_topics_and_are_named_by_their_words(self, tmp_path):
+    def test_domain_clusters_match_topics_and_are_named_by_topic_words(self, tmp_path):
         (tmp_path / "test.jsonl").write_text(json.dumps({"question": TRAINS.format(1, 2)}) + "\n")
         labeller = {"clusters": {"count": 3, "components": 4, "terms": 4}}
         description = {"stage": "domains", "labeller": labeller, "benchmark": [{"path": "test.jsonl"}]}
@@ -31,23 +31,23 @@ class TestDomains:
         again = run_stage(description, list(self.ROWS), tmp_path, seed=1)
         assert again.examples == outcome.examples
 
-    def test_more_clusters_than_rows_are_refused(self, tmp_path):
+    def test_domain_clustering_refuses_more_clusters_than_rows(self, tmp_path):
         with pytest.raises(DataError, match="30 rows cannot form 31 clusters"):
             run_stage({"stage": "domains", "labeller": {"clusters": {"count": 31}}}, list(self.ROWS), tmp_path)
 
-    def test_questions_without_common_words_are_refused(self, tmp_path):
+    def test_domain_clustering_refuses_questions_without_common_words(self, tmp_path):
         rows = [example(i, question=f"{i} + 1?") for i in range(4)]
         with pytest.raises(DataError, match="too few words"):
             run_stage({"stage": "domains", "labeller": {"clusters": {"count": 2}}}, rows, tmp_path)
 
-    def test_labels_of_the_source_are_used(self, tmp_path):
+    def test_domains_stage_keeps_source_labels(self, tmp_path):
         rows = [example(0, domain="algebra"), example(1), example(2, domain="algebra")]
         outcome = run_stage({"stage": "domains"}, rows, tmp_path)
         assert ids(outcome.examples) == [0, 2]
         assert reasons(outcome) == {1: "no domain"}
         assert outcome.facts == {"domains": {"algebra": 2}}
 
-    def test_labels_of_a_model_are_used(self, tmp_path):
+    def test_domains_stage_uses_model_labels(self, tmp_path):
         answers = {0: "Algebra", 1: "**geometry**.", 2: "Cooking", 3: 500}
 
         def name(body):

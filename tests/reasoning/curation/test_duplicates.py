@@ -1,4 +1,4 @@
-"""Duplicates on rows made by hand, and decontamination against brute force."""
+"""Stages `exact_duplicates` and `decontaminate`, the second compared with brute force."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from reasoning.curation.rows import example, ids, reasons, run_stage
 
 
-def test_duplicates_differ_only_in_case_and_white_space(tmp_path):
+def test_exact_duplicates_ignore_case_and_white_space(tmp_path):
     questions = ["How many  apples?", "how many\napples?", "How many apples ?", "HOW MANY APPLES?"]
     outcome = run_stage(
         {"stage": "exact_duplicates"}, [example(i, question=q) for i, q in enumerate(questions)], tmp_path
@@ -26,7 +26,7 @@ class TestDecontamination:
         rows = [example(i, question=question) for i, question in enumerate(questions)]
         return run_stage({"stage": "decontaminate", "against": against, **options}, rows, tmp_path)
 
-    def test_questions_that_share_eight_words_are_dropped(self, tmp_path):
+    def test_decontamination_drops_questions_that_share_eight_words(self, tmp_path):
         outcome = self.run(
             tmp_path,
             [
@@ -41,7 +41,7 @@ class TestDecontamination:
         assert outcome.drops[0].detail == "two three four five six seven eight nine"
         assert outcome.facts == {"test": {"questions": 2, "shorter than n words": 1}}
 
-    def test_length_of_the_ngram_is_an_option(self, tmp_path):
+    def test_decontamination_uses_given_ngram_length(self, tmp_path):
         assert ids(self.run(tmp_path, ["two three four", "two four three"], n=3).examples) == [1]
 
     def test_decontamination_equals_brute_force(self, tmp_path):
@@ -61,7 +61,7 @@ class TestDecontamination:
         assert 0 < len(expected) < len(pool)
         assert ids(self.run(tmp_path, pool, test, n=4).examples) == expected
 
-    def test_evaluation_row_without_a_question_is_an_error(self, tmp_path):
+    def test_decontamination_refuses_evaluation_row_without_question(self, tmp_path):
         (tmp_path / "test.jsonl").write_text('{"prompt": "Q"}\n')
         with pytest.raises(ValueError, match=r"row 0: no question.*\['prompt'\]"):
             run_stage({"stage": "decontaminate", "against": [{"path": "test.jsonl"}]}, [example()], tmp_path)

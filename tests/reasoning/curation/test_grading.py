@@ -1,4 +1,4 @@
-"""The rule-based checker and the judge."""
+"""Grading of answers by rules and by a judge model."""
 
 import time
 
@@ -25,7 +25,7 @@ DIFFERENT = [
 
 @pytest.fixture(scope="module")
 def verdicts():
-    """All cases by one grader, since the process that compares takes a second to start."""
+    """Return the verdicts of one grader on all cases, and the endless case. Its process takes a second to start."""
     hangs = ("9^{9^{9^{9}}}", "9^{9^{9^{9}}+1}")
     cases = [*SAME, hangs, *DIFFERENT]
     found = RuleGrader(timeout_s=3).grade([Item("", *case) for case in cases])
@@ -33,16 +33,16 @@ def verdicts():
 
 
 @pytest.mark.parametrize("case", SAME)
-def test_rule_accepts_the_same_answer(verdicts, case):
+def test_rule_grader_accepts_equal_answer(verdicts, case):
     assert verdicts[0][case].correct is True
 
 
 @pytest.mark.parametrize("case", DIFFERENT)
-def test_rule_rejects_another_answer(verdicts, case):
+def test_rule_grader_rejects_different_answer(verdicts, case):
     assert verdicts[0][case].correct is False
 
 
-def test_endless_comparison_is_stopped_and_later_ones_run(verdicts):
+def test_rule_grader_stops_endless_comparison_and_continues(verdicts):
     found, hangs = verdicts
     assert found[hangs].correct is None
     assert found[hangs].note == "no verdict within 3 s"
@@ -72,13 +72,13 @@ def test_judge_verdict_is_its_last_line(tmp_path, text, correct):
         assert part in asked(requests[0])
 
 
-def test_judge_that_fails_gives_no_verdict(tmp_path):
+def test_judge_failure_gives_no_verdict(tmp_path):
     outcome, _ = judging(lambda body: 500, tmp_path, 2)
     assert outcome.facts == {"correct": 0, "wrong": 0, "undecided": 2, "no answer to grade": 0}
     assert not outcome.drops
 
 
-def test_traces_are_graded_by_their_answers(tmp_path):
+def test_grade_traces_compares_trace_answers(tmp_path):
     rows = [
         example(0, trace_answer="1.0"),
         example(1, trace_answer="#### 7"),
@@ -90,7 +90,7 @@ def test_traces_are_graded_by_their_answers(tmp_path):
     assert outcome.facts == {"correct": 1, "wrong": 1, "undecided": 0, "no answer to grade": 2}
 
 
-def test_checker_process_ends_with_the_grader(tmp_path):
+def test_rule_grader_process_ends_after_grading(tmp_path):
     import multiprocessing
 
     before = {process.pid for process in multiprocessing.active_children()}

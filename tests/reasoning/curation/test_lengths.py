@@ -1,4 +1,4 @@
-"""Trace lengths in tokens."""
+"""Stage `lengths`: trace lengths in tokens."""
 
 import pytest
 
@@ -20,6 +20,6 @@ def test_trace_tokens_are_counted_and_limited(chat_folder, tmp_path):
     assert outcome.drops[1].detail == f"{expected[3]} tokens"
 
 
-def test_missing_tokenizer_is_named(tmp_path):
+def test_lengths_error_names_missing_tokenizer(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.json does not exist"):
         run_stage({"stage": "lengths", "tokenizer": "nothing.json"}, [example()], tmp_path)

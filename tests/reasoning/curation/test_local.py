@@ -1,4 +1,4 @@
-"""Replies of a model in this process: a recurrent-depth model, or one of transformers."""
+"""Local writer: replies of a recurrent-depth model or a transformers model in this process."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ class TestLocal:
     def config(folder, **changes):
         return LocalConfig(str(folder), max_new_tokens=6, num_steps=2, batch_size=2, **changes)
 
-    def test_recurrent_model_writes_what_the_engine_writes_for_one_prompt(self, chat_folder, tmp_path):
+    def test_local_recurrent_model_replies_equal_single_prompt_decoding(self, chat_folder, tmp_path):
         replies = self.config(chat_folder).open().write(self.PROMPTS, ReplyCache(tmp_path / "a.jsonl"))
         model, tokenizer = load_model(chat_folder)
         for prompt, reply in zip(self.PROMPTS, replies, strict=True):
@@ -27,7 +27,7 @@ class TestLocal:
             assert reply.text == tokenizer.decode(alone, skip_special_tokens=True)
             assert (reply.tokens_in, reply.tokens_out, reply.finish) == (len(tokens), 6, "length")
 
-    def test_transformers_model_writes_its_most_likely_tokens(self, chat_folder, tmp_path):
+    def test_local_transformers_model_decodes_greedily(self, chat_folder, tmp_path):
         from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
         tokenizer = AutoTokenizer.from_pretrained(chat_folder)
@@ -49,14 +49,14 @@ class TestLocal:
             written = written[: next((i + 1 for i, token in enumerate(written) if token in stop), 6)]
             assert reply.text == tokenizer.decode(written, skip_special_tokens=True)
 
-    def test_stop_texts_end_a_reply(self, chat_folder, tmp_path):
+    def test_local_reply_ends_at_stop_text(self, chat_folder, tmp_path):
         whole = self.config(chat_folder).open().write(self.PROMPTS[:1], ReplyCache(tmp_path / "a.jsonl"))[0].text
         config = self.config(chat_folder, stop=[whole[3:5]])
         cut = config.open().write(self.PROMPTS[:1], ReplyCache(tmp_path / "b.jsonl"))[0]
         assert (cut.text, cut.finish) == (whole[: whole.find(whole[3:5])], "stop")
         assert config.fingerprint() != self.config(chat_folder).fingerprint()
 
-    def test_killed_run_decodes_only_the_missing_batches(self, chat_folder, tmp_path):
+    def test_local_writer_decodes_only_missing_batches_after_interrupt(self, chat_folder, tmp_path):
         class WatchedCache(ReplyCache):
             allowed = 99
 
@@ -76,7 +76,7 @@ class TestLocal:
         assert resumed == self.config(chat_folder).open().write(self.PROMPTS, ReplyCache(tmp_path / "b.jsonl"))
         assert file.read_bytes() == (tmp_path / "b.jsonl").read_bytes()
 
-    def test_difficulty_stage_runs_a_local_model(self, chat_folder, tmp_path):
+    def test_difficulty_stage_runs_local_model(self, chat_folder, tmp_path):
         writer = {"model": str(chat_folder), "max_new_tokens": 4, "num_steps": 2}
         models = [{"name": "ours", "writer": {"local": writer}, "prompt": "Q: {question}"}]
         outcome = run_stage({"stage": "difficulty", "models": models}, [example(i) for i in range(3)], tmp_path)

@@ -1,4 +1,4 @@
-"""Filters of quality on rows made by hand."""
+"""Stage `quality`: every filter on example rows."""
 
 import pytest
 
@@ -25,7 +25,7 @@ ALL = {"stage": "quality"}
         ("generation error", {"trace": "So it goes. " + "Let me check this once more. " * 5}),
     ],
 )
-def test_faults_are_dropped_with_their_reason(tmp_path, reason, changes):
+def test_quality_filters_drop_faulty_rows_with_reason(tmp_path, reason, changes):
     outcome = run_stage(ALL, [example(0, **changes), example(1)], tmp_path)
     assert reasons(outcome) == {0: reason}
     assert outcome.drops[0].detail
@@ -42,11 +42,11 @@ def test_faults_are_dropped_with_their_reason(tmp_path, reason, changes):
         {"trace": "2 + 2 = 4. " * 3},
     ],
 )
-def test_rows_without_fault_are_kept(tmp_path, changes):
+def test_quality_filters_keep_rows_without_fault(tmp_path, changes):
     assert not run_stage(ALL, [example(0, **changes)], tmp_path).drops
 
 
-def test_filters_can_be_chosen_and_added(tmp_path):
+def test_quality_filters_can_be_chosen_and_added(tmp_path):
     rows = [example(0, trace="", question="[asy]"), example(1, question="A riddle?")]
     assert reasons(run_stage({"stage": "quality", "filters": ["asy drawing"]}, rows, tmp_path)) == {0: "asy drawing"}
 

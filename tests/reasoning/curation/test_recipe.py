@@ -1,4 +1,4 @@
-"""The shipped recipe of s1 is the published one."""
+"""The shipped s1 recipe has the published settings."""
 
 import math
 from pathlib import Path
@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 S1 = ["--config", str(CONFIGS / "finetune" / "s1.yaml")]
 
 
-def test_s1_schedule_is_five_epochs_with_a_cosine_to_zero():
+def test_s1_schedule_is_five_epochs_with_cosine_decay_to_zero():
     config = parse_options(TrainCommand, S1).run_config()
     assert config.steps == 5 * math.ceil(1000 / config.batch_size) == 315
     assert config.model == SHAPES["huginn-3.5b"]
@@ -31,7 +31,7 @@ def test_s1_schedule_is_five_epochs_with_a_cosine_to_zero():
     assert sorted(rates[16:], reverse=True) == rates[16:]
 
 
-def test_s1_recipe_is_read_by_the_dense_control():
+def test_dense_control_uses_s1_optimizer_settings():
     import torch
 
     run = parse_options(DenseConfig, ["--run", S1[1], "--model", "somewhere", "--out", "dense"]).run
@@ -40,7 +40,7 @@ def test_s1_recipe_is_read_by_the_dense_control():
     assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 0.0]
 
 
-def test_s1_rows_use_spare_tokens_and_fit_the_rotary_table():
+def test_s1_rows_use_spare_tokens_and_model_block_size():
     config = parse_options(ReasoningDataConfig, ["--config", str(CONFIGS / "data" / "s1.yaml")])
     assert config.format.delimiters == SPARES.delimiters
     assert config.block == SHAPES["huginn-3.5b"].block_size

@@ -1,4 +1,4 @@
-"""Draws: exact probabilities, both published rules, the seed set, the ablations."""
+"""Selection stages: exact probabilities of draws, both published rules, the seed set and the ablations."""
 
 from collections import Counter
 from fractions import Fraction
@@ -13,13 +13,13 @@ from recurrent_depth.reasoning.curation.selection import draw_rank
 
 
 def pool(lengths):
-    """domain -> trace lengths."""
+    """Return one row per trace length. `lengths` maps a domain to its trace lengths."""
     rows = [(domain, length) for domain, values in lengths.items() for length in values]
     return [example(i, domain=domain, trace_tokens=length) for i, (domain, length) in enumerate(rows)]
 
 
 def exact_draws(lengths, size, by_length=True):
-    """Probability of every ordered draw of rows, by enumeration with fractions."""
+    """Return the exact probability of every set of drawn rows, by enumeration of ordered draws."""
     rows = pool(lengths)
     result = {}
     for order in permutations(rows, size):
@@ -37,7 +37,7 @@ def exact_draws(lengths, size, by_length=True):
 
 
 def assert_distributed(counts, expected, samples):
-    """Chi-squared against exact probabilities; the seeds are fixed, so this cannot flicker."""
+    """Check counts against exact probabilities by chi-squared. Fixed seeds make the result deterministic."""
     assert set(counts) <= {key for key, p in expected.items() if p}
     statistic = sum((counts[key] - samples * float(p)) ** 2 / (samples * float(p)) for key, p in expected.items())
     freedom = len(expected) - 1
@@ -48,20 +48,20 @@ class TestDraws:
     SAMPLES = 3000
 
     @pytest.mark.parametrize("n", [1, 2, 5])
-    def test_rank_has_weight_two_to_the_minus_rank(self, n):
+    def test_draw_rank_has_weight_two_to_minus_rank(self, n):
         generator = np.random.default_rng(0)
         counts = Counter(draw_rank(generator, n) for _ in range(self.SAMPLES))
         total = sum(Fraction(1, 2**k) for k in range(n))
         assert_distributed(counts, {k: Fraction(1, 2**k) / total for k in range(n)}, self.SAMPLES)
 
-    def test_ranks_of_a_large_domain_stay_in_range(self):
+    def test_draw_rank_stays_small_in_large_domain(self):
         generator = np.random.default_rng(0)
         ranks = [draw_rank(generator, 5000) for _ in range(4000)]
         assert max(ranks) < 40
         assert 0.45 < ranks.count(0) / 4000 < 0.55
 
     @pytest.mark.parametrize("by_length", [True, False])
-    def test_drawn_sets_have_the_exact_probabilities(self, tmp_path, by_length):
+    def test_diverse_selection_has_exact_probabilities(self, tmp_path, by_length):
         lengths = {"a": [10, 30, 20, 40], "b": [5, 5]}
         description = {"stage": "diverse", "size": 3, "by_length": by_length}
         counts = Counter(
@@ -70,7 +70,7 @@ class TestDraws:
         )
         assert_distributed(counts, exact_draws(lengths, 3, by_length), self.SAMPLES)
 
-    def test_domains_are_drawn_uniformly_until_one_is_empty(self, tmp_path):
+    def test_diverse_selection_draws_domains_uniformly_until_one_is_empty(self, tmp_path):
         rows = pool({"a": [1] * 4, "b": [1] * 300, "c": [1] * 300})
         chosen = run_stage({"stage": "diverse", "size": 304}, rows, tmp_path).examples
         counts = Counter(row.domain for row in chosen)
@@ -78,7 +78,7 @@ class TestDraws:
         assert 120 < counts["b"] < 180
         assert {row.picked for row in chosen} == {"uniform"}
 
-    def test_benchmark_weights_apply_after_the_uniform_draws(self, tmp_path):
+    def test_diverse_selection_applies_benchmark_weights_after_uniform_draws(self, tmp_path):
         rows = pool({"a": range(500), "b": range(500), "c": range(500)})
         description = {"stage": "diverse", "size": 600, "domains": "benchmark", "uniform_until": 300}
         outcome = run_stage(description | {"weights": {"a": 3, "b": 1, "z": 9}}, rows, tmp_path)
@@ -88,7 +88,7 @@ class TestDraws:
         assert 200 < by_rule["benchmark", "a"] < 250
         assert by_rule["benchmark", "c"] == 0
 
-    def test_benchmark_weights_come_from_the_stage_domains(self, tmp_path):
+    def test_diverse_selection_takes_benchmark_weights_from_domains_stage(self, tmp_path):
         rows = pool({"a": range(50), "b": range(50)})
         description = {"stage": "diverse", "size": 20, "domains": "benchmark", "uniform_until": 0}
         outcome = run_stage(description, rows, tmp_path, facts={"domains": {"benchmark": {"b": 7}}})
@@ -96,13 +96,13 @@ class TestDraws:
         with pytest.raises(DataError, match="benchmark needs how often"):
             run_stage(description, rows, tmp_path)
 
-    def test_draws_are_uniform_when_benchmark_domains_are_used_up(self, tmp_path):
+    def test_diverse_selection_is_uniform_after_benchmark_domains_are_empty(self, tmp_path):
         rows = pool({"a": range(5), "b": range(50)})
         description = {"stage": "diverse", "size": 20, "domains": "benchmark", "uniform_until": 0, "weights": {"a": 1}}
         outcome = run_stage(description, rows, tmp_path)
         assert outcome.facts["drawn"] == {"benchmark": 5, "uniform": 15}
 
-    def test_seed_set_is_selected_first(self, tmp_path):
+    def test_diverse_selection_takes_seed_set_first(self, tmp_path):
         rows = [
             example(0, source="AIME 1990", trace_correct=True),
             example(1, source="AIME 1990", trace_correct=False),
@@ -122,11 +122,11 @@ class TestDraws:
             run_stage({"stage": "diverse", "size": 1, "seeds": seeds}, rows, tmp_path)
 
     @pytest.mark.parametrize("kind", ["diverse", "random", "longest"])
-    def test_fewer_rows_than_size_are_refused(self, tmp_path, kind):
+    def test_selection_refuses_fewer_rows_than_size(self, tmp_path, kind):
         with pytest.raises(DataError, match="3 rows are left, fewer than size 4"):
             run_stage({"stage": kind, "size": 4}, pool({"a": [1, 2, 3]}), tmp_path)
 
-    def test_rows_without_label_or_length_are_refused(self, tmp_path):
+    def test_diverse_selection_refuses_rows_without_domain_or_length(self, tmp_path):
         with pytest.raises(DataError, match=r"1 rows have no domain.*stage `domains`"):
             run_stage({"stage": "diverse", "size": 1}, [example(0)], tmp_path)
         with pytest.raises(DataError, match=r"no trace_tokens.*stage `lengths`"):
@@ -142,13 +142,13 @@ def example_like(row, **changes):
 class TestAblations:
     ROWS = tuple(example(i, trace_tokens=(7 * i) % 10) for i in range(6))
 
-    def test_longest_selects_the_longest_traces(self, tmp_path):
+    def test_longest_selection_takes_longest_traces(self, tmp_path):
         outcome = run_stage({"stage": "longest", "size": 2}, list(self.ROWS), tmp_path)
         lengths = {i: (7 * i) % 10 for i in range(6)}
         assert sorted(ids(outcome.examples)) == sorted(sorted(lengths, key=lambda i: -lengths[i])[:2])
         assert {row.picked for row in outcome.examples} == {"longest"}
 
-    def test_random_selects_every_set_equally_often(self, tmp_path):
+    def test_random_selection_draws_every_set_equally_often(self, tmp_path):
         samples = 3000
         counts = Counter(
             frozenset(ids(run_stage({"stage": "random", "size": 2}, list(self.ROWS)[:4], tmp_path, seed=seed).examples))

@@ -1,4 +1,4 @@
-"""A teacher behind a real HTTP server: traces, costs, concurrency, failures and resuming."""
+"""Stage `teacher` with a local HTTP server: traces, costs, concurrency, failures and restart."""
 
 import json
 import time
@@ -28,7 +28,7 @@ def thoughtful(body):
     return {"content": f"<think>\nI read: {asked(body)}\n</think>\n\nIt is 1."}
 
 
-def test_rows_without_a_trace_get_one(tmp_path):
+def test_teacher_writes_traces_for_rows_without_one(tmp_path):
     rows = [example(0), *lacking(3)[1:]]
     with chat_server(thoughtful) as server:
         options = {"prices": {"tokens_in": 2.0, "tokens_out": 10.0}, "writer": WRITER}
@@ -52,19 +52,19 @@ def test_rows_without_a_trace_get_one(tmp_path):
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
-def test_reasoning_field_of_a_server_is_the_trace(tmp_path, field):
+def test_teacher_reads_trace_from_reasoning_field(tmp_path, field):
     with chat_server(lambda body: {"content": "42", field: "Long thoughts."}) as server:
         row = run_stage(stage(server.url), lacking(1), tmp_path).examples[0]
     assert (row.trace, row.trace_answer) == ("Long thoughts.", "42")
 
 
-def test_reply_cut_at_its_limit_is_dropped(tmp_path):
+def test_teacher_drops_reply_cut_at_token_limit(tmp_path):
     with chat_server(lambda body: {"content": "<think> and", "finish_reason": "length"}) as server:
         outcome = run_stage(stage(server.url), lacking(1), tmp_path)
     assert reasons(outcome) == {0: "teacher cut at its limit"}
 
 
-def test_requests_run_at_the_given_concurrency(tmp_path):
+def test_endpoint_sends_requests_at_given_concurrency(tmp_path):
     def slow(body):
         time.sleep(0.1)
         return {"content": "ok"}
@@ -82,7 +82,7 @@ class TestServerFailures:
 
         return answer
 
-    def test_next_run_asks_only_for_missing_replies(self, tmp_path):
+    def test_teacher_rerun_requests_only_missing_replies(self, tmp_path):
         with chat_server(self.fails_for(1, 3)) as server:
             with pytest.raises(DataError, match=r"2 of 5 requests failed.*status 500.*run the command again"):
                 run_stage(stage(server.url), lacking(5), tmp_path)
@@ -94,13 +94,13 @@ class TestServerFailures:
         assert ids(outcome.examples) == [0, 1, 2, 3, 4]
         assert outcome.facts["requests"] == 5
 
-    def test_allowed_failures_are_dropped_and_counted(self, tmp_path):
+    def test_teacher_drops_and_counts_allowed_failures(self, tmp_path):
         with chat_server(self.fails_for(1)) as server:
             outcome = run_stage(stage(server.url, writer={"allowed_failures": 0.2}), lacking(5), tmp_path)
         assert reasons(outcome) == {1: "teacher failed"}
         assert outcome.facts["failed"] == 1
 
-    def test_temporary_failures_are_retried(self, tmp_path):
+    def test_endpoint_retries_temporary_failures(self, tmp_path):
         failed = []
 
         def once(body):
@@ -110,14 +110,14 @@ class TestServerFailures:
         with chat_server(once) as server:
             assert len(run_stage(stage(server.url, writer={"retries": 1}), lacking(1), tmp_path).examples) == 1
 
-    def test_server_that_always_fails_gets_no_more_requests(self, tmp_path):
+    def test_endpoint_stops_requests_after_repeated_failures(self, tmp_path):
         with chat_server(lambda body: 401) as server:
             options = {"writer": {"give_up_after": 4, "concurrency": 1}}
             with pytest.raises(DataError, match="50 of 50 requests failed"):
                 run_stage(stage(server.url, **options), lacking(50), tmp_path)
             assert len(server.requests) == 4
 
-    def test_response_that_is_not_a_completion_is_a_failure(self, tmp_path):
+    def test_endpoint_counts_malformed_response_as_failure(self, tmp_path):
         with (
             chat_server(lambda body: {}) as server,
             pytest.MonkeyPatch.context() as patch,
@@ -126,7 +126,7 @@ class TestServerFailures:
             with pytest.raises(DataError, match="1 of 1 requests failed"):
                 run_stage(stage(server.url), lacking(1), tmp_path)
 
-    def test_unreachable_server_is_reported(self, tmp_path):
+    def test_endpoint_reports_unreachable_server(self, tmp_path):
         with chat_server(thoughtful) as server:
             url = server.url
         with pytest.raises(DataError, match=r"requests failed.*Connection"):
@@ -134,7 +134,7 @@ class TestServerFailures:
 
 
 class TestReplyCache:
-    def test_unfinished_last_line_is_removed(self, tmp_path):
+    def test_reply_cache_removes_unfinished_last_line(self, tmp_path):
         file = tmp_path / "a.jsonl"
         ReplyCache(file).put({"k1": Reply("one"), "k2": Reply("zwei é\nthree")})
         whole = file.read_bytes()
@@ -146,12 +146,12 @@ class TestReplyCache:
             assert again.get("k3") == Reply("four")
             assert len(again.replies) == 1 + whole[:size].count(b"\n")
 
-    def test_damaged_line_is_an_error(self, tmp_path):
+    def test_reply_cache_error_names_damaged_line(self, tmp_path):
         (tmp_path / "a.jsonl").write_text('{"key": "a"}\n' + json.dumps({"key": "b", "text": "t"}) + "\n")
         with pytest.raises(DataError, match="line 1 is damaged"):
             ReplyCache(tmp_path / "a.jsonl")
 
-    def test_fingerprint_depends_on_the_request_alone(self):
+    def test_endpoint_fingerprint_depends_only_on_request(self):
         base = EndpointConfig("http://a/v1", "m")
         assert base.fingerprint() == EndpointConfig("http://b/v1", "m", concurrency=2, timeout_s=1.0).fingerprint()
         changes = {"model": "n", "system": "s", "max_tokens": 5, "temperature": 0.5, "seed": 1, "extra": {"a": 1}}
@@ -160,12 +160,12 @@ class TestReplyCache:
             assert changed.fingerprint() != base.fingerprint()
 
 
-def test_prompt_without_the_question_is_refused(tmp_path):
+def test_teacher_refuses_prompt_without_question(tmp_path):
     with pytest.raises(ValueError, match=r"lacks \{question\}"):
         run_stage(stage("http://localhost", prompt="Go"), lacking(1), tmp_path)
 
 
-def test_prompt_keeps_braces_of_latex(tmp_path):
+def test_teacher_prompt_keeps_latex_braces(tmp_path):
     row = example(0, trace="", question=r"Simplify \frac{1}{2} and {answer}, {question}.")
     with chat_server(thoughtful) as server:
         run_stage(stage(server.url), [row], tmp_path)
