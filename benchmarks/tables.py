@@ -295,6 +295,7 @@ def gpu_training(entries: dict[str, Row]) -> str:
          f"{100 * e['mfu']:.1f}", f"{100 * e['hfu']:.1f}",
          f"{e['peak_memory_bytes'] / 2**30:.1f} ({e['planned_peak_bytes'] / 2**30:.1f})"]
         for e in entries.values()
+        if e["shape"] == "huginn-3.5b"
     ]  # fmt: skip
     return markdown(["blocks", "recomputed", "ms", "tokens/s", "MFU, %", "HFU, %", "peak GiB (planned)"], rows)
 
@@ -346,7 +347,8 @@ def gpu_summary(training: dict[str, Row], decoding: dict[str, Row]) -> str:
 
 def _gpu(stage: str) -> dict[str, Row]:
     """Return the entries of a stage of the GPU suite, measured on an H200."""
-    return read_result(f"h200/{stage}")["entries"]
+    entries = read_result(f"h200/{stage}")["entries"]
+    return {name: e for name, e in entries.items() if not {"failure", "does_not_fit", "bytes_per_second"} & e.keys()}
 
 
 def _part(name: str) -> dict[str, Any]:

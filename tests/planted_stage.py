@@ -13,4 +13,6 @@ def run(stage):
     stage.measure("after the failure", lambda: {"value": 1.0})
     if os.environ.get("PLANTED") == "killed":
         stage.measure("killed", lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if os.environ.get("PLANTED") == "short":
+        return
     stage.measure("no end", lambda: time.sleep(600))

@@ -42,7 +42,7 @@ def test_suite_names_a_wrong_device_and_a_timeout(tmp_path, planted, capsys):
 def test_suite_names_the_measurement_that_killed_its_process(tmp_path, planted, monkeypatch):
     monkeypatch.setenv("PLANTED", "killed")
     rows = suite.run_suite(tmp_path, 1, planted)
-    assert rows[0]["failed"] == ["wrong device", "killed"]
+    assert rows[0]["failed"] == ["wrong device", "killed", "no end"]  # what comes after the crash is measured too
     assert "status -9" in json.loads((tmp_path / "planted.json").read_text())["entries"]["killed"]["failure"]
 
 
@@ -64,6 +64,19 @@ def test_stage_repeats_failed_measurements_only(tmp_path):
     assert calls == ["good", "bad", "bad"]
     with pytest.raises(TimeOver):
         Stage(tmp_path / "s.json", -1).measure("new", measured, "new", False)
+
+
+def test_suite_repeats_a_stage_in_which_something_failed(tmp_path, planted, monkeypatch):
+    monkeypatch.setenv("PLANTED", "short")
+    for _ in range(2):
+        assert suite.run_suite(tmp_path, 1, planted)[0]["failed"] == ["wrong device"]
+    assert not json.loads((tmp_path / "planted.json").read_text())["finished"]
+
+
+def test_stage_refuses_the_file_of_another_machine(tmp_path):
+    (tmp_path / "s.json").write_text(json.dumps({"environment": {"gpu": "another"}, "entries": {}}))
+    with pytest.raises(ValueError, match="another machine"):
+        Stage(tmp_path / "s.json", 60)
 
 
 def wrong(gate_up):

@@ -325,6 +325,8 @@ def decode_the_same(
     flat = lambda rows: [value for row in rows for value in row]  # noqa: E731
     values = lambda d: flat(d.tokens) + ([] if isinstance(mode, Speculation) else flat(d.steps))  # noqa: E731
     differing = sum(a != b for other in others for a, b in zip(values(plain), values(other), strict=True))
+    if options.exit is not None:
+        assert len(set(flat(plain.steps))) > 1, "no exit fired: the comparison shows nothing"
     kinds = len(set(flat(plain.tokens)))
     assert kinds > 3, f"only {kinds} different tokens: the comparison shows nothing"
     return limited(differing, 0) | {"tokens": 2 * len(flat(plain.tokens)), "different_tokens": kinds}

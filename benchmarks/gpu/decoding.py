@@ -6,6 +6,7 @@ graphs; each with torch's operations and with the kernels.
 """
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -68,20 +69,23 @@ def cases() -> list[dict[str, Any]]:
 
 
 def run(stage: Stage) -> None:
-    speed = stage.measure("copy bandwidth", copy, stage)
+    speed = (stage.measure("copy bandwidth", copy, stage) or {"bytes_per_second": math.nan})["bytes_per_second"]
     models: dict[str, RecurrentDepthModel] = {}
     for case in cases():
         name = ", ".join(f"{key} {value}" for key, value in case.items() if value is not None)
-        stage.measure(name, measure, stage, case, speed["bytes_per_second"], models)
+        stage.measure(name, measure, stage, case, speed, models)
 
 
-def bytes_of_a_token(config: ModelConfig, batch: int, context: int, num_steps: int, element: int = 2) -> dict[str, int]:
+def bytes_of_a_token(
+    config: ModelConfig, batch: int, context: int, num_steps: int, weight_bytes: int = 2
+) -> dict[str, int]:
     """Return the bytes that one pass of a batch reads: weights, and keys and values of `context` tokens per row."""
     D, block = config.n_embd, 4 * config.n_embd**2 + 3 * config.n_embd * config.intermediate_size
     step = D * D + config.n_layers_in_recurrent_block * block
-    outer = config.unrolled_layers(0) * block + D * D + D * config.vocab_size
+    outer = config.unrolled_layers(0) * block + D * D
     entries = 2 * batch * context * D * config.unrolled_layers(num_steps)
-    return {"weight_bytes": element * (num_steps * step + outer), "key_value_bytes": element * entries}
+    weights = weight_bytes * (num_steps * step + outer) + 2 * D * config.vocab_size  # the head stays in bfloat16
+    return {"weight_bytes": weights, "key_value_bytes": 2 * entries}
 
 
 def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> RecurrentDepthModel:
@@ -112,7 +116,7 @@ def measure(stage: Stage, case: dict[str, Any], speed: float, models: dict[str, 
         raise torch.OutOfMemoryError(f"the cache takes {needed} bytes")
     token = (captured_token if case["way"] == "captured" else plain_token)(stage, model, case, context, tokens)
     seconds = _median(token, stage, tokens)
-    moved = bytes_of_a_token(config, case["batch"], context, steps)
+    moved = bytes_of_a_token(config, case["batch"], context, steps, weight_bytes=1 if case["quantize"] else 2)
     floor = None if case["exit"] == "replayed" else sum(moved.values()) / speed
     return {
         **case, "context": context, **moved, "ms_per_token": 1e3 * seconds, "floor_ms": floor and 1e3 * floor,

@@ -1,5 +1,6 @@
 """Stage `machine`: copy bandwidth and matrix rate, the ceilings of all other numbers."""
 
+import math
 from typing import Any
 
 import torch
@@ -39,9 +40,9 @@ def matrix_product(stage: Stage) -> dict[str, float]:
     n = 64 if stage.toy else 8192
     a, b = (torch.randn(n, n, device=stage.device, dtype=torch.bfloat16) for _ in range(2))
     rate = 2 * n**3 / stage.seconds(lambda: a @ b)
-    return {"flops_per_second": rate, "share_of_peak": rate / peak_flops(stage)}
+    return {"flops_per_second": rate, "share_of_peak": rate / (peak_flops(stage) or math.nan)}
 
 
-def peak_flops(stage: Stage) -> float:
-    """Return the dense bfloat16 peak of the device by its data sheet; NaN if it is not known."""
-    return (not stage.toy and peak_of(torch.cuda.get_device_name(stage.device))) or float("nan")
+def peak_flops(stage: Stage) -> float | None:
+    """Return the dense bfloat16 peak of the device by its data sheet; None if it is not known."""
+    return None if stage.toy else peak_of(torch.cuda.get_device_name(stage.device))

@@ -41,7 +41,10 @@ class Stage:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.toy = self.device.type == "cpu"
         old = json.loads(path.read_text()) if path.is_file() else {}
-        self.content: dict[str, Any] = {"environment": environment(), "finished": False, "running": None}
+        here = environment()
+        if old.get("environment", here) != here:
+            raise ValueError(f"{path} was measured on another machine or with other versions; give another --out")
+        self.content: dict[str, Any] = {"environment": here, "finished": False, "running": None}
         entries = old.get("entries", {}).items()
         self.entries: dict[str, Any] = {name: e for name, e in entries if keep_failed or "failure" not in e}
         self.content["entries"] = self.entries
@@ -73,8 +76,8 @@ class Stage:
         return entry if "failure" not in entry else None
 
     def finish(self) -> None:
-        """Write that all measurements have been run."""
-        self.content["finished"] = True
+        """Write that all measurements have been run; those that failed are run again by the next call."""
+        self.content["finished"] = not any("failure" in entry for entry in self.entries.values())
         self._write(running=None)
 
     def _write(self, running: str | None) -> None:

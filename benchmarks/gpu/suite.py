@@ -1,4 +1,4 @@
-"""The stages in the order of their value, each in a process of its own, and the table at the end."""
+"""The stages in the order of their value, each in a separate process, and the table at the end."""
 
 import argparse
 import json
@@ -53,18 +53,22 @@ def run_suite(out: Path, minutes: float, stages: Sequence[StageInfo] = STAGES) -
 
 
 def _run_stage(stage: StageInfo, path: Path, seconds: float) -> None:
-    """Run a stage until its time is over; again without what failed if an error made the GPU unusable."""
+    """Run a stage until its time is over; again, without what failed, if its process ended early."""
     print(f"== {stage.name}, at most {seconds:.0f} s", flush=True)
-    end, again = time.monotonic() + seconds, ""
-    while (left := end - time.monotonic()) > 0:
+    end, again, goes_on = time.monotonic() + seconds, "", True
+    while goes_on and (left := end - time.monotonic()) > 0:
         ending = _run_process([stage.module, str(path), str(left), again], left)
-        if ending != f"status {LOST_DEVICE}":
-            break
+        goes_on = ending == f"status {LOST_DEVICE}" or (ending != "status 0" and _blame(path, ending))
         again = "again"
+
+
+def _blame(path: Path, ending: str) -> bool:
+    """Record the measurement at which a process ended; return whether it was one, and not the start of the stage."""
     content = _read(path)
-    if ending not in ("status 0", f"status {LOST_DEVICE}"):
-        content.setdefault("entries", {})[content.get("running") or "start"] = {"failure": ending}
-        path.write_text(json.dumps(content, indent=1))
+    running = content.get("running")
+    content.setdefault("entries", {})[running or "start"] = {"failure": ending}
+    path.write_text(json.dumps(content | {"running": None}, indent=1))
+    return running is not None
 
 
 def _run_process(arguments: list[str], seconds: float) -> str:
@@ -122,8 +126,9 @@ def main() -> None:
     import torch
 
     if torch.cuda.is_available():
-        show(run_suite(Path(options.out).resolve(), options.minutes, chosen), Path(options.out))
-        return
+        rows = run_suite(Path(options.out).resolve(), options.minutes, chosen)
+        show(rows, Path(options.out))
+        sys.exit(any(row["failed"] for row in rows))
     with tempfile.TemporaryDirectory() as folder:
         rows = run_suite(Path(folder), options.minutes, chosen)
         show(rows, Path(folder))

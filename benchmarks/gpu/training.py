@@ -5,6 +5,7 @@ recomputation out, HFU includes it; both are shares of the dense bfloat16 peak b
 `recurrent-depth plan` stands beside the measured one.
 """
 
+import dataclasses
 import time
 from importlib.util import find_spec
 from statistics import median
@@ -65,14 +66,15 @@ class TrainingStep:
     def _build(self) -> RecurrentDepthModel:
         """Return the model; it is built by the first measurement, so that a finished stage costs nothing."""
         if self.model is None:
-            self.model = build_model(self.config, self.runtime, start_processes(self.runtime), seed=None)
+            model = build_model(self.config, self.runtime, start_processes(self.runtime), seed=None)
             with torch.no_grad():
-                for parameter in self.model.parameters():
+                for parameter in model.parameters():
                     local = parameter.to_local()  # type: ignore[attr-defined]
                     local.normal_(std=self.config.init_std) if local.ndim > 1 else local.fill_(1)
-            self.optimizer = build_optimizer(self.model, OptimizerConfig(name="huginn", lr=1e-5))
+            self.optimizer = build_optimizer(model, OptimizerConfig(name="huginn", lr=1e-5))
             shape = (self.rows, self.tokens)
             self.ids = torch.randint(0, self.config.vocab_size, shape, device=self.stage.device)
+            self.model = model
         return self.model
 
     def measure(self, variant: str, recompute: str) -> dict[str, Any]:
@@ -112,15 +114,17 @@ class TrainingStep:
             self.rows * training_flops(self.config, self.tokens, *DEPTH, recomputed)  # type: ignore[arg-type]
             for recomputed in (recompute, "none")
         )
-        peak, runtime = peak_flops(self.stage), RuntimeConfig(
-            device=self.stage.device.type, dtype="bfloat16", activation_checkpointing=recompute,  # type: ignore[arg-type]
-            loss_chunk_size=LOSS_CHUNK,
-        )  # fmt: skip
+        peak = peak_flops(self.stage)
+        runtime = dataclasses.replace(
+            self.runtime,
+            activation_checkpointing=recompute,  # type: ignore[arg-type]
+            kernels=fused(self.stage) if "triton" in variant else "torch",  # type: ignore[arg-type]
+        )
         return {
             "shape": self.shape, "variant": variant, "rows": self.rows, "tokens": self.tokens, "depth": list(DEPTH),
             "recompute": recompute, "seconds": seconds, "tokens_per_second": self.rows * self.tokens / seconds,
-            "executed_flops_per_second": executed / seconds, "mfu": useful / seconds / peak,
-            "hfu": executed / seconds / peak,
+            "executed_flops_per_second": executed / seconds, "mfu": peak and useful / seconds / peak,
+            "hfu": peak and executed / seconds / peak,
             "peak_memory_bytes": None if self.stage.toy else torch.cuda.max_memory_allocated(),
             "planned_peak_bytes": planned_peak(self.config, runtime, "huginn", self.rows, self.tokens, DEPTH),
         }  # fmt: skip

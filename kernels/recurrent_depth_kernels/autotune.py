@@ -33,7 +33,8 @@ def key(op: str, width: int, dtype: torch.dtype, device_name: str) -> str:
 def measured(op: str, width: int, dtype: torch.dtype, device: torch.device) -> Settings:
     """Return the settings measured for this op on this GPU; empty if there are none."""
     name = targets.device_name(device)
-    return {} if name is None else _measured(op, width, dtype, name, os.environ.get("RECURRENT_DEPTH_CACHE"))
+    folder = os.environ.get("RECURRENT_DEPTH_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    return {} if name is None else _measured(op, width, dtype, name, folder)
 
 
 @lru_cache

@@ -141,7 +141,7 @@ def watched() -> Iterator[list[Launch]]:
     try:
         yield launches
     finally:
-        _watchers.pop()
+        _watchers[:] = [other for other in _watchers if other is not launches]
 
 
 @contextmanager

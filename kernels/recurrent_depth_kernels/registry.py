@@ -1,10 +1,13 @@
 """Register ops with torch, for compiled and for interpreted kernels."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from recurrent_depth_kernels.launch import INTERPRETED, skipped
@@ -22,7 +25,9 @@ class Op:
     """
 
     def __init__(self, function: Callable[..., Any], mutates: tuple[str, ...] = ()) -> None:
+        functools.update_wrapper(self, function)
         self.function = function
+        self.mutated = [place for place, name in enumerate(inspect.signature(function).parameters) if name in mutates]
         self.gradient: type[torch.autograd.Function] | None = None
         self.registered: Any = _register(function, mutates)
         self.overload = getattr(torch.ops.recurrent_depth_kernels, function.__name__).default
@@ -30,8 +35,11 @@ class Op:
     def __call__(self, *args: Any, **named: Any) -> Any:
         if named or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None or not _all_plain(args):
             return self.overload(*args, **named)
-        if self.gradient is not None and torch.is_grad_enabled():
-            return self.gradient.apply(*args)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            return self.overload(*args) if self.gradient is None else self.gradient.apply(*args)
+        for place in self.mutated:
+            if not args[place].is_inference():
+                torch.autograd.graph.increment_version(args[place])
         return self.function(*args)
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
@@ -43,7 +51,7 @@ class Op:
             setup_context(ctx, args, output)
             return output
 
-        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
         self.gradient = type(self.function.__name__, (torch.autograd.Function,), members)
 
 

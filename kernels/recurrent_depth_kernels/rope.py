@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from recurrent_depth_kernels.launch import Launch
 from recurrent_depth_kernels.registry import op, refuse_fp64
@@ -155,6 +156,7 @@ class _BiasRope(torch.autograd.Function):
         return q, k, qkv.unflatten(-1, (3, n_heads, -1))[:, :, 2]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         has_bias = ctx.bias_dtype is not None
         grad_qkv, grad_bias = rope_gradient(*grads, *ctx.saved_tensors, has_bias)

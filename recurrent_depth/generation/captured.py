@@ -8,6 +8,7 @@ whether any lane is still iterating one iteration late, so that the device alway
 Shapes: B requests, D width, V vocabulary, M numbers kept by an exit rule.
 """
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -193,10 +194,10 @@ class CapturedToken:
 
         All regions are run once before, so that libraries initialise and kernels compile outside of the graphs.
         """
+        state = self.state.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         graphs: list[torch.cuda.CUDAGraph] = []
-        state = self.state.clone()
         with torch.cuda.stream(side):
             self.rehearse()
             torch.cuda.synchronize()
@@ -239,9 +240,20 @@ def _what_graphs_depend_on(model: DecodableModel) -> list[Any]:
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """Return operations, an overwritten forward, and flags, for example whether the LoRA of a layer is switched off."""
-    kinds = (Ops, bool, int, float, str)
-    return {name: value for name, value in vars(module).items() if isinstance(value, kinds) or name == "forward"}
+    """Return operations, an overwritten forward, and plain values, such as the active adapters of a LoRA layer."""
+    return {
+        name: copy.deepcopy(value)
+        for name, value in vars(module).items()
+        if isinstance(value, Ops) or name == "forward" or _is_plain(value)
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(part) for pair in value.items() for part in pair)
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str)
 
 
 def _addresses(tensor: Tensor) -> list[tuple[int, torch.dtype]]:

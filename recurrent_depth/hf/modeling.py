@@ -190,11 +190,13 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         num_steps: NumSteps | None = None,
         input_states: Tensor | None = None,
         state_seed: int | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> "BackboneOutput":
         """Run everything before the head; arguments as in `forward`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("both or neither of input_ids and inputs_embeds were given; pass exactly one of them")
+        past_key_values = cache if past_key_values is None else past_key_values
         x = inputs_embeds if input_ids is None else self.transformer.embed(input_ids)
         assert x is not None
         if use_cache and past_key_values is None and not self.training:

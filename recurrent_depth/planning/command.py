@@ -1,6 +1,5 @@
 """`recurrent-depth plan`: memory and time of a run, computed from its options."""
 
-from recurrent_depth.model.flops import peak_of
 from recurrent_depth.planning.config import PlanConfig
 from recurrent_depth.planning.devices import DEVICES, GB, LINK_EFFICIENCY, RESERVE, Device
 from recurrent_depth.planning.finetuning import finetuning_table
@@ -21,7 +20,7 @@ def plan(config: PlanConfig) -> None:
         step = nearest_step(read_measured_steps(config.measured), job)
         shares[f"measured: {step.hfu:.1%} of the peak"] = step.hfu
         notes = [f"all numbers are computed; the measured share of the peak is that of {step}"]
-        if peak_of(step.gpu) != device.peak:
+        if config.device.lower() not in step.gpu.lower():
             notes.append(f"{step.gpu} is not {config.device}; the same share of the peak is taken for both")
     print(f"{config.num_gpus} x {config.device}; {'; '.join(notes)}\n")
     print(memory_table(job, device))

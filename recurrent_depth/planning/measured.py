@@ -55,7 +55,9 @@ def read_measured_steps(path: str | Path) -> list[MeasuredStep]:
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
         gpu = str(record["environment"]["gpu"])
-        steps = [_step(gpu, row) for row in record["entries"].values() if row.get("hfu") is not None]
+        # float8 products are not a share of the bfloat16 peak.
+        rows = [row for row in record["entries"].values() if row.get("hfu") and "float8" not in str(row.get("variant"))]
+        steps = [_step(gpu, row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MeasurementError(
             f"measured: {path} is not a training.json of `python -m benchmarks gpu` ({_reason(error)}); give that "

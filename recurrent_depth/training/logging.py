@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,8 +36,7 @@ class RunLog:
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         with explain_full_disk(self.path):
             self.file.write(json.dumps({"step": step, **record}) + "\n")
-            for tracker in self.trackers:
-                tracker.log(step, numbers)
+        self._track(lambda tracker: tracker.log(step, numbers))
 
     def rewind(self, step: int, record: dict[str, Any]) -> None:
         """Remove the records after `step`, which will be written again, and append `record`."""
@@ -64,8 +64,16 @@ class RunLog:
             self.progress.stop()
         with explain_full_disk(self.path):
             self.file.close()
-            for tracker in self.trackers:
-                tracker.close()
+        self._track(lambda tracker: tracker.close())
+
+    def _track(self, action: Callable[[Tracker], None]) -> None:
+        """Call every tracker. One that fails is dropped: a lost server must not end the run."""
+        for tracker in list(self.trackers):
+            try:
+                action(tracker)
+            except Exception as error:
+                self.trackers.remove(tracker)
+                self.say(f"warning: {type(tracker).__name__} failed and is not used any more: {error}", warning=True)
 
 
 def _open(path: Path) -> TextIO:

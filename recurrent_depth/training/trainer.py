@@ -352,6 +352,7 @@ class Trainer:
             if self.stop_requested and number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
                 raise KeyboardInterrupt
             self.stop_requested = True
+            self.exporter.cancel()  # a save may be waiting for it
 
         numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         previous = {number: signal.signal(number, request_stop) for number in numbers}

@@ -209,14 +209,14 @@ class Doubled(torch.nn.Module):
 
     def __init__(self, inner):
         super().__init__()
-        self.inner, self.enabled = inner, True
+        self.inner, self.enabled, self.scaling = inner, True, {"default": [2]}
 
     @property
     def weight(self):
         return self.inner.weight
 
     def forward(self, x):
-        return (2 if self.enabled else 1) * self.inner(x)
+        return (self.scaling["default"][0] if self.enabled else 1) * self.inner(x)
 
 
 def replace_adapter(model):
@@ -257,12 +257,21 @@ def test_memory_of_captured_decoding_is_freed_with_the_decoder(model):
         gc.enable()
 
 
-def test_switched_off_adapter_is_captured_again():
+def switch_off(adapter):
+    adapter.enabled = False
+
+
+def scale(adapter):
+    adapter.scaling["default"][0] = 3
+
+
+@pytest.mark.parametrize("change", [switch_off, scale])
+def test_changed_settings_of_an_adapter_are_captured_again(change):
     changed, options = lively_model(block_size=64), Decoding(max_new_tokens=6, num_steps=4)
     replace_adapter(changed)
     decoder = Decoder(changed, Captured())
     decoder.generate(PROMPTS, options)
     kept = decoder.captured
-    changed.transformer.adapter.enabled = False
+    change(changed.transformer.adapter)
     assert decoder.generate(PROMPTS, options).tokens == decode(changed, PROMPTS, options).tokens
     assert decoder.captured is not kept

@@ -33,6 +33,13 @@ def test_swiglu_saturates_for_large_gates(device):
     assert x.grad.tolist() == [[0.0, 3.0, 0.0, 200.0]]
 
 
+def test_swiglu_refuses_a_second_gradient(device):
+    x = random(2, 2 * 10, device=device)
+    first = torch.autograd.grad(kernels.swiglu(x).square().sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def test_swiglu_passes_opcheck(device):
     x = random(2, 3, 2 * 10, dtype=torch.bfloat16, device=device)
     torch.library.opcheck(swiglu_rows.overload, (x,))
