@@ -345,6 +345,22 @@ def gpu_summary(training: dict[str, Row], decoding: dict[str, Row]) -> str:
     return markdown(["3.5B model in bfloat16", "one H200", ""], rows)
 
 
+def transformers_generate(rows: list[Row]) -> str:
+    """Return the speed of the looped model, of its int8 weights and of the unrolled Llama."""
+
+    def speed(row: Row, name: str) -> str:
+        return f"{row[f'{name}_decode_tokens_per_s']:.1f} ({row[f'{name}_tokens_per_s']:.1f})"
+
+    cells = [
+        [str(r["batch"]), str(r["prompt"]), str(r["num_steps"]),
+         *(speed(r, name) for name in ("looped", "int8", "llama")),
+         f"{r['time_over_llama']:.2f}", f"{r['int8_time_over_llama']:.2f}", f"{r['looped_cache_bytes'] / 2**20:.1f}"]
+        for r in rows
+    ]  # fmt: skip
+    speeds = [f"{name}, tok/s (with prompt)" for name in ("looped", "int8", "Llama")]
+    return markdown(["batch", "prompt", "r", *speeds, "looped over Llama", "int8 over Llama", "cache MiB"], cells)
+
+
 def _gpu(stage: str) -> dict[str, Row]:
     """Return the entries of a stage of the GPU suite, measured on an H200."""
     entries = read_result(f"h200/{stage}")["entries"]
@@ -369,6 +385,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scaling": lambda: scaling(read_result("scaling")),
     "inline notes": lambda: inline_notes(read_result("inline_notes")),
     "budget forcing": lambda: budget_forcing(read_result("budget_forcing")),
+    "generate": lambda: transformers_generate(read_result("generate_cpu")["rows"]),
     "gpu summary": lambda: gpu_summary(_gpu("training"), _gpu("decoding")),
     "gpu acceptance": lambda: gpu_acceptance(_gpu("acceptance")),
     "gpu training": lambda: gpu_training(_gpu("training")),
