@@ -34,12 +34,12 @@ def loaded(monkeypatch):
     """Return a list that receives (device, dtype) of the model that a command loads."""
     found = []
 
-    def record(path, dtype=None, device="cpu", kernels="auto"):
+    def record(path, dtype=None, device="cpu", kernels="auto", quantize=None):
         found.append((torch.device(device).type, dtype))
         raise Loading
 
     for module in list(sys.modules.values()):
-        if module.__name__.startswith("recurrent_depth.") and hasattr(module, "load_model"):
+        if getattr(module, "__name__", "").startswith("recurrent_depth.") and hasattr(module, "load_model"):
             monkeypatch.setattr(module, "load_model", record)
     return found
 

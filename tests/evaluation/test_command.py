@@ -102,7 +102,7 @@ def test_eval_runs_on_the_accelerator_unless_told_otherwise(gpus, options, expec
     """The model is loaded once, with the chosen device, dtype and kernels."""
     asked = []
 
-    def load_model(path, dtype, device, kernels):
+    def load_model(path, dtype, device, kernels, quantize):
         asked.append((str(device), dtype, kernels))
         raise ValueError("enough for this test")
 

@@ -5,6 +5,8 @@ import importlib.util
 import json
 import sqlite3
 import struct
+import subprocess
+import sys
 import time
 
 import pytest
@@ -103,9 +105,11 @@ def test_wandb_continues_its_run_after_a_resume(tmp_path, monkeypatch):
 
 
 def test_trackio_shows_the_numbers_of_the_run(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "database"))  # read when trackio is imported
     pytest.importorskip("trackio")
-    train(small_run(tmp_path / "run", trackers=("trackio",)))
+    config = tmp_path / "run.yaml"
+    config.write_text(as_yaml(small_run(tmp_path / "run", trackers=("trackio",))))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "database"))  # read when trackio is imported: in a new process
+    subprocess.run([sys.executable, "-m", "recurrent_depth.cli", "train", "--config", str(config)], check=True)
     assert_shown(read_trackio(tmp_path / "database"), tmp_path / "run")
 
 
