@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import time
 import tomllib
 from importlib.metadata import distribution, requires
@@ -105,7 +106,8 @@ def only_the_extra(tmp_path, monkeypatch):
     site.mkdir()
     for name in closure([*project["dependencies"], *project["optional-dependencies"]["quickstart"]]):
         link_distribution(site, distribution(name))
-    (metadata,) = distribution("recurrent-depth").locate_file("").glob("recurrent_depth-*.dist-info")
+    # Not by importlib: a folder recurrent_depth.egg-info in the checkout, left by a build, would be found first.
+    (metadata,) = Path(sysconfig.get_paths()["purelib"]).glob("recurrent_depth-*.dist-info")
     (site / metadata.name).symlink_to(metadata)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), str(ROOT), str(ROOT / "kernels")]))
     monkeypatch.setattr(sys, "executable", sys._base_executable)
