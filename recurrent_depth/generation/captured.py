@@ -241,11 +241,8 @@ def _what_graphs_depend_on(model: DecodableModel) -> list[Any]:
 
 def _settings(module: nn.Module) -> dict[str, Any]:
     """Return operations, an overwritten forward, and plain values, such as the active adapters of a LoRA layer."""
-    return {
-        name: copy.deepcopy(value)
-        for name, value in vars(module).items()
-        if isinstance(value, Ops) or name == "forward" or _is_plain(value)
-    }
+    plain = {name: copy.deepcopy(value) for name, value in vars(module).items() if _is_plain(value)}
+    return plain | {name: value for name, value in vars(module).items() if isinstance(value, Ops) or name == "forward"}
 
 
 def _is_plain(value: Any) -> bool:
