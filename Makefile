@@ -27,7 +27,7 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 -m "not slow and not gpu and not real"
 
-# Every kernel in Triton's interpreter, which needs a process of its own.
+# Every kernel in Triton's interpreter, which needs a separate process.
 kernels-test: setup
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels -m "not gpu"
 
@@ -42,7 +42,7 @@ kernels-check: setup
 wheel: setup
 	bash scripts/check_wheel.sh $(BIN)/python
 
-# The oldest versions that are supported, and the newest that can be had; each in an environment of its own.
+# The oldest versions that are supported, and the newest that can be had; each in a separate environment.
 oldest:
 	bash scripts/test_versions.sh oldest torch==2.11.0 triton==3.6.0 transformers==5.4.0 "numpy<2.4"
 

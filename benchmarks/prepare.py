@@ -121,7 +121,7 @@ def restart_cost(folder: Path, corpus: Path, repeats: int) -> dict[str, Any]:
 
 
 def start(config: PrepareConfig | None) -> subprocess.Popen:
-    """The command in a process of its own; without a configuration, one that only starts and stops."""
+    """Run the command in a separate process; without a configuration, one that only starts and stops."""
     arguments = ["--help"]
     if config is not None:
         arguments = ["--out", config.out, "--source", config.source[0], "--tokenizer", str(config.tokenizer)]

@@ -73,9 +73,9 @@ def test_suite_repeats_a_stage_in_which_something_failed(tmp_path, planted, monk
     assert not json.loads((tmp_path / "planted.json").read_text())["finished"]
 
 
-def test_stage_refuses_the_file_of_another_machine(tmp_path):
+def test_stage_refuses_the_file_of_another_gpu(tmp_path):
     (tmp_path / "s.json").write_text(json.dumps({"environment": {"gpu": "another"}, "entries": {}}))
-    with pytest.raises(ValueError, match="another machine"):
+    with pytest.raises(ValueError, match="another GPU"):
         Stage(tmp_path / "s.json", 60)
 
 

@@ -42,8 +42,9 @@ class Stage:
         self.toy = self.device.type == "cpu"
         old = json.loads(path.read_text()) if path.is_file() else {}
         here = environment()
-        if old.get("environment", here) != here:
-            raise ValueError(f"{path} was measured on another machine or with other versions; give another --out")
+        before = old.get("environment", here)
+        if any(before.get(name) != here[name] for name in ("gpu", "torch", "triton")):
+            raise ValueError(f"{path} was measured on another GPU, or with another torch or triton; change --out")
         self.content: dict[str, Any] = {"environment": here, "finished": False, "running": None}
         entries = old.get("entries", {}).items()
         self.entries: dict[str, Any] = {name: e for name, e in entries if keep_failed or "failure" not in e}

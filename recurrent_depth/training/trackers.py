@@ -88,7 +88,7 @@ class WandB:
                 f"trackers: wandb could not start ({error}); run `wandb login`, set WANDB_MODE=offline, or leave wandb "
                 "out of trackers"
             ) from error
-        # An axis of its own: wandb's step counter refuses the lower steps after a rewind or resume.
+        # A separate axis: wandb's step counter refuses the lower steps after a rewind or resume.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 

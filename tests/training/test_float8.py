@@ -52,7 +52,7 @@ def test_float8_layer_multiplies_rounded_values(layer):
     """e4m3 has three bits after the leading one, so both factors are off by up to 1/16, in the mean by about 2.5%."""
     plain, converted = (model.transformer.core_block[0].get_submodule(layer) for model in models())
     rng = torch.Generator().manual_seed(0)
-    scales = torch.tensor([1e-4, 1.0, 1e4])[:, None, None]  # each row has a scale of its own
+    scales = torch.tensor([1e-4, 1.0, 1e4])[:, None, None]  # a different scale per row
     x = (torch.randn(3, 32, plain.in_features, generator=rng) * scales).requires_grad_()
     y = x.detach().clone().requires_grad_()
     expected, actual = plain(x), converted(y)
