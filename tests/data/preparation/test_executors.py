@@ -61,7 +61,7 @@ def test_killed_datatrove_executor_repeats_only_unfinished_tasks(corpus, tmp_pat
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, start_new_session=True,
     )  # fmt: skip
     completions = job.work.folder / "logs" / "pack" / "completions"
-    while process.poll() is None and not completions.is_dir():
+    while process.poll() is None and not (completions.is_dir() and any(completions.iterdir())):
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
