@@ -4,7 +4,7 @@ Tokens at the same iteration attend in blocks of lanes, over the cache in place 
 that an iteration reads is given by `recurrent_depth.model.ops.read_place`; as long as no token of a shared cache has
 stopped early, it is the place that the iteration writes.
 
-Shapes: N tokens, H heads, K head size, S cached columns; n blocks of T tokens.
+Shapes: N tokens, H query heads, G key heads, K head size, S cached columns; n blocks of T tokens.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,10 @@ from dataclasses import replace
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from recurrent_depth.generation.cache import RecurrentCache
-from recurrent_depth.model.attention import Projection, Rotary, merge_heads
+from recurrent_depth.model.attention import Projection, Rotary, merge_heads, sdpa
 from recurrent_depth.model.layers import rotary_at
 from recurrent_depth.model.ops import Ops, read_place
 
@@ -183,7 +182,7 @@ class CacheAttention:
         blocks, kept = self.layout.blocks, self.cache.layer(layer_index)
         if blocks[0].is_grid:
             return self._by_grid(projection, blocks[0], kept, layer_index)
-        q, k, v = projection.heads()  # [N, H, 1, K]
+        q, k, v = projection.heads()  # [N, H or G, 1, K]
         self._write(kept, k[:, :, 0], v[:, :, 0])
         y = torch.empty_like(q)
         for block in blocks:
@@ -205,7 +204,7 @@ class CacheAttention:
         if T > 1:
             cos, sin = (x.view(n, T, -1) for x in projection.rotary)
             projection = replace(projection, qkv=projection.qkv.view(n, T, -1), rotary=(cos, sin))
-        q, k, v = projection.heads()  # [n, H, T, K]
+        q, k, v = projection.heads()  # [n, H or G, T, K]
         if block.aligned and block.in_order:
             kept[0, :n, :, block.end - T : block.end] = k
             kept[1, :n, :, block.end - T : block.end] = v
@@ -215,12 +214,12 @@ class CacheAttention:
         return y.transpose(1, 2).reshape(n * T, 1, -1)
 
     def _write(self, kept: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store k, v [N, H, K] in the entries [2, B, H, S, K] of a layer."""
+        """Store k, v [N, G, K] in the entries [2, B, G, S, K] of a layer."""
         lanes, columns = self.layout.index
         kept[:, lanes, :, columns] = torch.stack([k, v], dim=1)
 
     def _attend(self, ops: Ops, q: Tensor, block: Block, kept: Tensor, layer_index: int) -> Tensor:
-        """Attend with the queries [n, H, T, K] of a block over the entries [2, B, H, S, K] of a layer."""
+        """Attend with the queries [n, H, T, K] of a block over the entries [2, B, G, S, K] of a layer."""
         keys, values = kept[:, :, :, : block.end]
         if self.core and self.cache.by_depth:
             layer = (layer_index - self.cache.outer) % self.cache.core_layers
@@ -238,31 +237,29 @@ class CacheAttention:
         else:
             masks = [None] * len(q) if block.mask is None else block.mask.split(1)
             one_by_one = [
-                F.scaled_dot_product_attention(
-                    q[i, None], keys[lane, None], values[lane, None], attn_mask=masks[i], is_causal=block.causal
-                )
+                sdpa(q[i, None], keys[lane, None], values[lane, None], masks[i], block.causal)
                 for i, lane in enumerate(block.lanes)
             ]
             return torch.cat(one_by_one)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=block.mask, is_causal=block.causal)
+        return sdpa(q, keys, values, block.mask, block.causal)
 
     def _copies(self, layer: int, lanes: Tensor, steps: Tensor | int, end: int) -> tuple[Tensor, Tensor]:
-        """Return copies of the keys and values [n, H, end, K] that iterations [n] read in lanes [n]."""
+        """Return copies of the keys and values [n, G, end, K] that iterations [n] read in lanes [n]."""
         cache = self.cache
         steps = torch.as_tensor(steps, device=lanes.device).expand(len(lanes))
         if not cache.by_depth:
-            found = cache.core[steps % cache.budget, layer, :, lanes, :, :end]  # [n, 2, H, S, K]
+            found = cache.core[steps % cache.budget, layer, :, lanes, :, :end]  # [n, 2, G, S, K]
             return found[:, 0], found[:, 1]
         places = read_place(steps[:, None], cache.depths[lanes, :end], cache.budget, cache.released)  # [n, S]
         columns = torch.arange(end, device=lanes.device)
-        found = cache.core[places, layer, :, lanes[:, None], :, columns]  # [n, S, 2, H, K]
+        found = cache.core[places, layer, :, lanes[:, None], :, columns]  # [n, S, 2, G, K]
         keys, values = found.permute(2, 0, 3, 1, 4)
         return keys, values
 
     def _by_token(self, projection: Projection, layer: int) -> Tensor:
         """Attend with tokens at different iterations, which write and read different places."""
         cache, layout = self.cache, self.layout
-        (lanes, columns), (q, k, v) = layout.index, projection.heads()  # [N, H, 1, K]
+        (lanes, columns), (q, k, v) = layout.index, projection.heads()  # [N, H or G, 1, K]
         at = self._steps % cache.budget
         cache.core[at, layer, 0, lanes, :, columns] = k[:, :, 0]
         cache.core[at, layer, 1, lanes, :, columns] = v[:, :, 0]
@@ -275,14 +272,14 @@ class CacheAttention:
         end = max(layout.columns) + 1
         if cache.by_depth or len(self._sharing) * COPY_LIMIT > q.numel() * end:
             keys, values = self._copies(layer, lanes, self._steps, end)
-            return merge_heads(F.scaled_dot_product_attention(q, keys, values, layout.seen[:, None, None]))
+            return merge_heads(sdpa(q, keys, values, layout.seen[:, None, None]))
         y = torch.empty_like(q)
         for (place, lane), members in self._sharing.items():
             last = max(layout.columns[n] for n in members) + 1
             keys, values = cache.core[place, layer, :, None, lane, :, :last]
             mask = None if len(members) == 1 and not layout.starts[members[0]] else layout.seen[members, :last]
             queries = q[members].transpose(0, 2)
-            y[members] = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).transpose(0, 2)
+            y[members] = sdpa(queries, keys, values, mask).transpose(0, 2)
         return merge_heads(y)
 
     @cached_property
@@ -323,7 +320,7 @@ class StaticAttention:
         cache, ops, bias = self.cache, projection.ops, projection.qk_bias
         in_core, place = layer_index >= cache.outer, max(layer_index - cache.outer, 0)
         iteration, layer = self.iterations[place // cache.core_layers], place % cache.core_layers
-        entries = cache.core[:, layer] if in_core else cache.entries[layer_index, None]  # [budget or 1, 2, B, H, S, K]
+        entries = cache.core[:, layer] if in_core else cache.entries[layer_index, None]  # [budget or 1, 2, B, G, S, K]
         biases = (None, None) if bias is None else (bias[0, 0], bias[1, 0])
         writes = self.active if in_core else self.running
         q = ops.rope_into_cache(

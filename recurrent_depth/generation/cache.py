@@ -1,6 +1,6 @@
 """The preallocated cache: keys and values by (iteration, layer), for a budget of iterations.
 
-Shapes: B lanes (requests), T new tokens, S columns (tokens of a lane), H heads, K head size.
+Shapes: B lanes (requests), T new tokens, S columns (tokens of a lane), G key heads, K head size.
 """
 
 import math
@@ -16,11 +16,11 @@ from recurrent_depth.model.config import ModelConfig
 def cache_shape(
     config: ModelConfig, batch_size: int, max_length: int, num_steps: int, budget: int | None = None
 ) -> tuple[int, int, int, int, int, int]:
-    """Return the shape of the entries, [layers, 2, B, H, max_length, K]."""
+    """Return the shape of the entries, [layers, 2, B, G, max_length, K]."""
     check_at_least("num_steps", num_steps, 1)
     check_at_least("budget", budget, 1)
     kept = num_steps if budget is None else min(budget, num_steps)
-    return config.unrolled_layers(kept), 2, batch_size, config.n_heads, max_length, config.head_dim
+    return config.unrolled_layers(kept), 2, batch_size, config.kv_heads, max_length, config.head_dim
 
 
 def cache_bytes(
@@ -53,7 +53,7 @@ class RecurrentCache:
         memory: a flat tensor to use for the entries, at least as large as they are; None allocates one.
 
     Attributes:
-        entries: [layers, 2, B, H, max_length, K].
+        entries: [layers, 2, B, G, max_length, K].
         depths: [B, max_length], iterations that each token took; num_steps while it is still iterating.
         by_depth: whether reading depends on `depths`: the budget is below num_steps, and a token has stopped early.
     """
@@ -81,7 +81,7 @@ class RecurrentCache:
         # Masked columns are read too: NaN in uninitialised memory times a weight of 0 is NaN.
         self.entries = memory[: math.prod(shape)].zero_().view(shape)
         self.core = self.entries[self.outer :].unflatten(0, (self.budget, self.core_layers))
-        """Entries of the core, [budget, layers, 2, B, H, max_length, K]."""
+        """Entries of the core, [budget, layers, 2, B, G, max_length, K]."""
         self.by_depth = False
         self.depths = torch.full((batch_size, max_length), num_steps, dtype=torch.long, device=self.entries.device)
 
@@ -90,7 +90,7 @@ class RecurrentCache:
         return self.entries.numel() * self.entries.element_size()
 
     def layer(self, layer_index: int) -> Tensor:
-        """Return the entries [2, B, H, max_length, K] that a layer writes; core iterations wrap around the budget."""
+        """Return the entries [2, B, G, max_length, K] that a layer writes; core iterations wrap around the budget."""
         if layer_index < self.outer:
             return self.entries[layer_index]
         iteration, layer = divmod(layer_index - self.outer, self.core_layers)

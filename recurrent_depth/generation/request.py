@@ -223,7 +223,7 @@ class Requests:
         once = attention_flops(config, 1)
         linear = core_iterations * (iteration_flops(config, 1) - config.n_layers_in_recurrent_block * once)
         linear += tokens * (outer_flops(config, 1) - config.unrolled_layers(0) * once)
-        self.result.flops += linear + round(4 * config.n_embd * layers * context)
+        self.result.flops += linear + round(4 * config.n_heads * config.head_dim * layers * context)
 
 
 def per_request(value: Any, requests: int, name: str) -> list[Any]:

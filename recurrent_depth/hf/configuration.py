@@ -1,5 +1,6 @@
 """config.json of a recurrent-depth model, in the released Huginn format."""
 
+import math
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -22,8 +23,6 @@ _FIXED = {
 _DERIVED = (
     "n_layers",
     "num_hidden_layers",
-    "head_dim",
-    "init_values",
     "effective_expected_depth",
     "padded_vocab_size",
     "padding_multiple",
@@ -37,6 +36,31 @@ _NORMS = {"RMSNorm_llama": "rms", "LayerNorm": "layer"}
 """Value of the released field norm_class_name -> value of `ModelConfig.norm`."""
 
 _SPELLINGS = {"num_attention_heads": "n_heads", "tie_word_embeddings": "tie_embeddings"}
+
+_RELEASED_AS = ("n_kv_heads", "head_size", "embed_multiplier", "initial_state_std")
+"""Fields of `ModelConfig` that config.json stores as num_key_value_heads, head_dim and init_values, like the released
+ones."""
+
+_FAMILY = ("block", "ln_f_before_coda", "qkv_bias", "qk_norm", "rotary_scaling")
+"""Fields of `ModelConfig` that config.json has only if they differ from Huginn's architecture."""
+
+
+def _read_released(kwargs: dict[str, Any]) -> None:
+    """Replace released fields by those of `ModelConfig` where they differ from what Huginn's architecture implies."""
+    c = ModelConfig(n_embd=kwargs.get("n_embd", ModelConfig.n_embd), n_heads=1)
+    heads = kwargs.get("n_heads", ModelConfig.n_heads)
+    kv_heads, head_dim = kwargs.pop("num_key_value_heads", None), kwargs.pop("head_dim", None)
+    if kv_heads not in (None, heads):
+        kwargs.setdefault("n_kv_heads", kv_heads)
+    if head_dim is not None and head_dim * heads != c.n_embd:
+        kwargs.setdefault("head_size", head_dim)
+    values = kwargs.pop("init_values", None) or {}
+    if "embed_scale" in values and not math.isclose(values["embed_scale"], c.embed_scale, rel_tol=1e-3):
+        kwargs.setdefault("embed_multiplier", values["embed_scale"])
+    if "embed_scale" in values and "std" in values:
+        std = values["std"] * values["embed_scale"]
+        if not math.isclose(std, c.state_std, rel_tol=1e-3):
+            kwargs.setdefault("initial_state_std", std)
 
 
 class RecurrentDepthConfig(PreTrainedConfig):
@@ -69,8 +93,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
         for spelling, name in _SPELLINGS.items():
             if spelling in kwargs:
                 kwargs.setdefault(name, kwargs.pop(spelling))
-        if kwargs.pop("num_key_value_heads", None) not in (None, kwargs.get("n_heads")):
-            raise ValueError("config.json has grouped key-value heads; only n_heads key-value heads are implemented")
+        _read_released(kwargs)
         defaults = asdict(ModelConfig())
         for field in fields(ModelConfig):
             setattr(self, field.name, kwargs.pop(field.name, defaults[field.name]))
@@ -78,7 +101,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
         self.state_seed = state_seed
         for name, value in _FIXED.items():
             setattr(self, name, value)
-        self.num_key_value_heads = self.n_heads
+        self.num_key_value_heads = self.n_kv_heads or self.n_heads
         super().__init__(tie_word_embeddings=self.tie_embeddings, **kwargs)
 
     @property
@@ -107,7 +130,7 @@ class RecurrentDepthConfig(PreTrainedConfig):
             "head_dim": c.head_dim,
             "effective_expected_depth": c.effective_depth,
             "init_values": {
-                "std": c.init_std,
+                "std": c.state_std / c.embed_scale,
                 "embedding": c.init_std,
                 "out_proj": c.output_std,
                 "embed_scale": c.embed_scale,
@@ -125,7 +148,11 @@ class RecurrentDepthConfig(PreTrainedConfig):
         `tie_word_embeddings` is left out: the released class sets it from `tie_embeddings` and fails if both are given.
         """
         values = super().to_diff_dict() | self.released_fields()
-        values.pop("tie_word_embeddings", None)
+        defaults = ModelConfig()
+        absent = ["tie_word_embeddings", *_RELEASED_AS]
+        absent += [name for name in _FAMILY if getattr(self, name) == getattr(defaults, name)]
+        for name in absent:
+            values.pop(name, None)
         values["architectures"] = ["RavenForCausalLM"]
         if "dtype" in values:
             values["torch_dtype"] = values["dtype"]  # the name in transformers 4

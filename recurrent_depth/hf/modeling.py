@@ -32,7 +32,7 @@ from recurrent_depth.model.transformer import Transformer, initial_value
 
 @dataclass
 class RecurrentDepthOutput(CausalLMOutputWithPast):
-    """The output with `last_state` [B, T, D], before ln_f, and `latent_states`, after ln_f.
+    """The output with `last_state` [B, T, D], and `latent_states`, what the coda reads of it (after ln_f in Huginn).
 
     There is no field `state`: beam search of transformers would take it for a cache.
     """
@@ -54,7 +54,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = RecurrentDepthConfig
     base_model_prefix = "transformer"
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
-    _no_split_modules = ["SandwichBlock"]  # noqa: RUF012
+    _no_split_modules = ["SandwichBlock", "PreNormBlock", "BranchNormBlock"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -70,6 +70,7 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: RecurrentDepthConfig) -> None:
         super().__init__(config)
         self.model_config = config.to_model_config()
+        self.num_key_value_groups = self.model_config.n_heads // self.model_config.kv_heads  # read by transformers
         self.transformer = Transformer(self.model_config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.register_buffer("freqs_cis", rotary_table(self.model_config))
@@ -167,13 +168,14 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        assert backbone.last_state is not None
         output = RecurrentDepthOutput(
             loss=loss,
             logits=logits,
             **{CACHE_NAME: getattr(backbone, CACHE_NAME)},
             hidden_states=backbone.hidden_states,
             last_state=backbone.last_state,
-            latent_states=self.transformer.ln_f(backbone.last_state),
+            latent_states=self.transformer.coda_input(backbone.last_state),
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -376,6 +378,7 @@ def eager_attention(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     """Compute attention for `attn_implementation="eager"`; return [B, T, H, K] and the weights [B, H, T, S]."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * scaling
     if mask is not None:
         scores = scores + mask

@@ -13,7 +13,7 @@ AUTO_MAP = {
 }
 
 _CODE = {
-    "model": ("attention", "config", "layers", "loss", "ops", "random", "recurrence", "transformer"),
+    "model": ("attention", "config", "layers", "loss", "ops", "random", "recurrence", "rope_scaling", "transformer"),
     "hf": ("caches", "clock", "configuration", "modeling"),
 }
 """The files to copy, by package."""

@@ -4,7 +4,7 @@ A block calls `attention(projection, layer_index)` and knows nothing of masks or
 the layer in a cache, [prelude, coda, core iteration 0, core iteration 1, ...], so that the coda has the same index at
 any number of iterations. Attention over the cache of the decoding engine is in recurrent_depth/generation/attention.py.
 
-Shapes: B batch, T tokens, H heads, K head size.
+Shapes: B batch, T tokens, H query heads, G key heads (H without grouping), K head size.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Projection:
     """Queries, keys and values of a block before they are split, biased and rotated.
 
     Attributes:
-        qkv: [B, T, 3 H K].
+        qkv: [B, T, (H + 2 G) K].
         qk_bias: [2, 1, H, K], or None.
         rotary: cos and sin of the T tokens.
     """
@@ -38,7 +38,7 @@ class Projection:
     ops: Ops
 
     def heads(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rotated queries and keys, and values, each [B, H, T, K]."""
+        """Return rotated queries [B, H, T, K] and keys, and values, both [B, G, T, K]."""
         return self.ops.bias_rope(self.qkv, self.qk_bias, *self.rotary, self.n_heads)
 
 
@@ -51,14 +51,20 @@ def merge_heads(y: Tensor) -> Tensor:
     return y.transpose(1, 2).flatten(2)
 
 
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """Return softmax(q kᵀ / sqrt(K)) v: [B, H, T, K] for q [B, H, T, K] and k, v [B, G, S, K]; H is a multiple of G."""
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
+
+
 def on_heads(attend: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> AttentionFunction:
-    """Return the attention function that calls attend(q, k, v, layer_index) on heads, each [B, H, T, K]."""
+    """Return the attention function that calls attend(q, k, v, layer_index) on the heads."""
     return lambda projection, layer_index: merge_heads(attend(*projection.heads(), layer_index))
 
 
 def causal(projection: Projection, layer_index: int) -> Tensor:
     """Compute causal attention over whole sequences, without padding or cache."""
-    return merge_heads(F.scaled_dot_product_attention(*projection.heads(), is_causal=True))
+    return merge_heads(sdpa(*projection.heads(), is_causal=True))
 
 
 def attention_for(
@@ -88,7 +94,7 @@ def attention_for(
     visible, itself = order[None, :] <= order[:, None], order[None, :] == order[:, None]  # [T, T]
     # A padded query sees itself: without any key its softmax would be NaN.
     mask = (visible & attention_mask[:, None, :].bool() | itself)[:, None]  # [B, 1, T, T]
-    return lambda projection, _: merge_heads(F.scaled_dot_product_attention(*projection.heads(), attn_mask=mask))
+    return lambda projection, _: merge_heads(sdpa(*projection.heads(), mask))
 
 
 def _documents(document_ids: Tensor) -> AttentionFunction:
@@ -101,7 +107,7 @@ def _documents(document_ids: Tensor) -> AttentionFunction:
     mask = (same & (order[None, :] <= order[:, None]))[:, None]  # [B, 1, T, T]
 
     def attention(projection: Projection, layer_index: int) -> Tensor:
-        return merge_heads(F.scaled_dot_product_attention(*projection.heads(), attn_mask=mask))
+        return merge_heads(sdpa(*projection.heads(), mask))
 
     return attention
 
@@ -116,7 +122,9 @@ def _flex_documents(document_ids: Tensor) -> AttentionFunction:
     block_mask = create_block_mask(same_document, B, None, T, T, device=str(document_ids.device))
 
     def attention(projection: Projection, layer_index: int) -> Tensor:
-        return merge_heads(compiled_flex()(*projection.heads(), block_mask=block_mask))
+        q, k, v = projection.heads()
+        grouped = q.shape[1] != k.shape[1]
+        return merge_heads(compiled_flex()(q, k, v, block_mask=block_mask, enable_gqa=grouped))
 
     return attention
 

@@ -16,12 +16,57 @@ Kernels = Literal["auto", "triton", "torch"]
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are changed for sequences longer than a dense model was first trained on.
+
+    Names and formulas are those of `rope_scaling` in transformers (modeling_rope_utils).
+
+    Args:
+        rope_type: `linear` divides all frequencies by factor; `llama3` only low ones; `yarn` blends by frequency and
+            scales cos and sin.
+        factor: how many times longer the new sequences are.
+        original_max_position_embeddings: sequence length before, in tokens; for llama3 and yarn.
+        low_freq_factor, high_freq_factor: for llama3: rotations within the original length between which frequencies
+            are blended.
+        beta_fast, beta_slow: the same for yarn.
+        attention_factor: for yarn: factor of cos and sin; null: 0.1 ln(factor) + 1.
+    """
+
+    rope_type: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.factor < math.inf:
+            raise ValueError(f"factor is {self.factor}; it must be a finite number of at least 1")
+        if self.rope_type != "linear" and (self.original_max_position_embeddings or 0) < 1:
+            raise ValueError(
+                f"original_max_position_embeddings is {self.original_max_position_embeddings}; {self.rope_type} needs "
+                "the sequence length before scaling, in tokens"
+            )
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor is {self.high_freq_factor}; it must be above low_freq_factor, {self.low_freq_factor}"
+            )
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(f"beta_fast is {self.beta_fast}; it must be above beta_slow, {self.beta_slow}")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape of a recurrent-depth transformer and how many iterations it is trained for.
 
+    The defaults are Huginn's architecture. The fields from `n_kv_heads` on describe other members of the family:
+    released retrofits and converted dense models (docs/conversion.md).
+
     Args:
         n_embd: width D.
-        n_heads: attention heads H; the head size K = n_embd / n_heads must be even.
+        n_heads: attention heads H; the head size K must be even.
         intermediate_size: inner width of the gated MLP.
         n_layers_in_prelude, n_layers_in_recurrent_block, n_layers_in_coda: blocks of each part.
         vocab_size: rows V of the embedding.
@@ -35,6 +80,16 @@ class ModelConfig:
         rope_base: base of the rotary embedding.
         qk_bias: add a learned bias to queries and keys.
         tie_embeddings: use the embedding as output projection.
+        block: where a block has its norms: `sandwich` before each part and after its sum, `pre` before each part
+            (Llama, Qwen), `branch` after each part, before its sum (OLMo-2).
+        ln_f_before_coda: apply the last norm to the state before the coda too, not only after it.
+        n_kv_heads: heads of keys and values, a divisor of n_heads (grouped-query attention); null: n_heads.
+        head_size: head size K; null: n_embd / n_heads.
+        qkv_bias: add a bias to the projection to queries, keys and values.
+        qk_norm: RMS norm of queries and keys before the rotation: `head` of each head, `full` of all heads together.
+        rotary_scaling: scaling of the rotary frequencies; null: none.
+        embed_multiplier: factor of the embeddings; null: sqrt(n_embd).
+        initial_state_std: standard deviation of a random initial state; null: sqrt(2/5).
     """
 
     n_embd: int = 64
@@ -54,11 +109,23 @@ class ModelConfig:
     qk_bias: bool = True
     tie_embeddings: bool = True
     norm: Literal["rms", "layer"] = "rms"
+    block: Literal["sandwich", "pre", "branch"] = "sandwich"
+    ln_f_before_coda: bool = True
+    n_kv_heads: int | None = None
+    head_size: int | None = None
+    qkv_bias: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
+    rotary_scaling: RopeScaling | None = None
+    embed_multiplier: float | None = None
+    initial_state_std: float | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.rotary_scaling, dict):  # as config.json and checkpoint.json hold it
+            object.__setattr__(self, "rotary_scaling", RopeScaling(**self.rotary_scaling))
         for name in (
             "n_embd", "n_heads", "intermediate_size", "n_layers_in_prelude", "n_layers_in_recurrent_block",
-            "n_layers_in_coda", "vocab_size", "block_size", "mean_recurrence", "mean_backprop_depth",
+            "n_layers_in_coda", "vocab_size", "block_size", "mean_recurrence", "mean_backprop_depth", "n_kv_heads",
+            "head_size",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -67,19 +134,39 @@ class ModelConfig:
             raise ValueError(
                 f"mean_recurrence is {self.mean_recurrence}; it must be at most {MAX_NUM_STEPS} iterations"
             )
-        if self.n_embd % self.n_heads or (self.n_embd // self.n_heads) % 2:
+        self._check_heads()
+        for name, low in (("norm_eps", 0), ("rope_base", 1), ("embed_multiplier", 0)):
+            value = getattr(self, name)
+            if value is not None and not low < value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be a finite number above {low}")
+        if self.initial_state_std is not None and not 0 <= self.initial_state_std < math.inf:
+            raise ValueError(f"initial_state_std is {self.initial_state_std}; it must be a finite number of at least 0")
+
+    def _check_heads(self) -> None:
+        if (self.head_size is None and self.n_embd % self.n_heads) or self.head_dim % 2:
             raise ValueError(
-                f"n_embd is {self.n_embd} and n_heads is {self.n_heads}; the head size n_embd / n_heads must be even "
-                "(rotary embedding rotates pairs): change one of them"
+                f"n_embd is {self.n_embd} and n_heads is {self.n_heads}; the head size (head_size, or n_embd / n_heads)"
+                " must be even, because the rotary embedding rotates pairs: change one of them"
             )
-        if not 0 < self.norm_eps < math.inf:
-            raise ValueError(f"norm_eps is {self.norm_eps}; it must be a finite number above 0")
-        if not 1 < self.rope_base < math.inf:
-            raise ValueError(f"rope_base is {self.rope_base}; it must be a finite number above 1")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_kv_heads is {self.n_kv_heads}; it must divide n_heads, which is {self.n_heads}")
+        if self.qk_bias and self.kv_heads != self.n_heads:
+            raise ValueError(
+                f"n_kv_heads is {self.n_kv_heads} and qk_bias is true; qk_bias holds one bias per head for both, so "
+                "set qk_bias to false (qkv_bias works with grouped heads)"
+            )
+        if self.qk_bias and self.qk_norm != "none":
+            raise ValueError(f"qk_norm is {self.qk_norm!r} and qk_bias is true; set one of them to none or false")
 
     @property
     def head_dim(self) -> int:
-        return self.n_embd // self.n_heads
+        """Head size K."""
+        return self.head_size or self.n_embd // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values G."""
+        return self.n_kv_heads or self.n_heads
 
     @property
     def effective_depth(self) -> int:
@@ -97,12 +184,14 @@ class ModelConfig:
 
     @property
     def embed_scale(self) -> float:
-        return math.sqrt(self.n_embd)
+        """Factor of the embeddings."""
+        return math.sqrt(self.n_embd) if self.embed_multiplier is None else self.embed_multiplier
 
     @property
     def state_std(self) -> float:
-        """Standard deviation of the initial state: the variance is 2/5 at any width."""
-        return self.init_std * self.embed_scale
+        """Standard deviation of the initial state: by default the variance is 2/5 at any width."""
+        default = self.init_std * math.sqrt(self.n_embd)
+        return default if self.initial_state_std is None else self.initial_state_std
 
     def unrolled_layers(self, num_steps: int) -> int:
         core = self.n_layers_in_recurrent_block * num_steps

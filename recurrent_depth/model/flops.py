@@ -36,13 +36,14 @@ def peak_of(device: str) -> float | None:
 def attention_flops(config: ModelConfig, tokens: int, causal: bool = True) -> int:
     """Return the FLOPs of scores and weighted values of one layer."""
     pairs = tokens * (tokens + 1) // 2 if causal else tokens * tokens
-    return 4 * pairs * config.n_embd
+    return 4 * pairs * config.n_heads * config.head_dim
 
 
 def block_flops(config: ModelConfig, tokens: int, causal: bool = True) -> int:
     """Return the forward FLOPs of one block."""
-    projections = 8 * config.n_embd**2 + 6 * config.n_embd * config.intermediate_size
-    return tokens * projections + attention_flops(config, tokens, causal)
+    heads = 2 * config.n_heads + 2 * config.kv_heads  # of q, k, v and of the output
+    products = config.n_embd * (heads * config.head_dim + 3 * config.intermediate_size)
+    return 2 * tokens * products + attention_flops(config, tokens, causal)
 
 
 def iteration_flops(config: ModelConfig, tokens: int, causal: bool = True) -> int:

@@ -41,20 +41,21 @@ def bias_rope(
     Written as p*cos + flip(p)*sin, which a compiler fuses into one kernel.
 
     Args:
-        qkv: [B, T, 3 H K].
-        qk_bias: [2, 1, H, K], or None.
+        qkv: [B, T, (H + 2 G) K]: H query heads, G key heads, G value heads.
+        qk_bias: [2, 1, H, K] with G = H, or None.
         cos, sin: [B or 1, T, K] in fp32; `sin` carries the sign of its pair (-, +, -, +, ...).
 
     Returns:
-        q, k, v, each [B, H, T, K].
+        q [B, H, T, K]; k and v [B, G, T, K].
     """
-    B, T, _ = qkv.shape
-    qk, v = qkv.view(B, T, 3, n_heads, -1).split([2, 1], dim=2)
+    heads = qkv.unflatten(-1, (-1, cos.shape[-1]))  # [B, T, H + 2 G, K]
+    groups = (heads.shape[2] - n_heads) // 2
+    qk, v = heads.split([n_heads + groups, groups], dim=2)
     if qk_bias is not None:
-        qk = qk + qk_bias.transpose(0, 1)
+        qk = qk + qk_bias.flatten(0, 2)
     # Both at once: each of these small operations costs more in calls than in work when a single token is decoded.
-    q, k = _rotate(qk, cos[:, :, None, None], sin[:, :, None, None]).unbind(2)
-    return q.transpose(1, 2), k.transpose(1, 2), v[:, :, 0].transpose(1, 2)
+    q, k = _rotate(qk, cos[:, :, None], sin[:, :, None]).split([n_heads, groups], dim=2)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def _rotate(p: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ def rope_into_cache(
 
     Args:
         q_bias, k_bias: [H, K], or None.
-        entries: [R, 2, B, H, S, K], a layer's part of a cache with a budget of R iterations; changed in place.
+        entries: [R, 2, B, G, S, K], a layer's part of a cache with a budget of R iterations; changed in place.
         steps: [B], the iteration of each row; its tokens go to place steps mod R.
         columns: [B], the column of each row's first new token.
         active: [B, T], whether k, v of a token are stored.
@@ -86,7 +87,7 @@ def rope_into_cache(
     rows = torch.arange(len(qkv), device=qkv.device)
     places = steps % len(entries)
     for t in range(qkv.shape[1]):
-        new = torch.stack([k[:, :, t], v[:, :, t]], dim=1)  # [B, 2, H, K]
+        new = torch.stack([k[:, :, t], v[:, :, t]], dim=1)  # [B, 2, G, K]
         at = (places, slice(None), rows, slice(None), columns + t)
         entries[at] = torch.where(active[:, t, None, None, None], new, entries[at])
     return q
@@ -121,7 +122,7 @@ def decode_attention(
 
     Args:
         q: [N, H, T, K], the queries of the last T of each row's columns.
-        entries: [R, 2, B, H, S, K], a layer's part of the cache.
+        entries: [R, 2, B, G, S, K], a layer's part of the cache.
         depths: [B, S], the iterations each token took.
         lanes: [N], the lane of the cache that each row reads; None: row n reads lane n.
         starts, lengths: [N], the first column of each row, and its number of columns.
@@ -130,14 +131,14 @@ def decode_attention(
     T, S = q.shape[2], entries.shape[4]
     column = torch.arange(S, device=q.device)
     if len(entries) == 1:
-        keys, values = entries[0] if lanes is None else entries[0][:, lanes]  # [N, H, S, K]
+        keys, values = entries[0] if lanes is None else entries[0][:, lanes]  # [N, G, S, K]
     else:
         row = torch.arange(len(q), device=q.device) if lanes is None else lanes
         places = read_place(steps[:, None], depths[row, :S], len(entries), released)  # [N, S]
         keys, values = entries[places, :, row[:, None], :, column].permute(2, 0, 3, 1, 4)
     own = lengths[:, None, None] - T + torch.arange(T, device=q.device)[:, None]  # [N, T, 1]
     seen = (column <= own) & (column >= starts[:, None, None])
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None])
+    return F.scaled_dot_product_attention(q, keys, values, seen[:, None], enable_gqa=q.shape[1] != keys.shape[1])
 
 
 @dataclass(frozen=True)

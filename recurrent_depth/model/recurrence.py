@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from recurrent_depth.model.attention import AttentionFunction, Rotary
 from recurrent_depth.model.config import Checkpointing, ModelConfig
-from recurrent_depth.model.layers import SandwichBlock
+from recurrent_depth.model.layers import make_block
 from recurrent_depth.model.ops import TORCH_OPS, Ops
 from recurrent_depth.model.random import DEPTH_STREAM, generator
 
@@ -61,9 +61,10 @@ def sample_depth(config: ModelConfig, *, seed: int, step: int, micro_step: int) 
 def random_state(
     config: ModelConfig, rows: Tensor, positions: Tensor, *, seed: int, step: int = 0, ops: Ops = TORCH_OPS
 ) -> Tensor:
-    """Return an initial state [B, T, D] of variance 2/5 in fp32, a function of (seed, step, row, position, channel).
+    """Return an initial state [B, T, D] in fp32, a function of (seed, step, row, position, channel).
 
-    At test time pass row 0 for every row, so that the state depends neither on the batch nor on its padding.
+    Its standard deviation is config.state_std. At test time pass row 0 for every row, so that the state depends neither
+    on the batch nor on its padding.
 
     Args:
         rows: [B].
@@ -80,7 +81,7 @@ class RecurrentCore(nn.Sequential):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(*(SandwichBlock(config) for _ in range(config.n_layers_in_recurrent_block)))
+        super().__init__(*(make_block(config) for _ in range(config.n_layers_in_recurrent_block)))
         self.first_layer = config.n_layers_in_prelude + config.n_layers_in_coda  # layer indices before the core's
         self.ops = TORCH_OPS
         self.activation_checkpointing: Checkpointing = "none"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recurrent_depth.model.attention import AttentionFunction, Rotary, attention_for
 from recurrent_depth.model.config import ModelConfig
-from recurrent_depth.model.layers import SandwichBlock, make_norm, rotary_at, rotary_table
+from recurrent_depth.model.layers import make_block, make_norm, rotary_at, rotary_table
 from recurrent_depth.model.loss import IGNORE_INDEX, linear_cross_entropy, shift_labels, to_float32, valid_targets
 from recurrent_depth.model.random import named_generator
 from recurrent_depth.model.recurrence import Adapt, NumSteps, OnStep, RecurrentCore
@@ -22,12 +22,12 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_scale = config.embed_scale
+        self.embed_scale, self.ln_f_before_coda = config.embed_scale, config.ln_f_before_coda
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.prelude = nn.ModuleList(SandwichBlock(config) for _ in range(config.n_layers_in_prelude))
+        self.prelude = nn.ModuleList(make_block(config) for _ in range(config.n_layers_in_prelude))
         self.adapter = nn.Linear(2 * config.n_embd, config.n_embd, bias=False)
         self.core_block = RecurrentCore(config)
-        self.coda = nn.ModuleList(SandwichBlock(config) for _ in range(config.n_layers_in_coda))
+        self.coda = nn.ModuleList(make_block(config) for _ in range(config.n_layers_in_coda))
         self.ln_f = make_norm(config)
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -68,9 +68,13 @@ class Transformer(nn.Module):
         injected, adapt = self.injection(e)
         return self.core_block(state, injected, adapt, num_steps, rotary, attention, on_step)
 
+    def coda_input(self, state: Tensor) -> Tensor:
+        """Return what the coda reads from a state [B, T, D]: ln_f(state), or the state itself in retrofitted models."""
+        return self.ln_f(state) if self.ln_f_before_coda else state
+
     def run_coda(self, state: Tensor, rotary: Rotary, attention: AttentionFunction) -> Tensor:
-        """Return the hidden states [B, T, D] for the head. `ln_f` is applied before and after the coda."""
-        x = self.ln_f(state)
+        """Return the hidden states [B, T, D] for the head."""
+        x = self.coda_input(state)
         for offset, block in enumerate(self.coda):
             x = block(x, rotary, attention, len(self.prelude) + offset)
         return self.ln_f(x)
@@ -196,9 +200,14 @@ class RecurrentDepthModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
+def is_norm(name: str) -> bool:
+    """Return whether a parameter belongs to a norm."""
+    return "norm" in name or "ln_f" in name
+
+
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
     """Return the initial value of one whole parameter, on the CPU in fp32 (arXiv 2502.05171, section 4.2)."""
-    if "norm_" in name or "ln_f" in name:
+    if is_norm(name):
         return torch.ones(shape, device="cpu")
     if name.endswith("bias"):
         return torch.zeros(shape, device="cpu")

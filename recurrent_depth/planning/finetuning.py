@@ -27,8 +27,9 @@ LENGTHS = (512, 1024, 2048, 4096)
 
 def lora_parameters(config: ModelConfig, rank: int) -> int:
     """Return the parameters that LoRA adds on every linear layer of prelude, core and coda, and on the adapter."""
-    d, i = config.n_embd, config.intermediate_size
-    block = (d + 3 * d) + (d + d) + (d + 2 * i) + (i + d)
+    d, i, K = config.n_embd, config.intermediate_size, config.head_dim
+    q, kv = config.n_heads * K, config.kv_heads * K
+    block = (d + q + 2 * kv) + (q + d) + (d + 2 * i) + (i + d)
     return rank * (config.unrolled_layers(1) * block + 2 * d + d)
 
 

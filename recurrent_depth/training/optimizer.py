@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.layers import Attention
+from recurrent_depth.model.transformer import is_norm
 from recurrent_depth.training.config import DepthRampConfig, OptimizerConfig
 
 
@@ -92,9 +94,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         blocks = [(name, p) for name, p in named if not _is_norm_or_bias(name) and not _is_embedding(name)]
         embeddings = [p for name, p in named if _is_embedding(name)]
         groups = [matrices | {"params": embeddings}, others]
-        for parts in (1, 2, 3):
-            of_parts = [p for name, p in blocks if _fused_parts(name) == parts]
-            groups.append(matrices | {"params": of_parts, "muon": True, "parts": parts})
+        by_rows: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        for name, p in blocks:
+            by_rows.setdefault(_rows_of_matrices(model, name, p), []).append(p)
+        groups += [matrices | {"params": of_rows, "muon": True, "rows": rows} for rows, of_rows in by_rows.items()]
         dtype = torch.float32 if named[0][1].device.type == "cpu" else torch.bfloat16
         return MuonAdamW(groups, config.lr, config.betas, config.momentum, eps=config.eps, dtype=dtype)
     if config.name == "huginn":
@@ -110,13 +113,17 @@ def _is_embedding(name: str) -> bool:
     return "wte" in name or "lm_head" in name
 
 
-def _fused_parts(name: str) -> int:
-    """Return the matrices that a weight holds one above the other: q, k, v in Wqkv; gate, up in fc."""
-    return 3 if name.endswith("Wqkv.weight") else 2 if name.endswith("fc.weight") else 1
+def _rows_of_matrices(model: nn.Module, name: str, p: Tensor) -> tuple[int, ...]:
+    """Return the rows of each matrix that a weight holds one above the other: q, k, v in Wqkv; gate, up in fc."""
+    if name.endswith("Wqkv.weight"):
+        attention = model.get_submodule(name.removesuffix(".Wqkv.weight"))
+        assert isinstance(attention, Attention)
+        return attention.sizes
+    return (len(p) // 2,) * 2 if name.endswith("fc.weight") else (len(p),)
 
 
 def _is_norm_or_bias(name: str) -> bool:
-    return name.endswith("bias") or "norm_" in name or "ln_f" in name
+    return name.endswith("bias") or is_norm(name)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -142,10 +149,10 @@ _ITERATIONS = 5
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024) for parameter groups with `muon: True`, AdamW for the others.
 
-    The momentum of a matrix is orthogonalised before the update; a parameter of `parts` matrices, one above the other
-    (q, k, v in one projection), is orthogonalised matrix by matrix. torch.optim.Muon needs whole matrices; here the
-    momentum may be sharded: one all-gather per parameter makes it whole, and every rank computes the same
-    orthogonalisation. On whole matrices both agree.
+    The momentum of a matrix is orthogonalised before the update; a parameter of several matrices with these `rows`, one
+    above the other (q, k, v in one projection), is orthogonalised matrix by matrix. torch.optim.Muon needs whole
+    matrices; here the momentum may be sharded: one all-gather per parameter makes it whole, and every rank computes the
+    same orthogonalisation. On whole matrices both agree.
 
     The update of a matrix is scaled by 0.2 sqrt(max(rows, columns)) (arXiv 2502.16982), so that its root mean square is
     that of an AdamW update and both share one learning rate and weight decay. Matrices are orthogonalised in `dtype`;
@@ -163,7 +170,7 @@ class MuonAdamW(torch.optim.Optimizer):
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "momentum": momentum, "weight_decay": weight_decay, "eps": eps}
-        super().__init__(params, defaults | {"muon": False, "parts": 1})
+        super().__init__(params, defaults | {"muon": False, "rows": ()})
         self.dtype = dtype
 
     @torch.no_grad()
@@ -185,11 +192,11 @@ def _muon_step(p: Tensor, group: dict[str, Any], state: dict[str, Tensor], dtype
     state["momentum"].lerp_(p.grad, 1 - group["momentum"])
     update = p.grad.lerp(state["momentum"], group["momentum"]).to(dtype)
     whole = update.full_tensor() if isinstance(update, DTensor) else update
-    matrices = whole.chunk(group["parts"])
-    direction = torch.cat([orthogonalised(matrix) for matrix in matrices]).to(p.dtype)
+    matrices = whole.split(group["rows"] or len(whole))
+    direction = torch.cat([orthogonalised(m).to(p.dtype) * (0.2 * max(m.shape) ** 0.5) for m in matrices])
     if isinstance(p, DTensor):
         direction = distribute_tensor(direction, p.device_mesh, p.placements, src_data_rank=None)
-    p.sub_(direction, alpha=group["lr"] * 0.2 * max(matrices[0].shape) ** 0.5)
+    p.sub_(direction, alpha=group["lr"])
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
