@@ -137,6 +137,12 @@ VERBS = {
         "recurrent_depth.hf.export:export",
         "recurrent-depth export --model runs/first --out exports/first",
     ),
+    "convert": Verb(
+        "turn a dense model into a recurrent one",
+        "recurrent_depth.options:ConvertConfig",
+        "recurrent_depth.hf.conversion.command:convert",
+        "recurrent-depth convert --model FOLDER --prelude 10 --core 10 --coda 10 --out converted",
+    ),
     "plan": Verb(
         "memory and time of a run, before a GPU is rented",
         "recurrent_depth.planning.config:PlanConfig",

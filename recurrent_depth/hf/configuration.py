@@ -10,7 +10,6 @@ from recurrent_depth.model.config import ModelConfig
 
 _FIXED = {
     "architecture_class_name": "RecurrentGPT",
-    "block_class_name": "SandwichBlock",
     "mlp_class_name": "GatedMLP",
     "nonlin_name": "SiLU",
     "injection_type": "linear",
@@ -35,13 +34,16 @@ _DERIVED = (
 _NORMS = {"RMSNorm_llama": "rms", "LayerNorm": "layer"}
 """Value of the released field norm_class_name -> value of `ModelConfig.norm`."""
 
+_BLOCKS = {"SandwichBlock": "sandwich", "PreNormBlock": "pre", "BranchNormBlock": "branch"}
+"""Value of the released field block_class_name -> value of `ModelConfig.block`."""
+
 _SPELLINGS = {"num_attention_heads": "n_heads", "tie_word_embeddings": "tie_embeddings"}
 
 _RELEASED_AS = ("n_kv_heads", "head_size", "embed_multiplier", "initial_state_std")
 """Fields of `ModelConfig` that config.json stores as num_key_value_heads, head_dim and init_values, like the released
 ones."""
 
-_FAMILY = ("block", "ln_f_before_coda", "qkv_bias", "qk_norm", "rotary_scaling")
+_FAMILY = ("ln_f_before_coda", "qkv_bias", "qk_norm", "rotary_scaling")
 """Fields of `ModelConfig` that config.json has only if they differ from Huginn's architecture."""
 
 
@@ -80,14 +82,21 @@ class RecurrentDepthConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["cache", "past_key_values", "last_state", "latent_states"]  # noqa: RUF012
 
     def __init__(self, num_steps: int | None = None, state_seed: int | None = None, **kwargs: Any) -> None:
+        if "rope_theta" in kwargs or "rope_parameters" in kwargs:
+            raise ValueError(
+                "config.json has rope_theta: this is a retrofitted model (arXiv 2511.07384) in its released format; "
+                "load it with recurrent_depth.hf.loading.load_model, or write a folder for transformers with "
+                "`recurrent-depth export --model FOLDER --out OTHER_FOLDER`"
+            )
         for name, implemented in _FIXED.items():
             value = kwargs.pop(name, implemented)
             if value != implemented:
                 raise ValueError(f"config.json has {name}: {value!r}; only {implemented!r} is implemented")
-        norm = kwargs.pop("norm_class_name", "RMSNorm_llama")
-        if norm not in _NORMS:
-            raise ValueError(f"config.json has norm_class_name: {norm!r}; implemented are {', '.join(_NORMS)}")
-        kwargs.setdefault("norm", _NORMS[norm])
+        for name, class_name, known in (("norm", "norm_class_name", _NORMS), ("block", "block_class_name", _BLOCKS)):
+            value = kwargs.pop(class_name, next(iter(known)))
+            if value not in known:
+                raise ValueError(f"config.json has {class_name}: {value!r}; implemented are {', '.join(known)}")
+            kwargs.setdefault(name, known[value])
         for name in _DERIVED:
             kwargs.pop(name, None)
         for spelling, name in _SPELLINGS.items():
@@ -112,6 +121,15 @@ class RecurrentDepthConfig(PreTrainedConfig):
     @norm.setter
     def norm(self, value: str) -> None:
         self.norm_class_name = next(name for name, norm in _NORMS.items() if norm == value)
+
+    @property
+    def block(self) -> str:
+        """`ModelConfig.block`; config.json stores it under its released name, block_class_name."""
+        return _BLOCKS[self.block_class_name]
+
+    @block.setter
+    def block(self, value: str) -> None:
+        self.block_class_name = next(name for name, block in _BLOCKS.items() if block == value)
 
     @property
     def num_hidden_layers(self) -> int:

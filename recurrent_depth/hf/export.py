@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -10,13 +11,14 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from recurrent_depth.extras import package_version
 from recurrent_depth.files import atomic_folder, check_new_folder
+from recurrent_depth.hf.conversion.retrofit import load_retrofit, write_retrofit
 from recurrent_depth.hf.loading import ModelError, load_model
 from recurrent_depth.hf.modeling import RecurrentDepthForCausalLM
 from recurrent_depth.hf.remote_code import AUTO_MAP
 from recurrent_depth.options import ExportConfig
 from recurrent_depth.runs import find_checkpoint, is_run, read_details
 
-_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def export(config: ExportConfig) -> Path:
@@ -29,26 +31,56 @@ def export(config: ExportConfig) -> Path:
     if not isinstance(model, RecurrentDepthForCausalLM):
         raise ModelError(f"model: {config.model} is not a recurrent-depth model; only those are exported")
     with atomic_folder(out) as folder:
-        model.save_pretrained(folder, max_shard_size=config.max_shard_size)
+        if config.format == "retrofit":
+            write_retrofit(model, folder, config.max_shard_size)
+        else:
+            model.save_pretrained(folder, max_shard_size=config.max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(model_card(config, model, evaluation), encoding="utf-8")
-        difference = largest_difference(folder, model)
-        if not difference <= _TOLERANCE[config.dtype]:  # true for NaN as well
-            raise ModelError(
-                f"the logits of the exported folder differ from those of {config.model} (relative difference "
-                f"{difference:.1e}); nothing was written. Please report this with your versions"
-            )
-        _make_readable(folder)
+        written = (
+            load_retrofit(folder, model.dtype) if config.format == "retrofit" else load_with_own_code(folder, model)
+        )
+        difference = check_folder(folder, written, model, config.model)
     print(f"{out}: {model.num_parameters():,} parameters; logits differ by {difference:.1e} of their largest")
     return out
 
 
-@torch.no_grad()
-def largest_difference(folder: Path, model: RecurrentDepthForCausalLM) -> float:
-    """Return the largest difference between the logits of folder and model, relative to the largest logit."""
+def load_with_own_code(folder: Path, model: RecurrentDepthForCausalLM) -> Any:
+    """Return the model of a written folder, loaded with the code that the folder carries."""
     shipped = get_class_from_dynamic_module(AUTO_MAP["AutoModelForCausalLM"], str(folder))
-    exported = shipped.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+    return shipped.from_pretrained(folder, dtype=model.dtype)
+
+
+def check_folder(folder: Path, written: Any, model: RecurrentDepthForCausalLM, source: str) -> float:
+    """Return the largest relative difference between the logits of a written folder and those of the model.
+
+    Also gives every file the mode of a new file; safetensors writes files that only the owner can read.
+
+    Args:
+        written: the model loaded from the folder.
+        source: where the model came from, for the message.
+
+    Raises:
+        ModelError: if the logits differ by more than the dtype explains.
+    """
+    difference = largest_difference(written, model)
+    if not difference <= _TOLERANCE[model.dtype]:  # true for NaN as well
+        raise ModelError(
+            f"the logits of the written folder differ from those of {source} (relative difference {difference:.1e}); "
+            "nothing was written. Please report this with your versions"
+        )
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~mask)
+    return difference
+
+
+@torch.no_grad()
+def largest_difference(exported: Any, model: RecurrentDepthForCausalLM) -> float:
+    """Return the largest difference between the logits of two models, relative to the largest logit."""
+    exported = exported.to(model.device).eval()
     tokens = min(32, exported.config.block_size)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(exported.config.vocab_size, (2, tokens), generator=generator, device="cpu").to(model.device)
@@ -58,14 +90,6 @@ def largest_difference(folder: Path, model: RecurrentDepthForCausalLM) -> float:
         actual = exported(ids, num_steps=num_steps).logits
         differences.append((actual - expected).abs().max() / expected.abs().max())
     return torch.stack(differences).max().item()  # host: a number for the user
-
-
-def _make_readable(folder: Path) -> None:
-    """Give every file the mode of a new file; safetensors writes files that only the owner can read."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~mask)
 
 
 def model_card(config: ExportConfig, model: RecurrentDepthForCausalLM, evaluation: list[str]) -> str:

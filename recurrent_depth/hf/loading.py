@@ -21,6 +21,7 @@ from transformers import (
 from recurrent_depth.devices import choose_device
 from recurrent_depth.hf import RecurrentDepthConfig, RecurrentDepthForCausalLM, quantization
 from recurrent_depth.hf.chat import CHAT_TEMPLATE, CHAT_TOKENS, set_generation_tokens
+from recurrent_depth.hf.conversion.retrofit import is_retrofit, load_retrofit
 from recurrent_depth.hub import check_folder_or_hub_name, in_hub_cache
 from recurrent_depth.model.config import Kernels
 from recurrent_depth.model.transformer import RecurrentDepthModel
@@ -136,12 +137,15 @@ def _load_weights(path: str | Path, dtype: torch.dtype, options: dict[str, Any])
         pickles = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth") for p in folder.glob(kind))
         found = f"only {', '.join(pickles)}, a pickle, which is never read" if pickles else "none"
         raise ModelError(f"model: {path} holds no weights as .safetensors: {found}. Save the model as safetensors")
-    kind = _explained(f"model: config.json of {path} cannot be read", lambda: _model_type(path, options))
+    config = _explained(f"model: config.json of {path} cannot be read", lambda: _config_dict(path, options))
+    kind = config.get("model_type")
     if kind not in CONFIG_MAPPING:
         raise ModelError(
             f"model: config.json of {path} has model_type {kind!r}, which neither this package nor transformers knows; "
             f"a recurrent-depth model has {RecurrentDepthConfig.model_type!r}"
         )
+    if is_retrofit(config):
+        return _explained(f"model: {path} cannot be loaded", lambda: load_retrofit(path, dtype, **options))
     model, info = _explained(
         f"model: {path} cannot be loaded",
         lambda: AutoModelForCausalLM.from_pretrained(
@@ -160,8 +164,8 @@ def _load_weights(path: str | Path, dtype: torch.dtype, options: dict[str, Any])
     return model
 
 
-def _model_type(path: str | Path, options: dict[str, Any]) -> Any:
-    return PreTrainedConfig.get_config_dict(str(path), **options)[0].get("model_type")
+def _config_dict(path: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+    return PreTrainedConfig.get_config_dict(str(path), **options)[0]
 
 
 def _load_tokenizer(path: str | Path, options: dict[str, Any]) -> Any:
