@@ -82,7 +82,7 @@ def accuracies(folder: Path, num_steps: int, task: str, questions: int) -> dict[
 @torch.no_grad()
 def largest_difference(folder: Path, dropped: list[int]) -> dict[str, float]:
     """Compare logits with the dense model without the dropped layers at one iteration, on real prompts."""
-    lines = (REAL / "tasks" / "data" / "lambada_openai_offline.jsonl").read_text().splitlines()[:PROMPTS]
+    lines = (REAL / "tasks" / "data" / "lambada_openai.test.jsonl").read_text().splitlines()[:PROMPTS]
     dense, model, tokenizer = load(MODEL), load(folder), AutoTokenizer.from_pretrained(folder)
     dense.model.layers = nn.ModuleList(x for i, x in enumerate(dense.model.layers) if i not in dropped)
     dense.config.num_hidden_layers = len(dense.model.layers)

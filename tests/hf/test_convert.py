@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaConfig, GemmaForCausalLM, MistralConfig
 
 from recurrent_depth.cli import main
+from recurrent_depth.generation.config import Refill, Speculation, Wavefront
 from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.request import Decoding
 from recurrent_depth.hf.conversion.command import convert
