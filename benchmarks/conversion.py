@@ -1,6 +1,6 @@
 """A real dense model (SmolLM2-135M) made recurrent, before healing: accuracy at several core iterations.
 
-    python -m benchmarks conversion [--questions 100] [--keep FOLDER]
+    python -m benchmarks conversion [--questions 40] [--keep FOLDER]
 
 Needs `make real`. Converts build/real/smollm2-135m with 10 + 10 + 10 layers and each initial adapter, and once with
 layers dropped, and evaluates dense and converted models with stock lm-eval (HFLM, fp32) on the first questions of each
@@ -43,8 +43,8 @@ MODELS: dict[str, dict[str, Any] | None] = {
     "random 10+10+10": {"prelude": 10, "core": 10, "coda": 10, "init": "random"},
     "identity 8+12+8, last": {"prelude": 8, "core": 12, "coda": 8, "layers": "last"},
 }
-DEPTHS = {"dense": (1,), "input_only 10+10+10": (1, 4), "random 10+10+10": (1, 4)}
-"""Core iterations by model; the others have `ALL_DEPTHS`. input_only and random depend little on the number."""
+DEPTHS = {"dense": (1,), "input_only 10+10+10": (4,), "random 10+10+10": (4,), "identity 8+12+8, last": (1, 4)}
+"""Core iterations by model; the others have `ALL_DEPTHS`."""
 
 ALL_DEPTHS = (1, 2, 4, 8)
 PROMPTS = 200
@@ -97,7 +97,7 @@ def largest_difference(folder: Path, dropped: list[int]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=100, help="questions of each task (default 100)")
+    parser.add_argument("--questions", type=int, default=40, help="questions of each task (default 40)")
     parser.add_argument("--keep", default="build/conversion", help="folder of models and finished measurements")
     args = parser.parse_args()
     torch.set_num_threads(1)
