@@ -20,7 +20,7 @@ from recurrent_depth.hub import check_folder_or_hub_name
 from recurrent_depth.model.loss import IGNORE_INDEX
 from recurrent_depth.training.commands import DenseConfig
 from recurrent_depth.training.config import OptimizerConfig, RunConfig
-from recurrent_depth.training.optimizer import learning_rate
+from recurrent_depth.training.optimizer import build_optimizer, learning_rate
 from recurrent_depth.training.parallel import Ranks, start_processes
 
 
@@ -134,10 +134,7 @@ def arguments(config: RunConfig, rows: int, out: str) -> TrainingArguments:
     )
 
 
-def optimizer_of(model: nn.Module, config: OptimizerConfig, steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """Return AdamW with decay on matrices only, and the schedule of the recurrent recipe."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+def optimizer_of(model: nn.Module, config: OptimizerConfig, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """Return the optimizer and the schedule of the recurrent recipe."""
+    optimizer = build_optimizer(model, config)
     return optimizer, LambdaLR(optimizer, lambda step: learning_rate(config, step, steps) / config.lr)

@@ -67,7 +67,7 @@ def load_model(
     else:
         options = _where(path)
         model = _load_weights(path, dtype or torch.float32, options)
-        tokenizer = _load_tokenizer(path, options)
+        tokenizer = _load_tokenizer(path, options, model.config)
     _check_vocabulary(path, model, tokenizer)
     model = model.to(device=chosen, dtype=dtype).eval()
     if isinstance(model, RecurrentDepthForCausalLM):  # dense models are allowed, to measure difficulty with them
@@ -168,12 +168,12 @@ def _config_dict(path: str | Path, options: dict[str, Any]) -> dict[str, Any]:
     return PreTrainedConfig.get_config_dict(str(path), **options)[0]
 
 
-def _load_tokenizer(path: str | Path, options: dict[str, Any]) -> Any:
+def _load_tokenizer(path: str | Path, options: dict[str, Any], config: PreTrainedConfig) -> Any:
     if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
         return None
     return _explained(
         f"model: the tokenizer of {path} cannot be loaded",
-        lambda: AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, **options),
+        lambda: AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, config=config, **options),
     )
 
 

@@ -75,19 +75,46 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class DepthRampConfig:
-    """A curriculum on depth: the mean recurrence grows linearly from `start` to model.mean_recurrence.
+    """A curriculum on depth: the mean recurrence grows from `start` to model.mean_recurrence.
 
     Args:
         start: mean recurrence of the first training step, in iterations.
-        steps: training steps until the full mean. Sampling never takes a mean below model.mean_backprop_depth.
+        steps: training steps until the full mean.
+        shape: `linear`, or `one_minus_sqrt` (1 - sqrt(1 - t)), which stays at low depths for longer.
+        backprop: iterations with gradient grow too: they are at most the current mean. Without it, sampling never takes
+            a mean below model.mean_backprop_depth.
     """
 
     start: int = 1
     steps: int = 1000
+    shape: Literal["linear", "one_minus_sqrt"] = "linear"
+    backprop: bool = False
 
     def __post_init__(self) -> None:
         check_at_least("start", self.start, 1)
         check_at_least("steps", self.steps, 1)
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Learn from the next-token distribution of a teacher, in addition to the data.
+
+    Its forward pass in every micro-step is counted neither in FLOPs nor in `plan`.
+
+    Args:
+        teacher: folder or hub name of the model, dense or recurrent, with the same vocabulary.
+        weight: share of the divergence from the teacher in the loss; the rest is the cross-entropy of the data.
+        temperature: divisor of the logits of teacher and student in the divergence.
+    """
+
+    teacher: str
+    weight: float = 0.5
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_not_empty("teacher", self.teacher, "--distillation.teacher FOLDER")
+        check_fraction("weight", self.weight)
+        check_positive("temperature", self.temperature)
 
 
 @dataclass(frozen=True)
@@ -262,6 +289,8 @@ class RunConfig:
         slurm_margin_minutes: under Slurm, minutes before the end of the job (SLURM_JOB_END_TIME) at which the run saves
             and stops.
         depth_ramp: a curriculum on depth; null samples around model.mean_recurrence from the first training step.
+        distillation: a teacher to learn from; null: the data alone.
+        trainable: `adapter` trains the adapter only and keeps all other weights; `all` trains everything.
         init_from: a run, checkpoint, export, Huginn folder or hub name whose weights to start from; null starts from
             random weights.
         optimizer: the optimizer, its learning rate and its schedule.
@@ -286,6 +315,8 @@ class RunConfig:
     max_hours: float | None = None
     slurm_margin_minutes: float = 5.0
     depth_ramp: DepthRampConfig | None = None
+    distillation: DistillationConfig | None = None
+    trainable: Literal["all", "adapter"] = "all"
     init_from: str | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

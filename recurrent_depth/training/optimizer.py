@@ -84,7 +84,7 @@ def _ratio_square_sum(grad: Tensor, exp_avg_sq: Tensor) -> Tensor:
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Return the optimizer of `config`. Weight decay applies to matrices only; Muon leaves the embedding to AdamW."""
-    named = list(model.named_parameters())
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices: dict[str, Any] = {
         "params": [p for name, p in named if not _is_norm_or_bias(name)],
         "weight_decay": config.weight_decay,
@@ -110,7 +110,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 
 def _is_embedding(name: str) -> bool:
-    return "wte" in name or "lm_head" in name
+    return "wte" in name or "embed_tokens" in name or "lm_head" in name  # of this package, of transformers, of both
 
 
 def _rows_of_matrices(model: nn.Module, name: str, p: Tensor) -> tuple[int, ...]:
@@ -248,5 +248,11 @@ def ramped(model: ModelConfig, ramp: DepthRampConfig | None, step: int) -> Model
     """Return the model configuration with the mean recurrence of training step `step`."""
     if ramp is None or step >= ramp.steps:
         return model
-    mean = ramp.start + (model.mean_recurrence - ramp.start) * step / ramp.steps
-    return dataclasses.replace(model, mean_recurrence=round(mean))
+    done = step / ramp.steps
+    if ramp.shape == "one_minus_sqrt":
+        done = 1 - math.sqrt(1 - done)
+    mean = round(ramp.start + (model.mean_recurrence - ramp.start) * done)
+    k = model.mean_backprop_depth
+    return dataclasses.replace(
+        model, mean_recurrence=mean, mean_backprop_depth=min(mean, k) if ramp.backprop and k is not None else k
+    )

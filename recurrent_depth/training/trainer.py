@@ -31,6 +31,7 @@ from recurrent_depth.training.checkpoint import (
     verify_all,
 )
 from recurrent_depth.training.config import RunConfig
+from recurrent_depth.training.distillation import Teacher
 from recurrent_depth.training.exporting import Exporter
 from recurrent_depth.training.faults import flattened
 from recurrent_depth.training.health import HealthMonitor, validate
@@ -60,7 +61,10 @@ class Trainer:
         self._check_data()
         self.fingerprint = self.train_source.fingerprint()
         self.model = build_model(config.model, config.runtime, ranks, config.seed)
+        if config.trainable == "adapter":
+            self.model.requires_grad_(False).transformer.adapter.requires_grad_(True)
         self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.teacher = self._teacher()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.health = HealthMonitor(config.health)
         self.run = Path(config.out)
@@ -72,6 +76,12 @@ class Trainer:
         self.log: RunLog | None = None
         self.stop_requested = False
         self.stopping = False
+
+    def _teacher(self) -> Teacher | None:
+        config, device = self.config, self.ranks.device
+        if config.distillation is None:
+            return None
+        return Teacher(config.distillation, config.model.vocab_size, device, choose_dtype(config.runtime.dtype, device))
 
     def _check_data(self) -> None:
         model = self.config.model
@@ -110,17 +120,8 @@ class Trainer:
         for micro, batch in enumerate(batches):
             set_last_micro_step(self.model, micro == config.micro_steps - 1)
             depth = sample_depth(model, seed=config.seed, step=self.data_step, micro_step=micro)
-            output = self.model(
-                batch.input_ids,
-                targets=batch.targets,
-                num_steps=depth,
-                input_states=self._initial_states(batch, micro),
-                document_ids=batch.document_ids,
-                position_ids=batch.position_ids,
-                loss_chunk_size=config.runtime.loss_chunk_size,
-            )
             # Data parallelism averages gradients over ranks, but this loss is already divided by the global count.
-            micro_loss = output.loss / count.clamp(min=1)
+            micro_loss = self._loss(batch, micro, depth) / count.clamp(min=1)
             (micro_loss * self.ranks.world_size).backward()
             loss += micro_loss.detach().float()
             depths.append(depth)
@@ -143,6 +144,19 @@ class Trainer:
             "data_seconds": data_seconds,
             "skipped": float(not finite),
         }
+
+    def _loss(self, batch: Batch, micro: int, depth: tuple[int, int]) -> Tensor:
+        """Return the loss of a micro-step, summed over its valid targets."""
+        output = self.model(
+            batch.input_ids,
+            targets=batch.targets if self.teacher is None else None,
+            num_steps=depth,
+            input_states=self._initial_states(batch, micro),
+            document_ids=batch.document_ids,
+            position_ids=batch.position_ids,
+            loss_chunk_size=self.config.runtime.loss_chunk_size,
+        )
+        return output.loss if self.teacher is None else self.teacher.loss(output.logits, batch)
 
     def _flops(self, tokens_in_row: int, depths: list[tuple[int, int]], recompute: Recompute) -> float:
         """Return the FLOPs of one training step over all ranks."""

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.recurrence import sample_depth
 from recurrent_depth.training.config import DepthRampConfig, OptimizerConfig
 from recurrent_depth.training.launch import train
 from recurrent_depth.training.optimizer import learning_rate, ramped
@@ -53,6 +54,26 @@ def test_depth_ramp_raises_the_mean_depth_and_resumes_exactly(tmp_path):
     assert sum(depths[30:]) / 10 > 2 * sum(depths[:10]) / 10
     trainer.step = 20
     assert trainer.train_step()["num_steps"] == depths[20]
+
+
+def test_depth_ramp_of_shape_one_minus_sqrt_stays_shallow_for_longer():
+    model = ModelConfig(mean_recurrence=33, mean_backprop_depth=8)
+    ramp = DepthRampConfig(start=1, steps=100, shape="one_minus_sqrt")
+    means = [ramped(model, ramp, step).mean_recurrence for step in range(101)]
+    assert means == [round(1 + 32 * (1 - math.sqrt(1 - min(step, 100) / 100))) for step in range(101)]
+    linear = [ramped(model, DepthRampConfig(start=1, steps=100), step).mean_recurrence for step in range(101)]
+    assert all(a <= b for a, b in zip(means, linear, strict=True))
+
+
+def test_depth_ramp_with_backprop_samples_depths_below_the_backpropagation_depth():
+    model = ModelConfig(mean_recurrence=32, mean_backprop_depth=8)
+    without, with_ = DepthRampConfig(start=2, steps=100), DepthRampConfig(start=2, steps=100, backprop=True)
+    early = [sample_depth(ramped(model, with_, 0), seed=0, step=step, micro_step=0) for step in range(400)]
+    assert max(k for _, k in early) == 2
+    assert sum(n + k for n, k in early) / 400 == pytest.approx(3, rel=0.1)  # the mean + 1 (section 3.3 of the paper)
+    clamped = [sample_depth(ramped(model, without, 0), seed=0, step=step, micro_step=0) for step in range(400)]
+    assert sum(n + k for n, k in clamped) / 400 == pytest.approx(9, rel=0.1)
+    assert ramped(model, with_, 50).mean_backprop_depth == 8
 
 
 def test_depth_ramp_that_decreases_is_refused(tmp_path):

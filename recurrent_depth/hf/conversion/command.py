@@ -1,9 +1,11 @@
 """`recurrent-depth convert`: turn a dense model into a recurrent one, and prove that it computes the same."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from recurrent_depth.files import atomic_folder, check_new_folder, write_json
@@ -154,6 +156,8 @@ def _write(config: ConvertConfig, model: RecurrentDepthForCausalLM, tokenizer: A
         model.save_pretrained(folder, max_shard_size=config.max_shard_size)
         tokenizer.save_pretrained(folder)
         write_json(folder / "conversion.json", report)
+        shape = yaml.safe_dump(asdict(model.model_config), sort_keys=False)
+        (folder / "model.yaml").write_text(f"# The section `model` of a training run.\n{shape}", encoding="utf-8")
         card = model_card(ExportConfig(config.model, config.out, config.dtype), model, ["Not evaluated."])
         (folder / "README.md").write_text("\n".join([card, *_report_lines(report), ""]), encoding="utf-8")
         check_folder(folder, load_with_own_code(folder, model), model, config.model)
