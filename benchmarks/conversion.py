@@ -5,7 +5,7 @@
 Needs `make real`. Converts build/real/smollm2-135m with 10 + 10 + 10 layers and each initial adapter, and once with
 layers dropped, and evaluates dense and converted models with stock lm-eval (HFLM, fp32) on the first questions of each
 task. Also compares logits with the dense model at one iteration on 200 prompts. With --keep, measurements are kept in
-FOLDER, so that an interrupted benchmark continues. Writes results/conversion.json.
+FOLDER, so that an interrupted benchmark continues. Writes results/conversion.json after every model.
 """
 
 import argparse
@@ -118,7 +118,8 @@ def main() -> None:
                 found = kept(args.keep, key, lambda f=folder, r=num_steps, t=task: accuracies(f, r, t, args.questions))
                 rows.append({"model": name, "num_steps": num_steps, "task": task, **found})
                 print(key, found["value"], flush=True)
-    write_result("conversion", {"dense": "SmolLM2-135M", "questions": args.questions, "logits": logits, "rows": rows})
+        settings = {"dense": "SmolLM2-135M", "questions": args.questions}
+        write_result("conversion", settings | {"logits": logits, "rows": rows})
 
 
 if __name__ == "__main__":

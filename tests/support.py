@@ -59,11 +59,18 @@ def small_run(out: Path, **changes: Any) -> RunConfig:
     return RunConfig(out=str(out), **(defaults | changes))
 
 
-def lively_model(vocab_size: int = 50, block_size: int = 96, scale: float = 2.5) -> RecurrentDepthModel:
+LLAMA_LIKE: dict[str, Any] = {
+    "n_kv_heads": 1, "head_size": 12, "qk_bias": False, "qkv_bias": True, "qk_norm": "head", "block": "pre",
+    "ln_f_before_coda": False, "embed_multiplier": 1.0,
+}  # fmt: skip
+"""Fields of a model with grouped heads, biases and norms of q and k, as converted dense models have them."""
+
+
+def lively_model(vocab_size: int = 50, block_size: int = 96, scale: float = 2.5, **shape: Any) -> RecurrentDepthModel:
     """Return a random model in fp64 with large weights, so that tokens differ and converge at different iterations."""
     config = ModelConfig(
         n_embd=32, n_heads=2, intermediate_size=48, vocab_size=vocab_size, block_size=block_size,
-        n_layers_in_recurrent_block=2,
+        n_layers_in_recurrent_block=2, **shape,
     )  # fmt: skip
     model = RecurrentDepthModel(config).double()
     model.initialise(seed=3)

@@ -18,8 +18,8 @@ class DenseConfig:
 
     Args:
         run: configuration file of `recurrent-depth train`. The fields used are data.packed, steps, batch_size,
-            micro_steps, seed, log_every, optimizer (adamw), checkpoint.every, and runtime.device, runtime.dtype and
-            runtime.activation_checkpointing. --run.steps 10 changes a single field.
+            micro_steps, seed, log_every, optimizer (adamw or muon), checkpoint.every, and runtime.device, runtime.dtype
+            and runtime.activation_checkpointing. --run.steps 10 changes a single field.
         model: folder or hub name of the dense model.
         out: folder to write; the model is saved in `out`/model.
         data: packed rows prepared with the tokenizer of the dense model; null takes run.data.packed.
@@ -34,8 +34,10 @@ class DenseConfig:
 
     def __post_init__(self) -> None:
         check_not_empty("out", self.out, "--out runs/dense")
-        if self.run.optimizer.name != "adamw":
-            raise ValueError(f"run.optimizer.name is {self.run.optimizer.name!r}; a dense model is trained with adamw")
+        if self.run.optimizer.name not in ("adamw", "muon"):
+            raise ValueError(
+                f"run.optimizer.name is {self.run.optimizer.name!r}; a dense model is trained with adamw or muon"
+            )
         rows = self.rows
         if rows.document_masking and not rows.restart_positions:
             raise ValueError(

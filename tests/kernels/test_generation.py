@@ -12,16 +12,24 @@ from recurrent_depth.generation.request import Decoding, Requests
 from recurrent_depth.model.ops import TORCH_OPS, choose_ops, use_ops
 from recurrent_depth_kernels import decode_attention, rope_into_cache
 from recurrent_depth_kernels.launch import watched
-from support import decode, lively_model
+from support import LLAMA_LIKE, decode, lively_model
 
 PROMPTS = [[5, 6, 7], [11]]
 OPTIONS = Decoding(max_new_tokens=3, num_steps=4, exit=StateChange(0.6), cache_budget=2)
 FULL = replace(OPTIONS, cache_budget=None)
 
 
-@pytest.mark.parametrize(("options", "mode"), [(OPTIONS, None), (OPTIONS, Captured()), (FULL, Captured())])
-def test_decoding_with_kernels_equals_torch_in_fp64(options, mode):
-    model = lively_model()
+@pytest.mark.parametrize(
+    ("options", "mode", "shape"),
+    [
+        (OPTIONS, None, {}),
+        (OPTIONS, Captured(), {}),
+        (FULL, Captured(), {}),
+        (replace(OPTIONS, exit=StateChange(0.8)), Captured(), LLAMA_LIKE),
+    ],
+)
+def test_decoding_with_kernels_equals_torch_in_fp64(options, mode, shape):
+    model = lively_model(**shape)
     plain = decode(model, PROMPTS, options)
     assert len({steps for row in plain.steps for steps in row[1:]}) > 1
     use_ops(model, replace(TORCH_OPS, decode_attention=decode_attention, rope_into_cache=rope_into_cache))
@@ -29,7 +37,7 @@ def test_decoding_with_kernels_equals_torch_in_fp64(options, mode):
         fused = decode(model, PROMPTS, options, mode)
     assert (fused.tokens, fused.steps) == (plain.tokens, plain.steps)
     kernels = {launch.name for launch in launches}
-    assert "attend_one" in kernels
+    assert ("attend_many" if shape else "attend_one") in kernels
     assert ("rotate_and_store" in kernels) == (mode is not None)
 
 

@@ -15,6 +15,7 @@ from recurrent_depth.model.ops import choose_ops, use_ops
 from recurrent_depth.model.recurrence import random_state
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth_kernels.launch import watched
+from support import LLAMA_LIKE, lively_model
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "huginn_tiny"
 
@@ -73,6 +74,18 @@ def test_gradients_with_kernels_equal_torch(vectors, device):
     wanted = dict(plain.named_parameters())
     for name, p in fused.named_parameters():
         close(p.grad, wanted[name].grad)
+
+
+@pytest.mark.parametrize("block", ["pre", "branch"])
+def test_gradients_of_a_llama_like_model_with_kernels_equal_torch(device, block):
+    ids = torch.arange(14, device=device).view(2, 7)
+    models = [lively_model(**LLAMA_LIKE | {"block": block}).float().to(device) for _ in range(2)]
+    for model, kernels in zip(models, ("torch", "triton"), strict=True):
+        use_ops(model, choose_ops(kernels, torch.device(device)))
+        model(ids, num_steps=(1, 2), labels=ids).loss.backward()
+    wanted = dict(models[0].named_parameters())
+    for name, p in models[1].named_parameters():
+        close(p.grad, wanted[name].grad, 1e-4)
 
 
 def test_bfloat16_error_with_kernels_is_not_larger(vectors, device):

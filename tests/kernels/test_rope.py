@@ -35,6 +35,19 @@ def test_rope_and_gradients_equal_fp64(shape, dtype, device):
     check(*both(cos, sin, H), [qkv, bias], dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("H", "G", "K"), [(6, 2, 8), (4, 1, 24), (9, 3, 64)])
+def test_rope_of_grouped_heads_equals_fp64(H, G, K, dtype, device):
+    qkv = random(2, 3, (H + 2 * G) * K, dtype=dtype, device=device)
+    cos, sin = rotary(K, torch.arange(3)[None] + 3, device)
+    check(
+        lambda x: kernels.bias_rope(x, None, cos, sin, H),
+        lambda x: ops.bias_rope(x, None, cos.double(), sin.double(), H),
+        [qkv],
+        dtype,
+    )
+
+
 def test_rope_accepts_positions_per_row_without_bias(device):
     qkv = random(2, 3, 3 * 2 * 8, device=device)
     cos, sin = rotary(8, torch.tensor([[0, 1, 2], [7, 900, 8000]]), device)
