@@ -17,6 +17,8 @@ from recurrent_depth.hf.conversion.dense import check_supported
 from recurrent_depth.hf.loading import ModelError, load_model
 from recurrent_depth.options import ConvertConfig
 
+QUICK = ("llama", "qwen3", "olmo2")
+NAMES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in DENSE]
 ALL = {"prelude": 2, "core": 2, "coda": 2}
 
 
@@ -56,7 +58,7 @@ def test_one_iteration_equals_the_dense_model(converted, name):
     assert relative(changed, dense(ids).logits) > 1e-3  # more iterations do change the result
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", NAMES)
 def test_greedy_tokens_equal_the_dense_model(converted, name):
     dense, model, _ = converted(name)
     ids = tokens(T=9)
@@ -67,7 +69,7 @@ def test_greedy_tokens_equal_the_dense_model(converted, name):
     assert [[*row, *new] for row, new in zip(ids.tolist(), result.tokens, strict=True)] == expected.tolist()
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_cached_and_padded_generation_equals_plain_passes(converted, name):
     _, model, _ = converted(name)
@@ -175,6 +177,7 @@ def test_tokenizer_template_and_generation_tokens_are_carried_over(converted):
     assert model.generation_config.pad_token_id == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "llama3", "qwen2_yarn", "qwen3", "olmo2"])
 @torch.no_grad()
 def test_folder_loads_with_its_own_code_and_exports_again(converted, tmp_path, name):
@@ -250,3 +253,15 @@ def test_unsupported_architecture_is_refused_by_name(tmp_path, capsys):
 def test_default_mistral_is_refused_for_its_window():
     with pytest.raises(ModelError, match="sliding_window: 4096"):
         check_supported(MistralConfig())
+
+
+@pytest.mark.slow
+def test_converted_model_trains_with_the_model_file_of_its_folder(converted, tmp_path):
+    _, model, folder = converted("qwen2")
+    arguments = ["train", "--model", str(folder / "model.yaml"), "--init-from", str(folder), "--steps", "3"]
+    arguments += ["--data.task.name", "shell_game", "--batch-size", "4", "--out", str(tmp_path / "run")]
+    assert main([*arguments, "--optimizer.lr", "1e-9", "--validation.rows", "4", "--runtime.device", "cpu"]) == 0
+    trained = load_model(tmp_path / "run")[0]
+    assert trained.model_config == model.model_config
+    ids = tokens()
+    assert relative(trained(ids, num_steps=2).logits, model(ids, num_steps=2).logits) < 1e-4

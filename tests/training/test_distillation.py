@@ -85,15 +85,17 @@ def test_teacher_with_another_vocabulary_is_refused(teacher):
         Teacher(DistillationConfig(str(teacher)), 80, CPU, torch.float32)
 
 
+@pytest.mark.slow
 def test_distilled_run_approaches_its_teacher(tmp_path, teacher):
     run = small_run(
-        tmp_path / "run", model=SHAPE, steps=60, distillation=DistillationConfig(str(teacher), 1.0, 1.0),
+        tmp_path / "run", model=SHAPE, steps=40, distillation=DistillationConfig(str(teacher), 1.0, 1.0),
         optimizer=OptimizerConfig(name="adamw", lr=3e-3, warmup_steps=3),
     )  # fmt: skip
     found = losses(train(run))
-    assert sum(found[-5:]) < 0.7 * sum(found[:5])
+    assert sum(found[-5:]) < 0.8 * sum(found[:5])
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_distillation_on_two_ranks_equals_one(tmp_path, teacher):
     config = small_run(tmp_path / "one", model=SHAPE, distillation=DistillationConfig(str(teacher)))
@@ -103,6 +105,7 @@ def test_distillation_on_two_ranks_equals_one(tmp_path, teacher):
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("optimizer", ["huginn", "muon"])
 def test_adapter_only_training_changes_the_adapter_alone(tmp_path, optimizer):
