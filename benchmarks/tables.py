@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import read_result
+from benchmarks.conversion_tables import conversion
 
 ROOT = Path(__file__).parents[1]
 SHOWN = (1, 2, 4, 8, 12, 16, 64)
@@ -392,6 +393,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu decoding": lambda: gpu_decoding(_gpu("decoding")),
     "gpu roofline": lambda: gpu_roofline(_gpu("roofline")),
     "selection": lambda: selection(read_result("selection")),
+    "conversion": lambda: markdown(*conversion(read_result("conversion"))),
 }
 """What stands behind each mark."""
 

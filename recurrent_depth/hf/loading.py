@@ -165,7 +165,10 @@ def _load_weights(path: str | Path, dtype: torch.dtype, options: dict[str, Any])
 
 
 def _config_dict(path: str | Path, options: dict[str, Any]) -> dict[str, Any]:
-    return PreTrainedConfig.get_config_dict(str(path), **options)[0]
+    config = PreTrainedConfig.get_config_dict(str(path), **options)[0]
+    if not isinstance(config, dict):
+        raise ValueError("it is not a mapping of fields")
+    return config
 
 
 def _load_tokenizer(path: str | Path, options: dict[str, Any], config: PreTrainedConfig) -> Any:

@@ -208,5 +208,12 @@ SHAPES: dict[str, ModelConfig] = {
         n_embd=5280, n_heads=55, intermediate_size=17_920, n_layers_in_prelude=2, n_layers_in_recurrent_block=4,
         n_layers_in_coda=2, vocab_size=65_536, block_size=4096, mean_recurrence=32, mean_backprop_depth=8,
     ),
+    "smollm2-135m-10-10-10": ModelConfig(
+        n_embd=576, n_heads=9, intermediate_size=1536, n_layers_in_prelude=10, n_layers_in_recurrent_block=10,
+        n_layers_in_coda=10, vocab_size=49_152, block_size=8192, mean_recurrence=4, mean_backprop_depth=8,
+        state_init="zero", norm_eps=1e-5, rope_base=100_000.0, qk_bias=False, block="pre", ln_f_before_coda=False,
+        n_kv_heads=3, embed_multiplier=1.0, initial_state_std=0.0087039,
+    ),
 }  # fmt: skip
-"""Named shapes: `tiny` trains on a CPU in minutes, `small` on one GPU, `huginn-3.5b` is the published model."""
+"""Named shapes: `tiny` trains on a CPU in minutes, `small` on one GPU, `huginn-3.5b` is the published model, and
+`smollm2-135m-10-10-10` a converted one (docs/conversion.md)."""
