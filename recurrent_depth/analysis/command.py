@@ -90,7 +90,9 @@ def run(
     progress(f"{config.num_steps} iterations recorded")
     details: dict[str, Any] = {"component_shares": converged.components.share.tolist()}
     ends = record_paths(model, windows, recording, converged, config.converged_steps)
-    details["path_independence"] = [{"seed": seed, "median_distance": float(_median(end))} for seed, end in enumerate(ends)]
+    details["path_independence"] = [
+        {"seed": seed, "median_distance": float(_median(end))} for seed, end in enumerate(ends)
+    ]
     details["jacobian"] = []
     if config.jacobian:
         tokens = config.tokens or spread_tokens(windows, config.jacobian_tokens)

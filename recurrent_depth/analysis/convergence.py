@@ -58,8 +58,7 @@ class ExitTimes:
         T, dtype = len(like), torch.promote_types(like.dtype, torch.float32)
         self.first = torch.zeros(len(rules), T, dtype=torch.int32, device=like.device)
         self.memory = [
-            torch.full((1, T, rule.remembers(vocab_size)), torch.nan, dtype=dtype, device=like.device)
-            for rule in rules
+            torch.full((1, T, rule.remembers(vocab_size)), torch.nan, dtype=dtype, device=like.device) for rule in rules
         ]
 
     def update(self, step: int, before: Tensor, after: Tensor, logits: Tensor, tokens: slice) -> None:

@@ -80,8 +80,19 @@ def _movement(recording: Recording, folder: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     norm, correlation = np.median(recording.norm, axis=1), recording.correlation.mean(axis=1)
-    head = ["iteration", *(f"{label} {q}" for label in columns for q in ("25%", "50%", "75%")), "norm 50%", "correlation"]
-    save(figure, folder, "movement", head, zip(steps, *np.concatenate(list(columns.values())), norm, correlation, strict=True))
+    head = [
+        "iteration",
+        *(f"{label} {q}" for label in columns for q in ("25%", "50%", "75%")),
+        "norm 50%",
+        "correlation",
+    ]
+    save(
+        figure,
+        folder,
+        "movement",
+        head,
+        zip(steps, *np.concatenate(list(columns.values())), norm, correlation, strict=True),
+    )
 
 
 def _stopping(recording: Recording, details: dict[str, Any], folder: Path) -> None:
@@ -94,7 +105,6 @@ def _stopping(recording: Recording, details: dict[str, Any], folder: Path) -> No
         in_order(torch.where(part == 0, R + 1, part), R + 1).numpy()
         for part in first.split([len(window["ids"]) for window in details["windows"]], dim=1)
     ], axis=1)  # fmt: skip
-    first = first.numpy()
     figure, (axes,) = new_figure()
     for name, times in zip(names, ordered, strict=True):
         axes.plot(steps, 100 * (times[None] <= steps[:, None]).mean(axis=1), label=name)
@@ -103,7 +113,7 @@ def _stopping(recording: Recording, details: dict[str, Any], folder: Path) -> No
     axes.legend()
     head = ["token", "class", *names, *(f"{name}, in order" for name in names)]
     classes = [CLASSES[kind] for kind in recording.classes]
-    rows = zip(range(len(classes)), classes, *first, *np.where(ordered > R, 0, ordered), strict=True)
+    rows = zip(range(len(classes)), classes, *first.numpy(), *np.where(ordered > R, 0, ordered), strict=True)
     save(figure, folder, "stopping", head, rows)
 
 

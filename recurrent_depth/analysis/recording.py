@@ -68,7 +68,7 @@ def create(folder: Path, sizes: dict[str, int]) -> Recording:
     """
     R, N = sizes["steps"], sizes["tokens"]
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        **{name: ((R, N), np.float32) for name in ("relative_change", "distance", "norm", "entropy", "kl")},
+        **dict.fromkeys(("relative_change", "distance", "norm", "entropy", "kl"), ((R, N), np.float32)),
         "correlation": ((R, sizes["windows"]), np.float32),
         "coordinates": ((R, N, sizes["components"]), np.float32),
         "top_ids": ((R, N, sizes["candidates"]), np.int32),
@@ -97,7 +97,9 @@ def load(folder: str | Path) -> tuple[Recording, dict[str, Any]]:
         arrays = {name: _open(folder / f"{name}.npy") for name in names}
         details = json.loads((folder / DETAILS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is not an analysis ({error}); give a folder of `recurrent-depth analyze`") from error
+        raise ValueError(
+            f"{folder} is not an analysis ({error}); give a folder of `recurrent-depth analyze`"
+        ) from error
     return Recording(**arrays), details
 
 

@@ -103,5 +103,4 @@ def gain(passage: Passage, state: Tensor, draws: int = 4) -> float:
 
 def _jvp(passage: Passage, state: Tensor, tangent: Tensor) -> Tensor:
     """Return J v [T, D] for a direction v [T, D]."""
-    _, image = jvp(lambda s: passage.iterate(s, 1), (state,), (tangent,))
-    return image
+    return jvp(lambda s: passage.iterate(s, 1), (state,), (tangent,))[1]

@@ -1,4 +1,4 @@
-"""Record the trajectories of all tokens: one pass to the converged state, one that is recorded, some from random states.
+"""Record the trajectories of all tokens: a pass to the converged state, a recorded one, some from random states.
 
 A pass is repeated instead of stored: the first one ends at s* and finds the principal components, the second needs
 both at every iteration.
@@ -25,6 +25,7 @@ from recurrent_depth.analysis.spectrum import gain, token_radius
 from recurrent_depth.analysis.texts import Window
 from recurrent_depth.generation.exits import ExitRule
 from recurrent_depth.generation.request import DecodableModel
+from recurrent_depth.model.loss import to_float32
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def converge(
         passage, paths = Passage(model, window.ids), Paths(converged_steps)
 
         def visit(step: int, state: Tensor, paths: Paths = paths) -> None:
-            paths.add(step, state.float())
+            paths.add(step, to_float32(state))
             if step <= recording.num_steps:
                 fitted.add(state)
 

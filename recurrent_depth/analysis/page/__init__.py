@@ -56,11 +56,13 @@ def page_data(recording: Recording, details: dict[str, Any], results: Sequence[R
     arrays["path_median"] = np.median(recording.path_distance[:, rows], axis=2) if _has_seeds(recording) else _EMPTY
     arrays["correlation"] = recording.correlation[rows]
     arrays["norm_median"] = np.median(recording.norm[rows], axis=1)
+    windows = [window for window in details["windows"] if window["first"] < count]
+    sizes = [min(len(window["ids"]), count - window["first"]) for window in windows]
     config, ids = details["config"], [token for window in details["windows"] for token in window["ids"]][:count]
     arrays["ids"] = _numbered(np.array(ids), vocabulary)
     return {
         "title": details["title"],
-        "model": config["model"],
+        "model": Path(config["model"]).name,
         "version": details["version"],
         "dtype": details["dtype"],
         "steps": steps,
@@ -68,9 +70,8 @@ def page_data(recording: Recording, details: dict[str, Any], results: Sequence[R
         "converged_steps": config["converged_steps"],
         "total_tokens": recording.distance.shape[1],
         "windows": [
-            {"name": window["name"], "first": window["first"], "count": min(len(window["ids"]), count - window["first"])}
-            for window in details["windows"]
-            if window["first"] < count
+            {"name": window["name"], "first": window["first"], "count": size}
+            for window, size in zip(windows, sizes, strict=True)
         ],
         "vocabulary": list(details["vocabulary"].values()),
         "exits": details["exits"],

@@ -104,18 +104,24 @@ function lineChart(width, lines, { y, yLabel, log = false, mark = null, band = n
   const marks = [
     band ? Plot.areaY(band, { x: "x", y1: "low", y2: "high", fill: "var(--band)", fillOpacity: 0.8 }) : null,
     mark === null ? null : Plot.ruleX([mark], { stroke: "var(--accent)", strokeDasharray: "3,3" }),
-    Plot.line(usable, { x: "x", y: "y", z: "name", stroke: "colour", strokeWidth: 2.2, strokeLinejoin: "round" }),
-    points ? Plot.dot(usable, { x: "x", y: "y", fill: "colour", r: 3 }) : null,
-    points ? Plot.ruleX(usable.filter((p) => p.e), { x: "x", y1: (p) => p.y - p.e, y2: (p) => p.y + p.e, stroke: "colour" }) : null,
+    ...lines.map((line) => Plot.line(usable.filter((p) => p.name === line.name), { x: "x", y: "y", stroke: line.colour, strokeWidth: 2.2,
+      strokeLinejoin: "round", strokeDasharray: line.flat ? "6,5" : null })),
+    points ? Plot.dot(usable.filter((p) => p.e !== null), { x: "x", y: "y", fill: "colour", r: 3 }) : null,
+    points ? Plot.ruleX(usable.filter((p) => p.e > 0), { x: "x", y1: (p) => p.y - p.e, y2: (p) => p.y + p.e, stroke: "colour" }) : null,
     Plot.tip(usable, Plot.pointer({ x: "x", y: "y", title: (p) => `${p.name}\niteration ${p.x}: ${format(p.y)}`,
       fill: "var(--card)", stroke: "var(--line)" })),
   ];
   const chart = Plot.plot({
-    width, height: 240, marginLeft: 52, marginRight: 14, marks, style: { background: "transparent", fontSize: "12px" },
-    x: { label: "iteration", ...(xLog ? { type: "log", base: 2, tickFormat: "d" } : { domain: d3.extent(rows, (p) => p.x) }) },
-    y: { label: yLabel, grid: true, domain: y, ...(log ? { type: "log", tickFormat: "~e", ticks: 5 } : { ticks: 5 }) },
+    width, height: 250, marginLeft: 52, marginRight: 14, marginBottom: 44, marks, style: { background: "transparent", fontSize: "12px" },
+    x: { label: "iteration", labelOffset: 38, ticks: Math.max(4, Math.round(width / 70)), ...(xLog ? { type: "log", ticks: [...new Set(rows.map((p) => p.x))], tickFormat: "d" } : { domain: d3.extent(rows, (p) => p.x) }) },
+    y: { label: yLabel, grid: true, domain: y, ...(log ? { type: "log", tickFormat: power, ticks: 6 } : { ticks: 5 }) },
   });
   return lines.length > 1 ? [key(lines.map((l) => l.name), lines.map((l) => l.colour)), chart] : chart;
+}
+
+function power(value) {
+  const exponent = Math.round(Math.log10(value));
+  return Math.abs(value / 10 ** exponent - 1) < 1e-9 ? "10" + String(exponent).replace(/./g, (c) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(c)]) : "";
 }
 
 function format(value) {
@@ -126,10 +132,11 @@ function format(value) {
 function pathChart(width, points, current, shares) {
   const percent = (i) => `component ${i + 1} (${(100 * shares[i]).toFixed(0)}% of the variance)`;
   const segments = points.slice(1).map((p, i) => ({ x1: points[i].x, y1: points[i].y, x2: p.x, y2: p.y, step: p.step }));
-  const colour = (step) => ramp()(0.25 + 0.75 * step / points[points.length - 1].step);
+  const longest = Math.log(points[points.length - 1].step + 1);
+  const colour = (step) => ramp()(0.3 + 0.7 * Math.log(step + 1) / longest);
   return Plot.plot({
-    width, height: Math.min(360, Math.max(260, width * 0.7)), marginLeft: 52, inset: 14, style: { background: "transparent", fontSize: "12px" },
-    x: { label: percent(0), nice: true, ticks: 6 }, y: { label: percent(1), nice: true, grid: true, ticks: 6 },
+    width, height: Math.min(360, Math.max(260, width * 0.7)), marginLeft: 52, marginBottom: 44, inset: 14, style: { background: "transparent", fontSize: "12px" },
+    x: { label: percent(0), labelOffset: 38, nice: true, ticks: Math.max(3, Math.round(width / 90)) }, y: { label: percent(1), nice: true, grid: true, ticks: 6 },
     marks: [
       Plot.link(segments, { x1: "x1", y1: "y1", x2: "x2", y2: "y2", stroke: (s) => colour(s.step), strokeWidth: 1.8 }),
       Plot.dot(points, { x: "x", y: "y", fill: (p) => colour(p.step), r: 2.6 }),
@@ -141,8 +148,8 @@ function pathChart(width, points, current, shares) {
 }
 
 // Tokens (lines) x iterations (columns) as an image, with axes, the chosen iteration and the selected token.
-function heatChart(width, { value, rows, columns, labels, step, token, low, high, onHover, onSelect }) {
-  const shown = rows <= 48, left = shown ? 96 : 48, height = shown ? 40 + rows * 17 : 520, top = 8, bottom = 34;
+function heatChart(width, { value, rows, columns, labels, breaks, step, token, low, high, onHover, onSelect }) {
+  const shown = rows <= 72, left = shown ? 96 : 48, height = shown ? 40 + rows * 17 : 520, top = 8, bottom = 34;
   const image = element("canvas", { width: columns.length, height: rows });
   const pixels = image.getContext("2d").createImageData(columns.length, rows);
   const colours = d3.range(256).map((i) => d3.rgb(d3.interpolateInferno(0.04 + 0.94 * i / 255)));
@@ -167,6 +174,7 @@ function heatChart(width, { value, rows, columns, labels, step, token, low, high
     const text = shown ? labels(row).slice(0, 12) : row;
     names.append("text").attr("x", left - 6).attr("y", y(row + 0.5) + 4).attr("font-family", "ui-monospace, monospace").text(text);
   }
+  for (const row of breaks) svg.append("line").attr("x1", 0).attr("x2", width - 8).attr("y1", y(row)).attr("y2", y(row)).attr("stroke", "var(--quiet)");
   const thick = Math.max(3, y(1) - y(0));
   svg.append("rect").attr("x", left).attr("width", width - 8 - left).attr("y", y(token + 0.5) - thick / 2).attr("height", thick)
     .attr("fill", "none").attr("stroke", "var(--accent)").attr("stroke-width", 2);

@@ -162,8 +162,8 @@ function paintToken() {
     fact("final answer from iteration", time("settled")), ...DATA.exits.map((name, i) => fact(`stops by ${name}`, time(i))),
     fact("distance now", format(at("distance", step, token))), fact("entropy now", format(at("entropy", step, token))), fact("KL to the end now", format(at("kl", step, token))));
   const found = d3.range(K).map((k) => candidate(step, token, k));
-  const names = [...new Set(d3.range(R).flatMap((s) => candidate(s, token, 0).id)), ...found.map((c) => c.id)];
-  const ids = [...new Set(names)].slice(0, SERIES.length);
+  const bests = d3.range(R).map((s) => candidate(s, token, 0).id);  // the final answer has the first colour
+  const ids = [...new Set([bests[R - 1], ...found.map((c) => c.id), ...bests])].slice(0, SERIES.length);
   const colour = (id) => ids.includes(id) ? SERIES[ids.indexOf(id)] : "var(--quiet)";
   $("candidates").replaceChildren(...found.map(({ id, p }) => {
     const bar = element("i");
@@ -196,7 +196,7 @@ function quartiles(name, step) {
 function paintHeat() {
   const [low, high] = distanceRange();
   draw("heat", (width) => heatChart(width, {
-    rows: N, columns: STEPS, step: state.step, token: state.token, low, high, labels: (t) => shown(word(A.ids[t])),
+    rows: N, columns: STEPS, step: state.step, token: state.token, low, high, labels: (t) => shown(word(A.ids[t])), breaks: DATA.windows.slice(1).map((window) => window.first),
     value: (t, s) => at("distance", s, t), onHover: (t, s) => describe(t, s), onSelect: (t, s) => { select(t); setStep(s); },
   }));
 }
@@ -237,8 +237,8 @@ function paintOnce() {
     $("paths-text").textContent = `Median distance to the final state, if the first state is zero and if it is random. Curves that fall together mean that the end does not depend on the start (path independence). After ${DATA.converged_steps} iterations: ${ends}.`;
   }
   $("jacobian").hidden = !DATA.jacobian.length;
-  if (DATA.jacobian.length) $("radii").replaceChildren(table(["token", "iteration", "radius", "residual", "gain"], DATA.jacobian.map((r) =>
-    [`${r.token} ${r.token < N ? shown(word(A.ids[r.token])) : ""}`, r.iteration, r.radius.toFixed(3), format(r.residual), r.gain.toFixed(3)])));
+  if (DATA.jacobian.length) $("radii").replaceChildren(table(["token", "iteration", "radius", "residual", "gain"], d3.sort(DATA.jacobian, (r) => r.token, (r) => r.iteration).map((r) =>
+    [`${r.token} ${r.token < N ? shown(word(A.ids[r.token])) : ""}`, r.iteration, r.radius.toFixed(3), r.residual < 1e-9 ? "exact" : format(r.residual), r.gain.toFixed(3)])));
   paintResults();
 }
 
@@ -249,7 +249,10 @@ function paintResults() {
     const groups = [...d3.group(rows, setting)], steps = [...new Set(rows.map((r) => r.num_steps))].sort(d3.ascending);
     const scale = rows[0].percent ? 100 : 1, few = groups.filter(([, found]) => ["all", ""].includes(found[0].difficulty) || groups.length <= 8).slice(0, 8);
     const point = (r) => ({ x: r.num_steps, y: scale * r.value, e: scale * (r.stderr || 0) });
-    const lines = few.map(([name, found], i) => ({ name, colour: SERIES[i % SERIES.length], values: found.length > 1 ? d3.sort(found, (r) => r.num_steps).map(point) : steps.map((x) => ({ ...point(found[0]), x, e: 0 })) }));
+    const lines = few.map(([name, found], i) => ({
+      name, colour: SERIES[i % SERIES.length], flat: found.length === 1,
+      values: found.length > 1 ? d3.sort(found, (r) => r.num_steps).map(point) : steps.map((x) => ({ ...point(found[0]), x, e: null })),
+    }));
     const chart = element("div", { className: "chart" });
     const cells = groups.map(([name, found]) => [name, ...steps.map((s) => found.find((r) => r.num_steps === s)?.shown ?? "")]);
     $("evaluations").append(element("figure", {}, element("h3", { textContent: title }), chart, table([rows[0].percent ? "in %, by iterations" : "by iterations", ...steps], cells)));
