@@ -2,6 +2,7 @@
 
 import csv
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def test_page_has_the_predictions_of_direct_calls(page, direct):
     final = logits[-1].softmax(-1)
     for row, values in enumerate(logits[:-1]):
         p = values.softmax(-1)
-        top, order = p.sort(dim=-1, descending=True)
+        top = p.sort(dim=-1, descending=True).values
         np.testing.assert_allclose(arrays["top_probabilities"][row, here], top[:, :5], rtol=1e-4, atol=1e-7)
         entropy = torch.distributions.Categorical(p).entropy()
         np.testing.assert_allclose(arrays["entropy"][row, here], entropy, rtol=1e-4, atol=1e-6)
@@ -58,11 +59,11 @@ def test_exits_are_the_first_iterations_at_which_the_rules_hold(page, direct):
     entropy = [-(p.exp() * p).sum(-1) for p in logp]
     best = torch.stack([p.argmax(-1) for p in logp])  # [R, T]
     holds = {
-        "state-change=0.2": [((b - a).norm(dim=-1) / b.norm(dim=-1)) < 0.2 for a, b in zip(states, states[1:], strict=False)],
+        "state-change=0.2": [((b - a).norm(dim=-1) / b.norm(dim=-1)) < 0.2 for a, b in pairwise(states)],
         "kl=0.01": [torch.zeros_like(best[0], dtype=bool)]
-        + [(q.exp() * (q - p)).sum(-1) < 0.01 for p, q in zip(logp, logp[1:], strict=False)],
+        + [(q.exp() * (q - p)).sum(-1) < 0.01 for p, q in pairwise(logp)],
         "entropy=0.02": [torch.zeros_like(best[0], dtype=bool)]
-        + [(b - a).abs() < 0.02 for a, b in zip(entropy, entropy[1:], strict=False)],
+        + [(b - a).abs() < 0.02 for a, b in pairwise(entropy)],
         "argmax=3": [
             (best[max(0, r - 2) : r + 1] == best[r]).all(0) & (r >= 2) for r in range(STEPS)
         ],

@@ -110,8 +110,8 @@ def visible(text):
 
 def test_slider_changes_the_answers(opened, page):
     for step in (1, 5, 12):
-        script = "const s = document.getElementById('iteration'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))"
-        opened.driver.execute_script(script, step - 1)
+        slider = "const s = document.getElementById('iteration'); s.value = arguments[0];"
+        opened.driver.execute_script(slider + "s.dispatchEvent(new Event('input'))", step - 1)
         assert opened.texts(".token small") == [visible(text) for text in answers_of(page, step)]
         assert opened.find("#step").text == f"{step} of 12"
     assert len({tuple(answers_of(page, step)) for step in (1, 5, 12)}) > 1
@@ -152,7 +152,7 @@ def test_keyboard_alone_reaches_everything(opened):
     for _ in range(12):
         opened.press(Keys.TAB)
         active = opened.driver.switch_to.active_element
-        reached.append(active.get_attribute("id") or active.get_attribute("class"))
+        reached.append(active.get_attribute("id") or active.get_attribute("class").split()[0])
     assert [name for name in reached if name in ("theme", "play", "iteration", "colour", "ordered", "token")] == [
         "theme", "play", "iteration", "colour", "ordered", "token",
     ]  # fmt: skip
@@ -208,7 +208,8 @@ def test_dark_mode_by_system_and_by_button(browser, analysed, tmp_path):
 def test_tokens_are_readable_in_both_themes(browser, analysed):
     script = """
       const light = (c) => c.match(/[\\d.]+/g).slice(0, 3).map((v) => v / 255)
-        .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4).reduce((s, v, i) => s + v * [0.2126, 0.7152, 0.0722][i], 0);
+        .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+        .reduce((s, v, i) => s + v * [0.2126, 0.7152, 0.0722][i], 0);
       return Math.min(...[...document.querySelectorAll('.token')].map((e) => {
         const [a, b] = [light(e.style.background), light(getComputedStyle(e).color)].sort((x, y) => x - y);
         return (b + 0.05) / (a + 0.05);
