@@ -99,12 +99,9 @@ def answers_of(page, step):
 
 def visible(text):
     """Return a token as the page shows it."""
-    stripped = text.strip(" ")
-    shown = (
-        text.replace(" ", "·")
-        if not stripped
-        else text.replace(stripped, "\0").replace(" ", "·").replace("\0", stripped)
-    )
+    core = text.strip(" ")
+    left, right = text.partition(core)[::2] if core else (text, "")
+    shown = left.replace(" ", "·") + core + right.replace(" ", "·")
     return shown.replace("\n", "⏎") or "∅"
 
 
