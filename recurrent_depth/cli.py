@@ -111,6 +111,14 @@ VERBS = {
         extra="analyze",
         needs=("matplotlib", "jinja2", "transformers"),
     ),
+    "study": Verb(
+        "study what iterations buy: by model, task, category, position",
+        "recurrent_depth.analysis.studies.config:StudyConfig",
+        "recurrent_depth.analysis.studies.command:study",
+        "recurrent-depth study --categories.model runs/first --categories.task shell_game --out study",
+        extra="analyze",
+        needs=("matplotlib", "transformers"),
+    ),
     "report": Verb(
         "write one HTML page about runs and evaluations",
         "recurrent_depth.evaluation.config:ReportConfig",

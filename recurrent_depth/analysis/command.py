@@ -24,6 +24,7 @@ from recurrent_depth.analysis.trajectories import (
     spread_tokens,
     write_attention,
 )
+from recurrent_depth.depth_range import warn_beyond
 from recurrent_depth.devices import choose_device, choose_dtype
 from recurrent_depth.evaluation.table import read_csv
 from recurrent_depth.files import atomic_folder, check_new_folder, write_json
@@ -47,6 +48,7 @@ def analyze(config: AnalyzeConfig) -> Path:
         raise ValueError(f"model: {config.model} is a {type(model).__name__}; give a recurrent-depth model")
     if tokenizer is None:
         raise ValueError(f"model: {config.model} has no tokenizer, which texts need; add a tokenizer.json")
+    warn_beyond(config.model, config.num_steps)
     size = min(config.window or model.model_config.block_size, model.model_config.block_size)
     windows = cut(encode(tokenizer, texts), size, config.max_tokens)
     _check_windows(config, windows)
