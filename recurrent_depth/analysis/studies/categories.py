@@ -30,12 +30,14 @@ class Stops(NamedTuple):
 
     Attributes:
         categories: one per token.
-        times: iteration by rule and token, in order, [rules, T].
+        first: iteration by rule and token, [rules, T]; num_steps if the rule does not fire.
+        times: the same in order: no token stops before an earlier one.
         needed: first iteration from which the answer is right and stays right, [T]; num_steps + 1: not within them.
             Zeros without known answers.
     """
 
     categories: list[str]
+    first: np.ndarray
     times: np.ndarray
     needed: np.ndarray
 
@@ -96,7 +98,8 @@ def stops_of(
 
     passage.iterate(before, num_steps, visit)
     needed = torch.zeros(len(ids)) if settled is None else settled.last_other + 1
-    return Stops(categories, in_order(exits.first, num_steps).cpu().numpy(), needed.cpu().numpy())
+    first = torch.where(exits.first == 0, num_steps, exits.first)
+    return Stops(categories, first.cpu().numpy(), in_order(exits.first, num_steps).cpu().numpy(), needed.cpu().numpy())
 
 
 @torch.no_grad()
