@@ -171,9 +171,9 @@ function paintToken() {
     bar.style.setProperty("--c", colour(id));
     return element("div", { className: "bar" }, element("code", { textContent: shown(word(id)) }), bar, element("span", { textContent: d3.format(".1%")(p) }));
   }));
-  const lines = ids.map((id) => ({ name: shown(word(id)), colour: colour(id), values: d3.range(R).flatMap((s) => {
+  const lines = ids.map((id) => ({ name: shown(word(id)), colour: colour(id), values: d3.range(R).map((s) => {
     const k = d3.range(K).find((k) => candidate(s, token, k).id === id);
-    return k === undefined ? [] : [{ x: STEPS[s], y: candidate(s, token, k).p }];
+    return { x: STEPS[s], y: k === undefined ? NaN : candidate(s, token, k).p };  // a gap
   }) }));
   draw("answer", (width) => lineChart(width, lines, { y: [0, 1], yLabel: "probability", mark: STEPS[step] }));
   const point = (s) => ({ x: A.coordinates[(s * N + token) * C], y: A.coordinates[(s * N + token) * C + 1], step: STEPS[s] });
