@@ -1,7 +1,5 @@
 """`recurrent-depth analyze`: record trajectories, then write figures and the page."""
 
-import sys
-import time
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +28,7 @@ from recurrent_depth.evaluation.table import read_csv
 from recurrent_depth.files import atomic_folder, check_new_folder, write_json
 from recurrent_depth.hf import RecurrentDepthForCausalLM
 from recurrent_depth.hf.loading import load_model
+from recurrent_depth.terminal import print_line, progress
 
 ATTENTION_TOKENS = 1024
 
@@ -84,23 +83,22 @@ def run(
         "candidates": min(config.top, shape.vocab_size), "components": min(config.components, shape.n_embd),
         "rules": len(rules), "seeds": config.state_seeds, "chosen": len(config.tokens), "width": shape.n_embd,
     }  # fmt: skip
-    progress = _Progress(sizes["tokens"])
     recording = recordings.create(folder, sizes)
-    converged = converge(model, windows, recording, sizes["components"], config.converged_steps)
-    progress(f"converged states after {config.converged_steps} iterations")
-    record(model, windows, recording, converged, [rule for _, rule in rules], config.tokens)
-    progress(f"{config.num_steps} iterations recorded")
-    details: dict[str, Any] = {"component_shares": converged.components.share.tolist()}
-    ends = record_paths(model, windows, recording, converged, config.converged_steps)
-    details["path_independence"] = [
-        {"seed": seed, "median_distance": float(_median(end))} for seed, end in enumerate(ends)
-    ]
+    seeds, long = config.state_seeds, config.converged_steps
+    details: dict[str, Any] = {}
+    name = f"{sizes['tokens']} tokens, iterations"
+    with progress(name, len(windows) * (long + config.num_steps + seeds * long)) as advance:
+        converged = converge(model, windows, recording, sizes["components"], long, advance)
+        record(model, windows, recording, converged, [rule for _, rule in rules], config.tokens, advance)
+        ends = record_paths(model, windows, recording, converged, long, advance)
+    details["component_shares"] = converged.components.share.tolist()
+    details["path_independence"] = [{"seed": seed, "median_distance": _median(end)} for seed, end in enumerate(ends)]
     details["jacobian"] = []
     if config.jacobian:
         tokens = config.tokens or spread_tokens(windows, config.jacobian_tokens)
         model.set_kernels("torch")  # fused kernels have no forward-mode derivatives
+        print_line(f"Jacobian of {len(tokens)} tokens at {len(config.jacobian)} iterations")
         details["jacobian"] = measure_jacobian(model, windows, config.jacobian, tokens)
-        progress(f"Jacobian of {len(tokens)} tokens at {len(config.jacobian)} iterations")
     if config.attention:
         write_attention(model, windows, config.attention, folder / "attention")
     return recording, details
@@ -108,17 +106,6 @@ def run(
 
 def _median(values: Any) -> float:
     return torch.from_numpy(values).median().item()
-
-
-class _Progress:
-    """Prints what is done, with the time."""
-
-    def __init__(self, tokens: int) -> None:
-        self.start, self.tokens = time.monotonic(), tokens
-
-    def __call__(self, text: str) -> None:
-        seconds = time.monotonic() - self.start
-        print(f"analyze: {self.tokens} tokens, {text} ({seconds:.0f} s)", file=sys.stderr, flush=True)
 
 
 def _about(

@@ -6,7 +6,7 @@ both at every iteration.
 Shapes: T tokens of a window, D width, R iterations, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,13 @@ from recurrent_depth.generation.exits import ExitRule
 from recurrent_depth.generation.request import DecodableModel
 from recurrent_depth.model.loss import to_float32
 
+Advance = Callable[[], None]
+"""Called after every iteration of a window, to show the progress."""
+
+
+def _ignore() -> None:
+    pass
+
 
 @dataclass(frozen=True)
 class Converged:
@@ -37,9 +44,14 @@ class Converged:
 
 
 def converge(
-    model: DecodableModel, windows: Sequence[Window], recording: Recording, components: int, converged_steps: int
+    model: DecodableModel,
+    windows: Sequence[Window],
+    recording: Recording,
+    components: int,
+    converged_steps: int,
+    advance: Advance = _ignore,
 ) -> Converged:
-    """Run every window to its converged state; fill `classes`."""
+    """Run every window to its converged state; fill `classes`. Call `advance` after every iteration."""
     fitted = PrincipalComponents(model.model_config.n_embd, model.lm_head.weight.device)
     found = []
     for window in windows:
@@ -49,6 +61,7 @@ def converge(
             paths.add(step, to_float32(state))
             if step <= recording.num_steps:
                 fitted.add(state)
+            advance()
 
         found.append(passage.iterate(passage.zero_state(), converged_steps, visit))
         recording.classes[window.columns] = paths.classes().cpu().numpy()
@@ -63,10 +76,11 @@ def record(
     converged: Converged,
     rules: Sequence[ExitRule],
     tokens: Sequence[int],
+    advance: Advance = _ignore,
 ) -> None:
     """Fill the arrays by iteration, `exits`, `settled`, and `states` of the chosen tokens."""
     for number, (window, star) in enumerate(zip(windows, converged.states, strict=True)):
-        _WindowRecorder(model, window, number, star, recording, converged.components, rules, tokens).run()
+        _WindowRecorder(model, window, number, star, recording, converged.components, rules, tokens).run(advance)
 
 
 class _WindowRecorder:
@@ -95,8 +109,12 @@ class _WindowRecorder:
         self.chosen = [(place, column) for place, column in chosen if 0 <= column < len(window.ids)]
         self.before = self.passage.zero_state()
 
-    def run(self) -> None:
-        self.passage.iterate(self.before, self.recording.num_steps, self.visit)
+    def run(self, advance: Advance) -> None:
+        def visit(step: int, state: Tensor) -> None:
+            self.visit(step, state)
+            advance()
+
+        self.passage.iterate(self.before, self.recording.num_steps, visit)
         self.recording.exits[:, self.columns] = self.exits.first.cpu().numpy()
         self.recording.settled[self.columns] = self.settled.first(self.recording.num_steps).cpu().numpy()
 
@@ -128,7 +146,12 @@ class _WindowRecorder:
 
 
 def record_paths(
-    model: DecodableModel, windows: Sequence[Window], recording: Recording, converged: Converged, num_steps: int
+    model: DecodableModel,
+    windows: Sequence[Window],
+    recording: Recording,
+    converged: Converged,
+    num_steps: int,
+    advance: Advance = _ignore,
 ) -> np.ndarray:
     """Fill `path_distance`. Return |s - s*| / |s*| after `num_steps` iterations from each random state, [S, N]."""
     ends = np.zeros((len(recording.path_distance), recording.distance.shape[1]), np.float32)
@@ -140,6 +163,7 @@ def record_paths(
                       scale: Tensor = scale, distances: np.ndarray = distances) -> None:  # fmt: skip
                 if step <= recording.num_steps:
                     distances[step - 1, window.columns] = _numpy(relative_distance(state, star, scale))
+                advance()
 
             end = passage.iterate(passage.random_state(seed), num_steps, visit)
             ends[seed, window.columns] = _numpy(relative_distance(end, star, scale))
