@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.decomposition import PCA
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from analysed_texts import CONVERGED, STEPS, TEXTS
 from recurrent_depth.analysis.config import AnalyzeConfig
@@ -50,6 +52,20 @@ def test_page_has_the_predictions_of_direct_calls(page, direct):
     shown = [page["vocabulary"][number] for number in arrays["ids"][here]]
     assert "".join(shown) == TEXTS[1]
     assert len(shown) == len(ids)
+
+
+def test_coordinates_equal_components_of_scikit_learn(page, chat_folder):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(chat_folder), AutoTokenizer.from_pretrained(chat_folder)
+    ids = [tokenizer(text, return_tensors="pt")["input_ids"] for text in TEXTS]
+    with torch.no_grad():
+        states = torch.stack(
+            [torch.cat([model(part, num_steps=r).last_state[0] for part in ids]) for r in range(1, STEPS + 1)]
+        ).double()  # [R, N, D]
+    theirs = PCA(3, svd_solver="full").fit(states.flatten(0, 1).numpy())
+    wanted = theirs.transform(states.flatten(0, 1).numpy()).reshape(page["arrays"]["coordinates"].shape)
+    signs = np.sign((wanted * page["arrays"]["coordinates"]).sum((0, 1)))
+    np.testing.assert_allclose(page["arrays"]["coordinates"], wanted * signs, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(page["component_shares"], theirs.explained_variance_ratio_, rtol=1e-4)
 
 
 def test_exits_are_the_first_iterations_at_which_the_rules_hold(page, direct):

@@ -7,7 +7,9 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
+from recurrent_depth.analysis.convergence import in_order
 from recurrent_depth.analysis.page import PAGE_STEPS, PAGE_TOKENS, write_page
 from recurrent_depth.analysis.recording import create, load
 
@@ -126,6 +128,14 @@ def test_selected_token_shows_its_candidates_and_path(opened, page):
     for name in ("answer", "path", "distance", "heat", "times", "change", "entropy", "health", "paths"):
         assert opened.chart(name).is_displayed()
     assert opened.errors() == []
+
+
+def test_stop_times_in_order_follow_the_windows(opened, page):
+    first = torch.from_numpy(page["arrays"]["exits"][0].astype(np.int64))
+    parts = [in_order(part[None], 99)[0] for part in first.split([window["count"] for window in page["windows"]])]
+    found = opened.driver.execute_script("return stopTimes(0, true).map(t => isFinite(t) ? t : 99)")
+    assert found == torch.cat(parts).tolist()
+    assert max(found) > 1
 
 
 def test_hover_shows_details(opened, page):
