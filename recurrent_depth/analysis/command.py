@@ -55,7 +55,7 @@ def analyze(config: AnalyzeConfig) -> Path:
         recording, details = run(model, windows, config, rules, folder)
         details |= _about(config, windows, tokenizer, recording, rules, device, dtype)
         write_json(folder / recordings.DETAILS, details)
-        write_figures(recording, details, folder / "figures")
+        write_figures(recording, details, results, folder / "figures")
         write_page(recording, details, results, folder / "index.html")
     print(f"page: {(out / 'index.html').resolve()}")
     return out / "index.html"

@@ -13,7 +13,18 @@ import numpy as np
 from recurrent_depth.analysis.classification import CLASSES
 from recurrent_depth.analysis.convergence import in_order
 from recurrent_depth.analysis.recording import Recording
-from recurrent_depth.evaluation.table import new_figure
+from recurrent_depth.evaluation.table import (
+    COLUMNS,
+    MAX_LINES,
+    Key,
+    Result,
+    draw_line,
+    finish_axes,
+    is_fraction,
+    line_labels,
+    new_figure,
+    series,
+)
 
 MOST_TOKENS = 2000
 """Most tokens in the heat map and its CSV; distance.npy has all of them."""
@@ -21,8 +32,8 @@ MOST_TOKENS = 2000
 _PATHS = 6
 
 
-def write_figures(recording: Recording, details: dict[str, Any], folder: Path) -> None:
-    """Write every figure that the recording has data for."""
+def write_figures(recording: Recording, details: dict[str, Any], results: Sequence[Result], folder: Path) -> None:
+    """Write every figure that there are data for."""
     folder.mkdir()
     _heat_map(recording, folder)
     _movement(recording, folder)
@@ -33,6 +44,8 @@ def write_figures(recording: Recording, details: dict[str, Any], folder: Path) -
         _independence(recording, folder)
     if details["jacobian"]:
         _radii(details["jacobian"], folder)
+    if results:
+        _accuracy(results, folder)
 
 
 def save(figure: Any, folder: Path, name: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -182,3 +195,23 @@ def _radii(rows: list[dict[str, float]], folder: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     save(figure, folder, "jacobian", list(rows[0]), (list(row.values()) for row in rows))
+
+
+def _accuracy(results: Sequence[Result], folder: Path) -> None:
+    """Draw the values over iterations, of all difficulties together; a dashed line is one number of iterations."""
+    by_unit: dict[str, dict[Key, dict[int, Result]]] = {}
+    for key, cells in series(result for result in results if result.difficulty in ("", "all")).items():
+        by_unit.setdefault("%" if is_fraction(key.metric) else key.metric, {})[key] = cells
+    figure, panels = new_figure(max(len(by_unit), 1))
+    for axes, (unit, lines) in zip(panels, by_unit.items(), strict=False):
+        kept = dict(list(lines.items())[:MAX_LINES])
+        for label, cells in zip(line_labels(list(kept)), kept.values(), strict=True):
+            if len(cells) > 1:
+                draw_line(axes, cells, label=label)
+            else:
+                (result,) = cells.values()
+                axes.axhline(
+                    (100 if unit == "%" else 1) * result.value, ls="--", color=f"C{len(axes.lines) % 10}", label=label
+                )
+        finish_axes(axes, lines, unit)
+    save(figure, folder, "accuracy", COLUMNS, ([getattr(result, name) for name in COLUMNS] for result in results))

@@ -112,7 +112,16 @@ def test_arrays_hold_chosen_states_and_paths_from_random_states(analysed, page, 
 def test_every_figure_has_a_picture_and_its_numbers(analysed):
     folder = analysed / "figures"
     names = {path.stem for path in folder.iterdir()}
-    assert names == {"convergence", "movement", "stopping", "certainty", "paths", "path_independence", "jacobian"}
+    assert names == {
+        "convergence",
+        "movement",
+        "stopping",
+        "certainty",
+        "paths",
+        "path_independence",
+        "jacobian",
+        "accuracy",
+    }
     recording, _ = load(analysed)
     for name in names:
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
