@@ -112,7 +112,7 @@ VERBS = {
         needs=("matplotlib", "jinja2", "transformers"),
     ),
     "study": Verb(
-        "study what iterations buy: by model, task, category, position",
+        "study what more iterations buy",
         "recurrent_depth.analysis.studies.config:StudyConfig",
         "recurrent_depth.analysis.studies.command:study",
         "recurrent-depth study --categories.model runs/first --categories.task shell_game --out study",
