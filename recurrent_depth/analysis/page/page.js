@@ -75,6 +75,7 @@ function buildText() {
     }
     return box;
   }));
+  $("windows").classList.toggle("many", DATA.windows.length > 3);
   buttons = [...document.querySelectorAll(".token")];
   const which = (event) => event.target.closest?.(".token");
   $("windows").addEventListener("click", (event) => { if (which(event)) select(+which(event).dataset.token); });
