@@ -2,8 +2,8 @@
 
 The rule, for the window of the last half of the iterations (at least 8), cut into four quarters:
 
-    settling   the state still moves less than `STILL` of its norm per iteration in the last quarter pair, or its
-               movement in the second half of the window is at most `SHRINK` of that in the first half
+    settling   in the second half of the window the state moves less than `STILL` of its norm per iteration, or at
+               most `SHRINK` of what it moves in the first half
     drifting   it does not settle, and its mean over the last quarter is more than `DRIFT` times as far from its mean
                over the first quarter as the state spreads within these quarters
     marginal   it does neither: it goes on moving around one place, as on an orbit
