@@ -5,7 +5,7 @@ OUT ?= runs/quickstart
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup quickstart test kernels-test kernels-check slow oldest newest gpu wheel real real-test ci clean
+.PHONY: setup quickstart test kernels-test kernels-check slow oldest newest gpu wheel page real real-test ci clean
 
 # The file .recurrent-depth-EXTRA in the environment says that this extra of pyproject.toml is installed.
 setup: $(VENV)/.recurrent-depth-dev
@@ -25,19 +25,23 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 -m "not slow and not gpu and not real"
+	$(BIN)/pytest -n 2 -m "not slow and not gpu and not real and not page"
 
 # Every kernel in Triton's interpreter, which needs a separate process.
 kernels-test: setup
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels -m "not gpu"
 
 slow: setup
-	$(BIN)/pytest -n 2 -m "slow and not gpu and not real"
+	$(BIN)/pytest -n 2 -m "slow and not gpu and not real and not page"
 
 # Every kernel compiled for every GPU, without one; then the check itself, on a tile that must fail.
 kernels-check: setup
 	$(BIN)/python scripts/check_kernels.py
 	! $(BIN)/python scripts/check_kernels.py --planted --arch sm_80 gfx942
+
+# The page of `analyze` in a headless Chromium, which must be installed: apt-get install chromium chromium-driver
+page: setup
+	$(BIN)/pytest -m page tests/analysis
 
 wheel: setup
 	bash scripts/check_wheel.sh $(BIN)/python
@@ -64,7 +68,7 @@ real: setup
 real-test: real
 	$(BIN)/pytest -n 2 -m "real and not gpu"
 
-ci: test kernels-test kernels-check slow oldest newest wheel real-test
+ci: test kernels-test kernels-check slow page oldest newest wheel real-test
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

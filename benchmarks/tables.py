@@ -372,6 +372,26 @@ def _part(name: str) -> dict[str, Any]:
     return read_result("decode_cpu")["parts"][name]
 
 
+def hard_tokens(payload: dict[str, Any]) -> str:
+    """Return the rank correlations of exits with needed iterations, by rule and seed."""
+    seeds = [part["seed"] for part in payload["seeds"]]
+    rows = []
+    for order in ("in order", "alone"):
+        for number, rule in enumerate(payload["seeds"][0]["rules"]):
+            cells = [part["rules"][number][order] for part in payload["seeds"]]
+            rows.append([rule["rule"], order, *(f"{v:.2f} ({low:.2f} to {high:.2f})" for v, low, high in cells)])
+    return markdown(["rule", "order", *(f"seed {seed}" for seed in seeds)], rows)
+
+
+def trained_depths(payload: dict[str, Any]) -> str:
+    """Return accuracy over iterations of models trained at different mean depths."""
+    steps = list(payload["curves"][0]["accuracy"])
+    rows = [
+        [str(curve["trained"]), *(f"{100 * curve['accuracy'][r][0]:.1f}" for r in steps)] for curve in payload["curves"]
+    ]
+    return markdown(["trained at", *(f"r = {r}" for r in steps)], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quickstart": lambda: quickstart(read_result("quickstart_seeds")),
     "early exit": lambda: early_exit(read_result("early_exit")["rows"]),
@@ -392,6 +412,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu training": lambda: gpu_training(_gpu("training")),
     "gpu decoding": lambda: gpu_decoding(_gpu("decoding")),
     "gpu roofline": lambda: gpu_roofline(_gpu("roofline")),
+    "hard tokens": lambda: hard_tokens(read_result("depth_studies")),
+    "trained depths": lambda: trained_depths(read_result("depth_studies")),
     "selection": lambda: selection(read_result("selection")),
     "conversion": lambda: markdown(*conversion(read_result("conversion"))),
 }

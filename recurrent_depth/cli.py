@@ -103,6 +103,22 @@ VERBS = {
         extra="eval",
         needs=("lm_eval",),
     ),
+    "analyze": Verb(
+        "record every iteration, and write one page about it",
+        "recurrent_depth.analysis.config:AnalyzeConfig",
+        "recurrent_depth.analysis.command:analyze",
+        "recurrent-depth analyze --model runs/first --text 'cup0 swap01 swap12' --out analysis",
+        extra="analyze",
+        needs=("matplotlib", "jinja2", "transformers"),
+    ),
+    "study": Verb(
+        "study what more iterations buy",
+        "recurrent_depth.analysis.studies.config:StudyConfig",
+        "recurrent_depth.analysis.studies.command:study",
+        "recurrent-depth study --categories.model runs/first --categories.task shell_game --out study",
+        extra="analyze",
+        needs=("matplotlib", "transformers"),
+    ),
     "report": Verb(
         "write one HTML page about runs and evaluations",
         "recurrent_depth.evaluation.config:ReportConfig",

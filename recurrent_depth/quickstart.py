@@ -1,4 +1,4 @@
-"""`recurrent-depth quickstart`: train a small recurrent model and two baselines, evaluate them, write one report.
+"""`recurrent-depth quickstart`: train a small recurrent model and two baselines, evaluate and analyse them.
 
 Runs the commands that a user would type, each in a process with one CPU thread, one process per core at a time. Imports
 no torch.
@@ -21,6 +21,12 @@ from recurrent_depth.files import check_new_folder
 RECURRENT, BASELINES, TEXT = "shell-game", ("fixed-10", "depth-1"), "text"
 NUM_STEPS = "1,2,4,8,12,16,32,64"
 ROWS = 256
+GAMES = (
+    "cup3 swap01 swap24 swap23 swap23 swap01 swap01 swap04 swap13 swap02 swap03 swap04 swap03 swap23 swap12 swap01",
+    "cup3 swap03 swap34 swap01 swap03 swap02 swap13 swap34 swap02 swap34 swap23 swap03 swap03 swap01 swap02 swap04",
+    "cup4 swap04 swap02 swap34 swap34 swap12 swap01 swap03 swap01 swap14 swap13 swap13 swap23 swap34 swap24 swap12",
+)
+"""Held-out games that the page shows: a cup, then swaps."""
 NOTE = (
     "shell-game iterates one core block. depth-1 has the same shape, trained and evaluated at one iteration; fixed-10 "
     "has ten different layers. parallel: all positions in one pass, which decoding with a full cache equals; "
@@ -31,10 +37,10 @@ NOTE = (
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
-    """Train a small recurrent model and two baselines on the CPU, evaluate them, and write a report.
+    """Train a small recurrent model and two baselines on the CPU, evaluate them, and write a report and a page.
 
     Args:
-        out: new folder for the runs, the evaluations and report.html.
+        out: new folder for the runs, the evaluations, report.html and the page analysis/index.html.
         configs: folder with shell-game.yaml, fixed-10.yaml, depth-1.yaml and text.yaml; the default is shipped with the
             package.
         jobs: commands that run at the same time, each on one CPU thread; null: one per CPU core.
@@ -66,8 +72,13 @@ def quickstart(config: QuickstartConfig) -> Path:
             future.result()
         report = out / "report.html"
         commands.run("report", report_command(out, report))
+        commands.run("analyze", analyze_command(out))
     print("\n" + summary(out))
-    print(f"\nreport: {report.resolve()}\ntotal time: {time.monotonic() - start:.0f} s", flush=True)
+    page = (out / "analysis" / "index.html").resolve()
+    print(
+        f"\nreport: {report.resolve()}\nwatch it think: {page}\ntotal time: {time.monotonic() - start:.0f} s",
+        flush=True,
+    )
     return report
 
 
@@ -93,10 +104,23 @@ def pipelines(out: Path, configs: str) -> dict[str, list[list[str]]]:
 def report_command(out: Path, report: Path) -> list[str]:
     """Return the command that writes the report."""
     runs = ",".join(str(out / name) for name in (RECURRENT, *BASELINES, TEXT))
-    results = ",".join(str(out / f"eval-{name}" / "results.csv") for name in (RECURRENT, *BASELINES))
     return [
-        "report", "--out", str(report), "--runs", runs, "--results", results, "--title", "Quickstart", "--note", NOTE,
+        "report", "--out", str(report), "--runs", runs, "--results", _results(out), "--title", "Quickstart",
+        "--note", NOTE,
     ]  # fmt: skip
+
+
+def analyze_command(out: Path) -> list[str]:
+    """Return the command that writes the page of the recurrent model."""
+    games = [word for game in GAMES for word in ("--text", game)]
+    return [
+        "analyze", "--model", str(out / RECURRENT), "--out", str(out / "analysis"), *games, "--num-steps", "32",
+        "--converged-steps", "64", "--results", _results(out), "--title", "Shell game",
+    ]  # fmt: skip
+
+
+def _results(out: Path) -> str:
+    return ",".join(str(out / f"eval-{name}" / "results.csv") for name in (RECURRENT, *BASELINES))
 
 
 class Commands:

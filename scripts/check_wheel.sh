@@ -15,6 +15,7 @@ tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
 assert tops == {"recurrent_depth", "recurrent_depth_kernels"}, f"the wheel has unexpected top-level packages: {tops}"
 for needed in (
     "recurrent_depth/py.typed", "recurrent_depth/evaluation/report.html", "recurrent_depth/configs/model/tiny.yaml",
+    "recurrent_depth/analysis/page/page.html", "recurrent_depth/analysis/page/vendor/plot.umd.min.js",
 ):
     assert needed in names, f"the wheel lacks {needed}"
 CHECK

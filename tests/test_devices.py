@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from recurrent_depth.analysis.command import analyze  # noqa: F401  imported, so that its load_model is replaced
 from recurrent_depth.cli import main
 from recurrent_depth.devices import choose_device, choose_dtype, device_of_process
 from recurrent_depth.hf.dense_control import arguments
@@ -47,6 +48,7 @@ def loaded(monkeypatch):
 COMMANDS = {
     "generate": lambda folder, out: main(["generate", "--model", folder, "--prompt", "a"]),
     "eval": lambda folder, out: main(["eval", "--model", folder, "--out", out, "--generated.tasks", "shell_game"]),
+    "analyze": lambda folder, out: main(["analyze", "--model", folder, "--out", out, "--text", "a"]),
     "serve": lambda folder, out: load(ServeConfig(folder)),
     "curate": lambda folder, out: LocalConfig(folder).open(),
 }

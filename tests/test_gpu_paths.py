@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
@@ -13,6 +14,9 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 import recurrent_depth.hf  # noqa: F401
 from pretended_gpu import CUDA, PretendedGPU, device_of
+from recurrent_depth.analysis.recording import create
+from recurrent_depth.analysis.texts import cut
+from recurrent_depth.analysis.trajectories import converge, measure_jacobian, record, record_paths
 from recurrent_depth.generation.captured import CapturedToken
 from recurrent_depth.generation.config import Captured, EngineOptions, Refill, Speculation, Wavefront
 from recurrent_depth.generation.engine import Decoder
@@ -326,3 +330,27 @@ def test_wrapped_training_model_stays_on_the_gpu(gpu, model):
         wrapped = wrap(on_gpu(model))
         assert wrapped.device == CUDA
         assert wrapped(torch.arange(4, device=CUDA)[None]).logits.is_cuda
+
+
+def analysis(model, folder):
+    """Return the arrays of an analysis of two windows."""
+    windows = cut([("a", [5, 6, 7, 8, 9, 3, 1]), ("b", [11, 12])], size=16, max_tokens=16)
+    folder.mkdir()
+    sizes = {"steps": 6, "tokens": 9, "windows": 2, "candidates": 3, "components": 2, "rules": 2, "seeds": 1,
+             "chosen": 1, "width": 32}  # fmt: skip
+    recording = create(folder, sizes)
+    with torch.no_grad():
+        converged = converge(model, windows, recording, 2, 16)
+        record(model, windows, recording, converged, [StateChange(0.3), exit_rule("kl")], [8])
+        record_paths(model, windows, recording, converged, 16)
+        rows = measure_jacobian(model, windows, [2], [0, 8])
+    arrays = {name: getattr(recording, name) for name in type(recording).__dataclass_fields__}
+    return {**arrays, "radius": np.array([row["radius"] for row in rows])}
+
+
+def test_analysis_stays_on_the_gpu(gpu, model, tmp_path):
+    expected = analysis(model, tmp_path / "cpu")
+    with gpu:
+        found = analysis(on_gpu(model), tmp_path / "gpu")
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-6, err_msg=name)

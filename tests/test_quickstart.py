@@ -20,10 +20,21 @@ from packaging.utils import canonicalize_name
 
 from recurrent_depth.cli import VERBS, main
 from recurrent_depth.data.loader import open_source
+from recurrent_depth.data.tasks.state import TASKS, VALIDATION_SPLIT
 from recurrent_depth.model.flops import training_flops
 from recurrent_depth.model.recurrence import sample_depth
 from recurrent_depth.parsing import parse_options
-from recurrent_depth.quickstart import BASELINES, RECURRENT, TEXT, Commands, pipelines, read_cost, report_command
+from recurrent_depth.quickstart import (
+    BASELINES,
+    GAMES,
+    RECURRENT,
+    TEXT,
+    Commands,
+    analyze_command,
+    pipelines,
+    read_cost,
+    report_command,
+)
 from recurrent_depth.training.config import TrainCommand
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +48,11 @@ def config_of(name):
 
 def test_quickstart_commands_have_valid_options(tmp_path):
     commands = [command for work in pipelines(tmp_path, str(CONFIGS)).values() for command in work]
-    for verb, *arguments in [*commands, report_command(tmp_path, tmp_path / "report.html")]:
+    for verb, *arguments in [
+        *commands,
+        report_command(tmp_path, tmp_path / "report.html"),
+        analyze_command(tmp_path),
+    ]:
         module, _, name = VERBS[verb].options.partition(":")
         options = getattr(importlib.import_module(module), name)
         assert dataclasses.is_dataclass(parse_options(options, arguments))
@@ -47,6 +62,12 @@ def test_quickstart_models_share_seed_data_and_batch():
     configs = [config_of(name) for name in MODELS]
     for field in ("seed", "data", "batch_size"):
         assert len({repr(getattr(config, field)) for config in configs}) == 1, field
+
+
+def test_quickstart_page_shows_held_out_games():
+    task = TASKS["shell_game"]
+    ids, _ = task.rows(0, len(GAMES), 15, seed=0, split=VALIDATION_SPLIT)
+    assert [task.text(row) for row in ids.tolist()] == list(GAMES)
 
 
 def run_flops(config):
@@ -154,6 +175,10 @@ def test_quickstart_writes_a_report_with_its_extra_alone(tmp_path, capsys, only_
     seconds = int(re.search(r"total time: (\d+) s", printed)[1])
     assert 0 < seconds <= time.monotonic() - began + 0.5  # rounded
     assert "data:image/png" in (out / "report.html").read_text()
+    assert f"watch it think: {out / 'analysis' / 'index.html'}" in printed
+    page = (out / "analysis" / "index.html").read_text()
+    assert "swap01" in page
+    assert "fixed-10" in page
     results = json.loads((out / f"eval-{RECURRENT}" / "results.json").read_text())["results"]
     for result in results:
         if (result["difficulty"], result["mode"]) == ("all", "parallel"):

@@ -46,7 +46,10 @@ def evaluate(config: EvalConfig) -> list[Result]:
     check_folder_or_hub_name(config.model)
     device, dtype = _choose_device(config)
     questions = _check_sections(config)
+    from recurrent_depth.depth_range import warn_beyond
+
     model, tokenizer = _load(config, device, dtype)
+    warn_beyond(config.model, *config.num_steps)
     name = config.name or Path(config.model).resolve().name
     where, total = f"{device} in {str(dtype).removeprefix('torch.')}", _count_units(config)
     print(f"eval: {name} on {where}, {total} evaluations, results in {out}", file=sys.stderr, flush=True)

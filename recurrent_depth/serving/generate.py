@@ -66,6 +66,7 @@ class GenerateConfig(EngineOptions):
 
 def generate(config: GenerateConfig) -> None:
     """Continue all prompts and print the results."""
+    from recurrent_depth.depth_range import warn_beyond
     from recurrent_depth.devices import choose_device, choose_dtype
     from recurrent_depth.generation.engine import Decoder
     from recurrent_depth.generation.exits import exit_rule
@@ -79,6 +80,7 @@ def generate(config: GenerateConfig) -> None:
     model, tokenizer = load_model(config.model, dtype, device, config.kernels, config.quantize)
     if tokenizer is None:
         raise ValueError(f"model: {config.model} has no tokenizer; generate from ids with recurrent_depth.generation")
+    warn_beyond(config.model, config.num_steps or model.config.num_steps)
     prompts = config.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise ValueError("no prompt was given; use --prompt TEXT, or write one per line to standard input")

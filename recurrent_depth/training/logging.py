@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Column
 
 from recurrent_depth.files import explain_full_disk, write_text
+from recurrent_depth.training.live import LiveView
 from recurrent_depth.training.trackers import Tracker
 
 
@@ -25,11 +24,8 @@ class RunLog:
         self.file = _open(self.path)
         self.trackers = trackers
         self.console = Console(stderr=True)
-        self.progress = _progress(self.console) if self.console.is_terminal else None
+        self.live = LiveView(self.console, start_step, total_steps) if self.console.is_terminal else None
         self.last_line = 0.0
-        if self.progress is not None:
-            self.progress.start()
-            self.task = self.progress.add_task("training", total=total_steps, completed=start_step)
 
     def write(self, step: int, record: dict[str, Any]) -> None:
         """Append one record to metrics.jsonl, and send its numbers to the trackers."""
@@ -37,6 +33,8 @@ class RunLog:
         with explain_full_disk(self.path):
             self.file.write(json.dumps({"step": step, **record}) + "\n")
         self._track(lambda tracker: tracker.log(step, numbers))
+        if self.live is not None:
+            self.live.add(step, record)
 
     def rewind(self, step: int, record: dict[str, Any]) -> None:
         """Remove the records after `step`, which will be written again, and append `record`."""
@@ -46,22 +44,22 @@ class RunLog:
         self.write(step, record)
 
     def show(self, step: int, total: int, text: str) -> None:
-        """Update the progress bar, or without a terminal print a line every few seconds."""
-        if self.progress is not None:
-            self.progress.update(self.task, completed=step, description=text)
-        elif time.monotonic() - self.last_line > 5 or step == total:
+        """Without a terminal, print a line every few seconds; on a terminal the live view shows the records."""
+        if self.live is not None:
+            return
+        if time.monotonic() - self.last_line > 5 or step == total:
             self.last_line = time.monotonic()
             print(f"step {step}/{total} {text}", file=sys.stderr, flush=True)
 
     def say(self, text: str, warning: bool = False) -> None:
-        """Print a line above the progress bar."""
+        """Print a line, on a terminal above the live view."""
         style = "bold yellow" if warning else None
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Stop the progress bar and close the files."""
-        if self.progress is not None:
-            self.progress.stop()
+        """Stop the live view and close the files."""
+        if self.live is not None:
+            self.live.stop()
         with explain_full_disk(self.path):
             self.file.close()
         self._track(lambda tracker: tracker.close())
@@ -94,11 +92,6 @@ def _drop_records_from(path: Path, step: int) -> None:
         except (json.JSONDecodeError, KeyError):
             continue
     write_text(path, "".join(kept))
-
-
-def _progress(console: Console) -> Progress:
-    text = TextColumn("{task.description}", table_column=Column(no_wrap=False))
-    return Progress(MofNCompleteColumn(), BarColumn(bar_width=20), text, console=console)
 
 
 class Deadline:

@@ -1,0 +1,1 @@
+"""Depth studies: what iterations buy, by model, task, category and position."""

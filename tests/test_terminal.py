@@ -1,0 +1,44 @@
+"""Progress of long work: a bar on a terminal, lines elsewhere."""
+
+import os
+import pty
+import subprocess
+import sys
+
+from recurrent_depth import terminal
+
+WORK = """
+from recurrent_depth.terminal import progress
+with progress("stones", 3) as advance:
+    for _ in range(3):
+        advance()
+"""
+
+
+def test_progress_prints_lines_without_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "LINE_SECONDS", 0.0)
+    with terminal.progress("stones", 3) as advance:
+        for _ in range(3):
+            advance()
+    assert capsys.readouterr().err.splitlines() == ["stones: 1 of 3", "stones: 2 of 3", "stones: 3 of 3"]
+
+
+def test_progress_is_silent_for_short_work_without_a_terminal():
+    done = subprocess.run([sys.executable, "-c", WORK], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_progress_shows_a_bar_on_a_terminal():
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", WORK], stderr=theirs, env={**os.environ, "TERM": "xterm"})
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 1024):
+            shown += part
+    except OSError:  # the other end is closed
+        pass
+    os.close(ours)
+    assert process.wait() == 0
+    assert b"stones" in shown
+    assert b"3/3" in shown
