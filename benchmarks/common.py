@@ -67,6 +67,11 @@ def kept(folder: str | None, name: str, compute: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
 def read_result(name: str) -> Any:
     """Return the content of benchmarks/results/NAME.json."""
     return json.loads((RESULTS / f"{name}.json").read_text())

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from dense_models import DENSE, LAYERS, VOCABULARY, dense_folder, dense_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaConfig, GemmaForCausalLM, MistralConfig
 
+from dense_models import DENSE, LAYERS, VOCABULARY, dense_folder, dense_model
 from recurrent_depth.cli import main
 from recurrent_depth.generation.config import Refill, Speculation, Wavefront
 from recurrent_depth.generation.engine import Decoder

@@ -9,10 +9,10 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_models import dense_folder
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from dense_models import dense_folder
 from recurrent_depth.cli import main
 from recurrent_depth.hf.conversion.command import convert
 from recurrent_depth.hf.loading import ModelError, load_model
