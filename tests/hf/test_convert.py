@@ -265,3 +265,18 @@ def test_converted_model_trains_with_the_model_file_of_its_folder(converted, tmp
     assert trained.model_config == model.model_config
     ids = tokens()
     assert relative(trained(ids, num_steps=2).logits, model(ids, num_steps=2).logits) < 1e-4
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_merged_lora_equals_the_adapted_model(converted):
+    from peft import LoraConfig, get_peft_model
+
+    _, model, _ = converted("qwen2")
+    ids = tokens()
+    before = model(ids, num_steps=2).logits
+    config = LoraConfig(r=4, target_modules=["Wqkv", "proj", "fc", "adapter"], init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    expected = adapted(input_ids=ids, num_steps=2).logits
+    assert relative(expected, before) > 1e-3
+    assert relative(adapted.merge_and_unload()(ids, num_steps=2).logits, expected) < 1e-5
