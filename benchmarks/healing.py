@@ -52,7 +52,8 @@ def recipe(args: argparse.Namespace, data: Path) -> list[str]:
     """Return the options of the recurrent run: the shipped recipe on a small scale."""
     name, lr = OPTIMIZERS["cuda" if choose_device(args.device).type == "cuda" else "cpu"]
     options = {
-        "optimizer.name": name, "optimizer.lr": lr, "data.packed.path": data, "steps": args.steps, "batch-size": args.batch, "micro-steps": 1, "log-every": 1,
+        "optimizer.name": name, "optimizer.lr": lr, "data.packed.path": data, "steps": args.steps,
+        "batch-size": args.batch, "micro-steps": 1, "log-every": 1,
         "optimizer.warmup-steps": max(1, args.steps // 20), "depth-ramp.steps": args.steps * 3 // 4,
         "checkpoint.every": 10, "validation.rows": VALIDATION_ROWS, "validation.every": args.steps,
         "runtime.device": args.device, "runtime.threads": torch.get_num_threads(),
@@ -137,7 +138,8 @@ def main() -> None:
         print(name, {depth: round(loss, 4) for depth, loss in by_depth.items()}, flush=True)
     settings = {
         "text": SOURCES, "steps": args.steps, "rows": args.batch, "tokens": args.tokens,
-        "optimizer": config.optimizer.name, "trained_tokens": args.steps * args.batch * args.tokens, "equal_flops_steps": more,
+        "optimizer": config.optimizer.name, "trained_tokens": args.steps * args.batch * args.tokens,
+        "equal_flops_steps": more,
     }  # fmt: skip
     write_result("healing", settings | {"loss": measured})
 
