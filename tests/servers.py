@@ -17,7 +17,7 @@ from recurrent_depth.serving.serve import Server, listen, load
 @contextmanager
 def running(folder, **options):
     """Yield the address of a server of a folder in this process, and the server."""
-    config = ServeConfig(str(folder), **({"device": "cpu"} | options))
+    config = ServeConfig(str(folder), **({"device": "cpu", "engine": "transformers"} | options))
     with listen("127.0.0.1", 0) as listener:
         server = Server(config, load(config), "critical")
         server.start(listener)
@@ -82,7 +82,7 @@ def start_process(folder, *options):
     """Return a server in a separate process, and its address."""
     command = [sys.executable, "-m", "recurrent_depth.cli", "serve", "--model", str(folder), "--port", "0"]
     process = subprocess.Popen(
-        [*command, "--served-name", "small", "--device", "cpu", *options], text=True,
+        [*command, "--served-name", "small", "--device", "cpu", "--engine", "transformers", *options], text=True,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     line = next(line for line in process.stdout if line.startswith("serving"))

@@ -71,6 +71,7 @@ def served(folder, **options):
         "disable_log_stats": False, "max_num_seqs": 16,
     }  # fmt: skip
     llm = LLM(str(folder), **(defaults | options))
+    torch.set_num_threads(1)  # vLLM takes all cores, which is slow where other tests run
     try:
         yield llm
     finally:

@@ -115,9 +115,10 @@ def iterate(
     for iteration in range(most):
         everyone = len(chosen) == e.shape[1]
         attend.chosen = None if everyone else chosen
-        here = (lambda x: x) if everyone else (lambda x, at=chosen: x[:, at])
-        before = here(state)
-        after = core.step(before, here(injected), adapt, (here(rotary[0]), here(rotary[1])), attention, iteration)
+        before, e_here, cos, sin = (
+            [state, injected, *rotary] if everyone else [x[:, chosen] for x in (state, injected, *rotary)]
+        )
+        after = core.step(before, e_here, adapt, (cos, sin), attention, iteration)
         if everyone:
             state = after
         else:

@@ -41,7 +41,7 @@ class RavenForCausalLM(nn.Module):
         self.rule = None if self.options.exit is None else exit_rule(self.options.exit, self.options.exit_threshold)
         c, quantization = self.config, vllm_config.quant_config
         self.transformer = Transformer(c)
-        self.transformer.wte = VocabParallelEmbedding(c.vocab_size, c.n_embd)  # type: ignore[assignment]
+        self.transformer.wte = VocabParallelEmbedding(c.vocab_size, c.n_embd)
         for name, block in self.transformer.named_modules():
             if isinstance(block, SandwichBlock):
                 _shard(block, c, quantization, f"transformer.{name}")
@@ -87,7 +87,7 @@ class RavenForCausalLM(nn.Module):
         """
         x = self.transformer.embed(input_ids) if inputs_embeds is None else inputs_embeds
         rotary = rotary_at(self.freqs_cis, positions[None])
-        paged = on_heads(lambda q, k, v, index: _as_heads(self._attend(*map(_flat, (q, k, v)), index), q))
+        paged = on_heads(self._attend_heads)
         stopping = self._stopping(positions, num_steps, prompt_length)
         fill = None if self.rule is None or self.options.shares_entries else self._fill
         e = self.transformer.run_prelude(x[None], rotary, paged)
@@ -125,11 +125,16 @@ class RavenForCausalLM(nn.Module):
             return Stopping(num_steps, torch.ones_like(positions, dtype=torch.bool), self.rule, starts)
         return Stopping(num_steps, positions >= prompt_length, self.rule)
 
+    def _attend_heads(self, q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
+        """Attend with heads [1, H, T, K], in prelude and coda."""
+        y = self._attend(_flat(q), _flat(k), _flat(v), layer_index)
+        return y.view(1, len(y), q.shape[1], q.shape[3]).transpose(1, 2)
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
         return self.slots[self._slot(layer_index)](q, k, v)
 
     def _fill(self, k: Tensor, v: Tensor, layer_index: int) -> None:
-        slot = self.slots[self._slot(layer_index)]
+        slot: Any = self.slots[self._slot(layer_index)]
         k, v = (x.view(len(x), slot.num_kv_heads, -1) for x in (k, v))
         torch.ops.vllm.unified_kv_cache_update(k, v, slot.layer_name)
 
@@ -152,14 +157,14 @@ def _shard(block: SandwichBlock, config: ModelConfig, quantization: Any, prefix:
     given = {"bias": False, "return_bias": False, "quant_config": quantization}
     width = c.n_heads * c.head_dim
     attn.n_heads = _heads(c)[0]
-    attn.Wqkv = QKVParallelLinear(c.n_embd, c.head_dim, c.n_heads, c.n_heads, prefix=f"{prefix}.attn.Wqkv", **given)  # type: ignore[assignment]
-    attn.proj = RowParallelLinear(width, c.n_embd, prefix=f"{prefix}.attn.proj", **given)  # type: ignore[assignment]
+    attn.Wqkv = QKVParallelLinear(c.n_embd, c.head_dim, c.n_heads, c.n_heads, prefix=f"{prefix}.attn.Wqkv", **given)
+    attn.proj = RowParallelLinear(width, c.n_embd, prefix=f"{prefix}.attn.proj", **given)
     if attn.qk_bias is not None:
         attn.qk_bias = nn.Parameter(torch.zeros(2, 1, attn.n_heads, c.head_dim), requires_grad=False)
         attn.qk_bias.weight_loader = sharded_weight_loader(2)  # type: ignore[attr-defined]
     inner = [c.intermediate_size] * 2
-    mlp.fc = MergedColumnParallelLinear(c.n_embd, inner, prefix=f"{prefix}.mlp.fc", **given)  # type: ignore[assignment]
-    mlp.proj = RowParallelLinear(c.intermediate_size, c.n_embd, prefix=f"{prefix}.mlp.proj", **given)  # type: ignore[assignment]
+    mlp.fc = MergedColumnParallelLinear(c.n_embd, inner, prefix=f"{prefix}.mlp.fc", **given)
+    mlp.proj = RowParallelLinear(c.intermediate_size, c.n_embd, prefix=f"{prefix}.mlp.proj", **given)
 
 
 def _starts() -> Tensor | None:
@@ -171,8 +176,3 @@ def _starts() -> Tensor | None:
 def _flat(x: Tensor) -> Tensor:
     """Return heads [1, H, T, K] as [T, H K]."""
     return x.transpose(1, 2).reshape(x.shape[2], -1)
-
-
-def _as_heads(y: Tensor, like: Tensor) -> Tensor:
-    """Return [T, H K] as heads [1, H, T, K]."""
-    return y.view(1, y.shape[0], like.shape[1], like.shape[3]).transpose(1, 2)
