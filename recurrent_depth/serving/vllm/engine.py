@@ -71,8 +71,9 @@ def _engine_arguments(config: ServeConfig, folder: str, hf_config: Any, options:
     thinking = Thinking()
     delimiters = {"reasoning_start_str": thinking.begin, "reasoning_end_str": thinking.end}
     fields = ("num_steps", "default_num_steps", "cache_budget", "exit", "exit_threshold", "exit_prompt", "salted")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    defaults = {"NO_USAGE_STATS": "1", "LOGGING_LEVEL": "WARNING", "WORKER_MULTIPROCESSING_METHOD": "spawn"}
+    for name, value in defaults.items():  # spawn: the server has threads, which a forked process would lack
+        os.environ.setdefault(f"VLLM_{name}", value)
     return AsyncEngineArgs(
         model=folder,
         dtype=str(choose_dtype(config.dtype, device)).removeprefix("torch."),
