@@ -62,7 +62,7 @@ ABUSES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", BOTH_ENGINES)
 def test_server_answers_through_load_and_abuse_with_bounded_memory(chat_folder, engine):
-    process, url = start_process(chat_folder, "--limits.cache_gib", "1", engine=engine)
+    process, url = start_process(chat_folder, "--limits.num_steps", "64", "--limits.cache_gib", "1", engine=engine)
     healthy, done = [], threading.Event()
 
     def watch():
