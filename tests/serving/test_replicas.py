@@ -22,7 +22,8 @@ class Balancer:
     """
 
     def __init__(self, urls):
-        self.addresses = itertools.cycle([(u.hostname, u.port) for u in map(urllib.parse.urlsplit, urls)])
+        addresses = [(u.hostname, u.port) for u in map(urllib.parse.urlsplit, urls)]
+        self.orders = itertools.cycle([addresses, addresses[::-1]])
         self.loop, self.started = asyncio.new_event_loop(), threading.Event()
         threading.Thread(target=self.loop.run_until_complete, args=(self._serve(),), daemon=True).start()
         assert self.started.wait(10)
@@ -34,9 +35,9 @@ class Balancer:
         await server.serve_forever()
 
     async def _connect(self, reader, writer):
-        for _ in range(2):
+        for address in next(self.orders):
             with contextlib.suppress(OSError):
-                to_reader, to_writer = await asyncio.open_connection(*next(self.addresses))
+                to_reader, to_writer = await asyncio.open_connection(*address)
                 await asyncio.gather(self._copy(reader, to_writer), self._copy(to_reader, writer))
                 return
         writer.close()
