@@ -178,6 +178,24 @@ def measure(folder: Path, options: list[str], depths: tuple[int, ...], seconds: 
     }
 
 
+def table(payload: dict[str, Any]) -> str:
+    """Return the results as a Markdown table."""
+    lines = [
+        "| case | `num_steps` | tokens/s | requests/s | latency p50, p95, p99 (s) | complete, disconnected, lost "
+        "| memory before, after (MiB) | load of the machine |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, case in payload["cases"].items():
+        latency = ", ".join(f"{case['latency_seconds'][p]:.1f}" for p in ("p50", "p95", "p99"))
+        outcomes = ", ".join(str(case["requests"].get(o, 0)) for o in ("complete", "disconnected", "lost"))
+        memory = f"{case['memory_mib']['before']:.0f}, {case['memory_mib']['after']:.0f}"
+        lines.append(
+            f"| {name} | {', '.join(map(str, case['num_steps']))} | {case['tokens_per_second']:.0f} "
+            f"| {case['requests_per_second']:.2f} | {latency} | {outcomes} | {memory} | {case['load_average']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 class _Memory:
     """Watch the memory of a process in a thread."""
 

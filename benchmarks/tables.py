@@ -6,6 +6,7 @@ what the results say.
 
 import re
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -392,6 +393,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu decoding": lambda: gpu_decoding(_gpu("decoding")),
     "gpu roofline": lambda: gpu_roofline(_gpu("roofline")),
     "selection": lambda: selection(read_result("selection")),
+    "serving": lambda: import_module("benchmarks.serving").table(read_result("serving")),
 }
 """What stands behind each mark."""
 

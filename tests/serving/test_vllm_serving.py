@@ -6,13 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.serving.config import Limits, ServeConfig
-from recurrent_depth.serving.serve import chosen_engine
+from recurrent_depth.serving.serve import chosen_engine, load
 from recurrent_depth.training.launch import train
 from servers import ask, running
 from support import small_run
+from vllm_engines import write_model
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -104,3 +106,13 @@ def test_depths_of_tokens_follow_the_requests_in_both_runners():
     )  # fmt: skip
     found = state.prepare_inputs(batch, None)
     assert (found["num_steps"].tolist(), found["prompt_length"].tolist()) == (depths, prompts)
+
+
+def test_model_that_vllm_cannot_serve_is_explained(tmp_path, chat_folder):
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    write_model(tmp_path / "small-heads", tokenizer, n_embd=32)
+    with pytest.raises(ValueError, match=r"heads of size 16; on a CPU vLLM takes 32, .*--engine transformers"):
+        load(ServeConfig(str(tmp_path / "small-heads"), engine="vllm", device="cpu"))
+    options = {"engine": "vllm", "device": "cpu", "limits": Limits(num_steps=4), "cache_budget": 2}
+    with pytest.raises(ValueError, match="cache_budget is 2 with num_steps 4"):
+        load(ServeConfig(str(chat_folder), default_num_steps=2, **options))

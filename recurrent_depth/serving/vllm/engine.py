@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from vllm import SamplingParams, TokensPrompt
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from recurrent_depth.devices import choose_device, choose_dtype
@@ -61,13 +62,25 @@ def start(config: ServeConfig) -> tuple["VllmEngine", Any, Any]:
     )
     thinks = any(effort.thinking for effort in read_efforts(generation_config, tokenizer).values())
     arguments = _engine_arguments(config, str(folder), hf_config, options, thinks)
-    engine = VllmEngine(AsyncLLM.from_engine_args(arguments), hf_config, options, frozenset(ends))
-    return engine, tokenizer, generation_config
+    try:
+        llm = AsyncLLM.from_engine_args(arguments)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"model: vLLM cannot serve {config.model} ({error}); its messages above say why. Change the options, or "
+            "use --engine transformers"
+        ) from error
+    return VllmEngine(llm, hf_config, options, frozenset(ends)), tokenizer, generation_config
 
 
 def _engine_arguments(config: ServeConfig, folder: str, hf_config: Any, options: DepthOptions, thinks: bool) -> Any:
     """Return the arguments of vLLM's engine."""
     device = choose_device(config.device)
+    size, sizes = hf_config.to_model_config().head_dim, CPUAttentionBackend.get_supported_head_sizes()
+    if device.type == "cpu" and size not in sizes:
+        raise ModelError(
+            f"model: {config.model} has heads of size {size}; on a CPU vLLM takes {', '.join(map(str, sizes))}. Use "
+            "--engine transformers"
+        )
     thinking = Thinking()
     delimiters = {"reasoning_start_str": thinking.begin, "reasoning_end_str": thinking.end}
     fields = ("num_steps", "default_num_steps", "cache_budget", "exit", "exit_threshold", "exit_prompt", "salted")
