@@ -52,7 +52,7 @@ class RavenForCausalLM(nn.Module):
         self.register_buffer("freqs_cis", rotary_table(c))
         self.slots = nn.ModuleList(
             Attention(
-                _heads(c)[0], c.head_dim, c.head_dim**-0.5, num_kv_heads=_heads(c)[1],
+                _local_heads(c)[0], c.head_dim, c.head_dim**-0.5, num_kv_heads=_local_heads(c)[1],
                 cache_config=vllm_config.cache_config, quant_config=quantization, prefix=f"slots.{i}.attn",
             )
             for i in range(c.unrolled_layers(self.options.kept))
@@ -146,19 +146,23 @@ class RavenForCausalLM(nn.Module):
 
 
 def _heads(config: ModelConfig) -> tuple[int, int]:
+    """Return the query heads and the key-value heads of the whole model."""
+    return config.n_heads, config.n_heads
+
+
+def _local_heads(config: ModelConfig) -> tuple[int, int]:
     """Return the query heads and the key-value heads of this rank."""
-    ranks = get_tensor_model_parallel_world_size()
-    return config.n_heads // ranks, config.n_heads // ranks
+    (queries, keys), ranks = _heads(config), get_tensor_model_parallel_world_size()
+    return queries // ranks, max(1, keys // ranks)
 
 
 def _shard(block: SandwichBlock, config: ModelConfig, quantization: Any, prefix: str) -> None:
     """Replace the projections of a block by vLLM's, each with the part of this rank."""
     c, attn, mlp = config, block.attn, block.mlp
     given = {"bias": False, "return_bias": False, "quant_config": quantization}
-    width = c.n_heads * c.head_dim
-    attn.n_heads = _heads(c)[0]
-    attn.Wqkv = QKVParallelLinear(c.n_embd, c.head_dim, c.n_heads, c.n_heads, prefix=f"{prefix}.attn.Wqkv", **given)
-    attn.proj = RowParallelLinear(width, c.n_embd, prefix=f"{prefix}.attn.proj", **given)
+    attn.n_heads = _local_heads(c)[0]
+    attn.Wqkv = QKVParallelLinear(c.n_embd, c.head_dim, *_heads(c), prefix=f"{prefix}.attn.Wqkv", **given)
+    attn.proj = RowParallelLinear(_heads(c)[0] * c.head_dim, c.n_embd, prefix=f"{prefix}.attn.proj", **given)
     if attn.qk_bias is not None:
         attn.qk_bias = nn.Parameter(torch.zeros(2, 1, attn.n_heads, c.head_dim), requires_grad=False)
         attn.qk_bias.weight_loader = sharded_weight_loader(2)  # type: ignore[attr-defined]
