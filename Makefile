@@ -5,7 +5,7 @@ OUT ?= runs/quickstart
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup quickstart test kernels-test kernels-check slow oldest newest gpu wheel page real real-test ci clean
+.PHONY: setup quickstart test kernels-test kernels-check slow page oldest newest vllm gpu wheel real real-test ci clean
 
 # The file .recurrent-depth-EXTRA in the environment says that this extra of pyproject.toml is installed.
 setup: $(VENV)/.recurrent-depth-dev
@@ -25,14 +25,14 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 -m "not slow and not gpu and not real and not page"
+	$(BIN)/pytest -n 2 -m "not slow and not gpu and not real and not page and not vllm"
 
 # Every kernel in Triton's interpreter, which needs a separate process.
 kernels-test: setup
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels -m "not gpu"
 
 slow: setup
-	$(BIN)/pytest -n 2 -m "slow and not gpu and not real and not page"
+	$(BIN)/pytest -n 2 -m "slow and not gpu and not real and not page and not vllm"
 
 # Every kernel compiled for every GPU, without one; then the check itself, on a tile that must fail.
 kernels-check: setup
@@ -53,6 +53,10 @@ oldest:
 newest:
 	bash scripts/test_versions.sh newest --upgrade torch transformers
 
+# The vLLM plugin and `serve --engine vllm`, with vLLM for CPUs in a separate environment.
+vllm:
+	bash scripts/test_vllm.sh
+
 # Everything on one GPU (docs/gpu.md), MINUTES at a time; results in OUT_GPU. Without a GPU: all of it at toy size.
 MINUTES ?= 9
 OUT_GPU ?= gpu-results
@@ -68,7 +72,7 @@ real: setup
 real-test: real
 	$(BIN)/pytest -n 2 -m "real and not gpu"
 
-ci: test kernels-test kernels-check slow page oldest newest wheel real-test
+ci: test kernels-test kernels-check slow page oldest newest vllm wheel real-test
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -6,6 +6,7 @@ what the results say.
 
 import re
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +339,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "trained depths": lambda: trained_depths(read_result("depth_studies")),
     "selection": lambda: selection(read_result("selection")),
     "conversion": lambda: markdown(*conversion(read_result("conversion"))),
+    "serving": lambda: import_module("benchmarks.serving").table(read_result("serving")),
 }
 """What stands behind each mark."""
 

@@ -15,5 +15,5 @@ if [ ! -f "$environment/.installed" ]; then
     touch "$environment/.installed"
 fi
 "$environment/bin/pip" list 2>/dev/null | grep -E "^(torch|triton|transformers|numpy) "
-"$environment/bin/python" -m pytest -n 2 -m "not slow and not gpu and not real and not page" -p no:cacheprovider \
+"$environment/bin/python" -m pytest -n 2 -m "not slow and not gpu and not real and not page and not vllm" -p no:cacheprovider \
     tests/model tests/hf tests/training --ignore tests/hf/test_finetuning.py

@@ -10,14 +10,22 @@ import urllib.parse
 import urllib.request
 from contextlib import contextmanager
 
+import pytest
+
 from recurrent_depth.serving.config import ServeConfig
 from recurrent_depth.serving.serve import Server, listen, load
+from vllm_engines import SETTINGS
+
+BOTH_ENGINES = ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)]
 
 
 @contextmanager
 def running(folder, **options):
     """Yield the address of a server of a folder in this process, and the server."""
-    config = ServeConfig(str(folder), **({"device": "cpu"} | options))
+    if options.get("engine") == "vllm":
+        pytest.importorskip("vllm")
+        os.environ.update(SETTINGS)
+    config = ServeConfig(str(folder), **({"device": "cpu", "engine": "transformers"} | options))
     with listen("127.0.0.1", 0) as listener:
         server = Server(config, load(config), "critical")
         server.start(listener)
@@ -78,12 +86,12 @@ def open_stream(url, key=None, **fields):
     return connection
 
 
-def start_process(folder, *options):
+def start_process(folder, *options, engine="transformers"):
     """Return a server in a separate process, and its address."""
     command = [sys.executable, "-m", "recurrent_depth.cli", "serve", "--model", str(folder), "--port", "0"]
     process = subprocess.Popen(
-        [*command, "--served-name", "small", "--device", "cpu", *options], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        [*command, "--served-name", "small", "--device", "cpu", "--engine", engine, *options], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | SETTINGS,
     )  # fmt: skip
     line = next(line for line in process.stdout if line.startswith("serving"))
     url = line.split(" on ")[1].split("/v1")[0]

@@ -19,11 +19,11 @@ from recurrent_depth.parsing import options_of, parse_options
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [page for page in PAGES if page.name != "decisions.md"]  # a log: it names options that are gone
 LANGUAGES = {"bash", "python", "yaml", "json", "text"}
-OTHER_PROGRAMS = {"git", "cd", "lm_eval", "pytest"}
+OTHER_PROGRAMS = {"vllm", "git", "cd", "lm_eval", "pytest"}
 OTHER_OPTIONS = {
     "--max-restarts": "torchrun",
     "--signals-to-handle": "torchrun",
-    "--num_fewshot": "lm_eval",
+    "--num_fewshot": "lm_eval", "--hf-overrides": "vllm",
     "--only": "scripts/fetch_real.py",
 }  # fmt: skip
 NO_OPTIONS = {"configs", "completion", "--version", "VERB"}

@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from recurrent_depth.serving.answer import Answer
 from recurrent_depth.serving.config import Limits
+from recurrent_depth.serving.effort import ServedEffort
 from recurrent_depth.serving.engine import Engine, EngineStopped, Generation, Tokens
 from recurrent_depth.serving.guard import Guard
 from recurrent_depth.serving.protocol import (
@@ -42,6 +43,8 @@ class Service:
         tokenizer: transformers tokenizer.
         name: name of the model for clients.
         limits: limits of requests.
+        max_num_steps: largest num_steps of a request.
+        efforts: what the values of reasoning_effort mean; empty: the field is refused.
         created: start time, in seconds since 1970.
         counts: tokens of prompts and answers so far.
         tokenizing: executor with one thread, to limit the memory that tokenizing long prompts takes.
@@ -51,6 +54,8 @@ class Service:
     tokenizer: Any
     name: str
     limits: Limits
+    max_num_steps: int
+    efforts: dict[str, ServedEffort] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
     counts: Counter[str] = field(default_factory=Counter)
     tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizing"))
@@ -94,10 +99,11 @@ class Service:
     def generation(self, request: GenerationRequest, ids: Sequence[int], new_tokens: int | None) -> Generation:
         """Return the generation for the engine; raise an ApiError if it exceeds a limit."""
         limits, engine = self.limits, self.engine
-        num_steps = request.num_steps or engine.default_num_steps
-        if num_steps > limits.num_steps:
+        effort = self._effort(request)
+        num_steps = request.num_steps or effort.num_steps or engine.default_num_steps
+        if num_steps > self.max_num_steps:
             raise ApiError(
-                400, f"num_steps is {num_steps}; at most {limits.num_steps} is allowed (limits.num_steps)",
+                400, f"num_steps is {num_steps}; at most {self.max_num_steps} is allowed (limits.num_steps)",
                 param="num_steps",
             )  # fmt: skip
         if new_tokens is not None and new_tokens > limits.new_tokens:
@@ -118,8 +124,21 @@ class Service:
         allowed = min(limits.new_tokens, *(total - len(ids) for total in room.values()))
         temperature = request.temperature if request.temperature > _COLDEST else 0.0
         return Generation(
-            tuple(ids), new_tokens or allowed, num_steps, temperature, request.top_k, request.top_p, request.seed
-        )
+            tuple(ids), new_tokens or allowed, num_steps, temperature, request.top_k, request.top_p, request.seed,
+            effort.thinking,
+        )  # fmt: skip
+
+    def _effort(self, request: GenerationRequest) -> ServedEffort:
+        """Return what the request's reasoning_effort means."""
+        name = request.reasoning_effort
+        if name is None:
+            return ServedEffort()
+        if name not in self.efforts:
+            raise ApiError(
+                400, f"reasoning_effort is {name!r}, but {self.name} has no table for it; give num_steps instead",
+                param="reasoning_effort",
+            )  # fmt: skip
+        return self.efforts[name]
 
 
 class Run:
@@ -267,7 +286,14 @@ def _model_card(service: Service) -> dict[str, Any]:
         "owned_by": "recurrent-depth",
         "max_model_len": service.engine.context,
         "num_steps": service.engine.default_num_steps,
-        "max_num_steps": service.limits.num_steps,
+        "max_num_steps": service.max_num_steps,
+        "reasoning_effort": {
+            name: {
+                "num_steps": effort.num_steps or service.engine.default_num_steps,
+                "thinking_tokens": None if effort.thinking is None else effort.thinking.at_most,
+            }
+            for name, effort in service.efforts.items()
+        },
     }
 
 

@@ -33,7 +33,7 @@ def _own_server(config: ChatConfig) -> Iterator[str]:
     limits = Limits(num_steps=2**30, new_tokens=2**30, cache_gib=2.0**20, seconds=2.0**30, requests=4)
     assert config.model is not None
     with listen("127.0.0.1", 0) as listener:
-        options = ServeConfig(config.model, device=config.device, limits=limits)
+        options = ServeConfig(config.model, device=config.device, engine="transformers", limits=limits)
         print(f"loading {config.model}", file=sys.stderr, flush=True)
         server = Server(options, load(options), "critical")
         server.start(listener)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from recurrent_depth.checks import check_at_least, check_between, check_positive
+from recurrent_depth.checks import check_at_least, check_between, check_num_steps, check_positive
 
 KEY_VARIABLE = "RECURRENT_DEPTH_API_KEY"
 """Environment variable with the key of a server, read by serve and chat."""
@@ -14,7 +14,8 @@ class Limits:
     """Limits of requests. A request beyond a limit gets a 4xx status and a message that names the limit.
 
     Args:
-        num_steps: largest num_steps of a request (core iterations per token).
+        num_steps: largest num_steps of a request (core iterations per token); null: 64, and with vLLM the model's
+            default, because there the cache of every token has room for the largest number.
         new_tokens: most tokens of an answer; also the default of max_tokens, as far as the context allows.
         body_bytes: largest body of a request, in bytes; tokenizing a text takes far more memory than the text.
         requests: most requests in progress, decoding or waiting; further ones get status 429.
@@ -25,7 +26,7 @@ class Limits:
         shutdown_seconds: seconds that requests in progress have to finish after SIGTERM or Ctrl-C.
     """
 
-    num_steps: int = 64
+    num_steps: int | None = None
     new_tokens: int = 2048
     body_bytes: int = 2**18
     requests: int = 64
@@ -57,8 +58,17 @@ class ServeConfig:
         port: port to listen on, 1 to 65535; 0 takes a free one and prints it.
         device: auto, cpu, cuda or cuda:N.
         dtype: dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU.
-        kernels: implementation of the element-wise operations; auto is triton on a GPU.
-        quantize: int8 keeps the weights of linear layers as 8-bit integers (needs torchao); null keeps `dtype`.
+        kernels: implementation of the element-wise operations; auto is triton on a GPU; not with vLLM.
+        quantize: int8 keeps the weights of linear layers as 8-bit integers (needs torchao); null keeps `dtype`; not
+            with vLLM.
+        engine: vllm, transformers (the decoder of this package), or auto: vllm where it is installed.
+        default_num_steps: num_steps of a request that gives none; null takes the model's.
+        cache_budget: iterations whose keys and values are kept; null keeps all.
+        exit: rule that stops iterating a converged token: state-change; with the engine transformers also kl, entropy
+            and argmax. null always runs num_steps.
+        exit_threshold: threshold of the rule; null takes the published value.
+        exit_prompt: let tokens of the prompt stop early too; false runs the prompt at num_steps.
+        tensor_parallel: GPUs that share the weights; with vLLM only.
         api_key: key that clients must send (Authorization: Bearer KEY); null takes the environment variable
             RECURRENT_DEPTH_API_KEY; without it no key is required.
         limits: limits of requests.
@@ -72,11 +82,24 @@ class ServeConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     kernels: Literal["auto", "triton", "torch"] = "auto"
     quantize: Literal["int8"] | None = None
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    default_num_steps: int | None = None
+    cache_budget: int | None = None
+    exit: str | None = None
+    exit_threshold: float | None = None
+    exit_prompt: bool = False
+    tensor_parallel: int = 1
     api_key: str | None = None
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         check_between("port", self.port, 0, 65535)
+        check_num_steps("default_num_steps", self.default_num_steps)
+        for name in ("cache_budget", "tensor_parallel"):
+            check_at_least(name, getattr(self, name), 1)
+        if self.exit_threshold is not None and self.exit is None:
+            raise ValueError("exit_threshold is given without exit; name the rule, for example exit state-change")
+        check_at_least("exit_threshold", self.exit_threshold, 0)
         for name in ("model", "host"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; give a value")

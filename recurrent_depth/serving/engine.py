@@ -1,7 +1,6 @@
 """The engine of a server: the interface `Engine`, and its implementation with the decoder of this package.
 
-`app.py` uses only the interface. Another engine (vLLM) replaces `DecoderEngine` with a class that has the same
-attributes, and a `submit` that returns an asynchronous iterator of tokens with a method `cancel`.
+`app.py` uses only the interface. The implementation with vLLM is in recurrent_depth/serving/vllm/engine.py.
 """
 
 import asyncio
@@ -10,14 +9,19 @@ import random
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from recurrent_depth.generation.cache import cache_bytes
+from recurrent_depth.generation.config import EngineOptions
 from recurrent_depth.generation.engine import Decoder
-from recurrent_depth.generation.request import Decoding
+from recurrent_depth.generation.forcing import ThinkingBudget
+from recurrent_depth.hf.engine import decoding
 from recurrent_depth.hf.modeling import RecurrentDepthForCausalLM
 from recurrent_depth.serving.config import Limits
+
+MOST_STEPS = 64
+"""Largest num_steps of a request if limits.num_steps is not given."""
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +40,7 @@ class Generation:
         num_steps: core iterations per token.
         temperature, top_k, top_p: options of sampling; temperature 0 takes the most probable token.
         seed: seed of sampling; None draws one.
+        thinking: limits of a thinking part; None: no limits.
     """
 
     prompt: tuple[int, ...]
@@ -45,6 +50,7 @@ class Generation:
     top_k: int | None = None
     top_p: float = 1.0
     seed: int | None = None
+    thinking: ThinkingBudget | None = None
 
 
 class Tokens(Protocol):
@@ -66,12 +72,14 @@ class Engine(Protocol):
         context: most tokens of prompt and answer together.
         vocab_size: ids must be below it.
         default_num_steps: core iterations of a request without num_steps.
+        max_num_steps: largest num_steps that the engine can run, if limits.num_steps is not given.
     """
 
     stop_ids: frozenset[int]
     context: int
     vocab_size: int
     default_num_steps: int
+    max_num_steps: int
 
     def submit(self, generation: Generation) -> Tokens:
         """Start a request. Must be called in a running event loop."""
@@ -89,8 +97,11 @@ class Engine(Protocol):
         """End all requests with an `EngineStopped` and refuse new ones. Return False if that takes over `seconds`."""
 
 
-class _Request:
-    """A request, shared by the decoding thread, which adds tokens, and the event loop, which reads them."""
+class TokenQueue:
+    """The tokens of one request: the engine adds them, possibly in another thread, and the event loop reads them.
+
+    Must be made in a running event loop.
+    """
 
     def __init__(self, generation: Generation, stop_ids: frozenset[int]) -> None:
         self.generation, self.stop_ids = generation, stop_ids
@@ -99,7 +110,7 @@ class _Request:
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[int | Exception] = asyncio.Queue()
 
-    def __aiter__(self) -> "_Request":
+    def __aiter__(self) -> "TokenQueue":
         return self
 
     async def __anext__(self) -> int:
@@ -112,7 +123,7 @@ class _Request:
         self.cancelled = True
 
     def take(self, token: int) -> bool:
-        """Add a token, from the decoding thread. Return True if it was the last one."""
+        """Add a token. Return True if it was the last one."""
         if self.cancelled or self.done:
             return True
         self._put(token)
@@ -138,28 +149,30 @@ class DecoderEngine:
 
     Waiting requests form a batch if they have equal sampling options and fit the context and the cache together. A
     batch is decoded to its end before the next one starts.
+
+    Args:
+        stop_ids: tokens that end a request.
+        options: exit, cache budget, and the default of num_steps.
     """
 
-    def __init__(self, model: RecurrentDepthForCausalLM, stop_ids: frozenset[int], limits: Limits) -> None:
+    def __init__(
+        self, model: RecurrentDepthForCausalLM, stop_ids: frozenset[int], limits: Limits, options: EngineOptions
+    ) -> None:
         config = model.config
         self.stop_ids, self.context, self.vocab_size = stop_ids, config.block_size, config.vocab_size
-        self.default_num_steps = config.num_steps or config.mean_recurrence
-        if self.default_num_steps > limits.num_steps:
-            raise ValueError(
-                f"limits.num_steps is {limits.num_steps}, but the default of the model is {self.default_num_steps} "
-                "iterations; raise the limit"
-            )
-        self.limits = limits
+        self.default_num_steps = options.num_steps or config.num_steps or config.mean_recurrence
+        self.max_num_steps = max(MOST_STEPS, self.default_num_steps)
+        self.limits, self.options = limits, decoding(options)
         self.decoder = Decoder(model)
-        self.waiting: deque[_Request] = deque()
-        self.batch: list[_Request] = []
+        self.waiting: deque[TokenQueue] = deque()
+        self.batch: list[TokenQueue] = []
         self.closed = False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._work, name="decoding", daemon=True)
         self.thread.start()
 
     def submit(self, generation: Generation) -> Tokens:
-        request = _Request(generation, self.stop_ids)
+        request = TokenQueue(generation, self.stop_ids)
         with self.changed:
             if self.closed:
                 raise EngineStopped("the server is shutting down")
@@ -168,8 +181,11 @@ class DecoderEngine:
         return request
 
     def cache_tokens(self, num_steps: int) -> int:
+        return int(self.limits.cache_gib * 2**30 / self._token_bytes(num_steps))
+
+    def _token_bytes(self, num_steps: int) -> int:
         config, dtype = self.decoder.model.model_config, self.decoder.model.lm_head.weight.dtype
-        return int(self.limits.cache_gib * 2**30 / cache_bytes(config, 1, 1, num_steps, dtype=dtype))
+        return cache_bytes(config, 1, 1, num_steps, self.options.cache_budget, dtype=dtype)
 
     def load(self) -> tuple[int, int]:
         with self.changed:
@@ -196,7 +212,7 @@ class DecoderEngine:
                 _log.exception("decoding a batch of %d requests failed", len(batch))
                 self._end(batch, EngineStopped(f"decoding failed ({type(error).__name__}); see the server's log"))
 
-    def _next_batch(self) -> list[_Request]:
+    def _next_batch(self) -> list[TokenQueue]:
         """Wait for requests; return the first one and those that fit in its batch, or [] after `close`."""
         with self.changed:
             self.batch = []
@@ -211,7 +227,7 @@ class DecoderEngine:
                 self.changed.wait()
             return []
 
-    def _fits(self, batch: list[_Request]) -> bool:
+    def _fits(self, batch: list[TokenQueue]) -> bool:
         first, asked = batch[0].generation, [request.generation for request in batch]
         sampling = (first.temperature, first.top_k, first.top_p)
         length = max(len(g.prompt) for g in asked) + max(g.max_new_tokens for g in asked)
@@ -219,15 +235,17 @@ class DecoderEngine:
         equal = all((g.temperature, g.top_k, g.top_p) == sampling for g in asked)
         return len(batch) == 1 or (equal and length <= self.context and len(batch) <= rows)
 
-    def _decode(self, batch: list[_Request]) -> None:
+    def _decode(self, batch: list[TokenQueue]) -> None:
         asked = [request.generation for request in batch]
-        options = Decoding(
+        options = replace(
+            self.options,
             max_new_tokens=max(g.max_new_tokens for g in asked),
             num_steps=[g.num_steps for g in asked],
             temperature=asked[0].temperature,
             top_k=asked[0].top_k,
             top_p=asked[0].top_p,
             stop=tuple(self.stop_ids),
+            thinking=[g.thinking for g in asked],
         )
         seeds = [_row_name(g.seed) for g in asked]
 
@@ -238,7 +256,7 @@ class DecoderEngine:
         self._end(batch, StopAsyncIteration())
 
     @staticmethod
-    def _end(requests: Iterable[_Request], reason: Exception) -> None:
+    def _end(requests: Iterable[TokenQueue], reason: Exception) -> None:
         for request in requests:
             request.end(reason)
 

@@ -56,6 +56,9 @@ class GenerationRequest(BaseModel):
     model: str = Field(description="Name of the served model, as GET /v1/models gives it.")
     max_tokens: int | None = Field(None, ge=1, description="Most new tokens; default: as context and limits allow.")
     num_steps: int | None = Field(None, ge=1, description="Core iterations per token; default: the model's.")
+    reasoning_effort: Literal["low", "medium", "high"] | None = Field(
+        None, description="Core iterations and thinking tokens by the model's table; num_steps, if given, has priority."
+    )
     temperature: float = Field(1.0, ge=0, le=2, description="0 takes the most probable token.")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample among the top tokens with this total probability.")
     top_k: int | None = Field(None, ge=1, description="Sample among this many tokens.")

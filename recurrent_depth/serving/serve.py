@@ -6,18 +6,22 @@ import signal
 import socket
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from transformers.utils import logging as transformers_logging
 
 from recurrent_depth.devices import choose_device, choose_dtype
+from recurrent_depth.generation.config import EngineOptions
 from recurrent_depth.hf.chat import stop_ids
 from recurrent_depth.hf.loading import ModelError, load_model
 from recurrent_depth.hf.modeling import RecurrentDepthForCausalLM
 from recurrent_depth.serving.app import Service, build_app
 from recurrent_depth.serving.config import KEY_VARIABLE, ServeConfig
+from recurrent_depth.serving.effort import read_efforts
 from recurrent_depth.serving.engine import DecoderEngine, Engine
 
 
@@ -64,6 +68,54 @@ def listen(host: str, port: int) -> socket.socket:
 
 def load(config: ServeConfig) -> Service:
     """Load the model, start its engine, and return the service."""
+    engine, tokenizer, generation_config = (_with_vllm if chosen_engine(config) == "vllm" else _with_decoder)(config)
+    folder = Path(config.model)
+    name = config.served_name or (folder.resolve().name if folder.is_dir() else config.model)
+    most = config.limits.num_steps or engine.max_num_steps
+    if engine.default_num_steps > most:
+        raise ValueError(
+            f"limits.num_steps is {most}, but requests take {engine.default_num_steps} iterations by default; raise "
+            "the limit, or set default_num_steps"
+        )
+    efforts = read_efforts(generation_config, tokenizer)
+    for effort, (steps, _) in efforts.items():
+        if steps is not None and steps > most:
+            raise ValueError(
+                f"limits.num_steps is {most}, but reasoning_effort {effort} of the model takes {steps} iterations; "
+                "raise the limit"
+            )
+    return Service(engine, tokenizer, name, config.limits, most, efforts)
+
+
+def chosen_engine(config: ServeConfig) -> str:
+    """Return vllm or transformers.
+
+    Raises:
+        ValueError: if vLLM is not installed, or an option does not fit the engine.
+    """
+    for_decoder = [name for name in ("quantize",) if getattr(config, name) is not None]
+    for_decoder += ["kernels"] if config.kernels != "auto" else []
+    for_decoder += ["exit"] if config.exit not in (None, "state-change") else []
+    name = config.engine
+    if name == "auto":
+        name = "vllm" if find_spec("vllm") is not None and not for_decoder else "transformers"
+    if name == "vllm":
+        if find_spec("vllm") is None:
+            raise ValueError("engine is vllm, which is not installed; pip install vllm, or use --engine transformers")
+        if for_decoder:
+            raise ValueError(
+                f"{for_decoder[0]} is {getattr(config, for_decoder[0])}, which only the engine transformers has; "
+                "leave it out, or use --engine transformers"
+            )
+    elif config.tensor_parallel > 1:
+        raise ValueError(
+            f"tensor_parallel is {config.tensor_parallel}, which only the engine vllm implements; use --engine vllm"
+        )
+    return name
+
+
+def _with_decoder(config: ServeConfig) -> tuple[Engine, Any, Any]:
+    """Return the engine with the decoder of this package, the tokenizer, and the generation config."""
     device = choose_device(config.device)
     transformers_logging.disable_progress_bar()
     dtype = choose_dtype(config.dtype, device)
@@ -72,10 +124,22 @@ def load(config: ServeConfig) -> Service:
         raise ModelError(f"model: {config.model} is not a recurrent-depth model; only those are served")
     if tokenizer is None:
         raise ModelError(f"model: {config.model} has no tokenizer and cannot be served; add its tokenizer.json")
-    folder = Path(config.model)
-    name = config.served_name or (folder.resolve().name if folder.is_dir() else config.model)
-    engine: Engine = DecoderEngine(model, frozenset(stop_ids(model, tokenizer)), config.limits)
-    return Service(engine, tokenizer, name, config.limits)
+    options = EngineOptions(
+        num_steps=config.default_num_steps,
+        exit=config.exit,
+        exit_threshold=config.exit_threshold,
+        exit_prompt=config.exit_prompt,
+        cache_budget=config.cache_budget,
+    )
+    engine = DecoderEngine(model, frozenset(stop_ids(model, tokenizer)), config.limits, options)
+    return engine, tokenizer, model.generation_config
+
+
+def _with_vllm(config: ServeConfig) -> tuple[Engine, Any, Any]:
+    """The same with vLLM."""
+    from recurrent_depth.serving.vllm.engine import start  # imported here because it takes seconds, and needs vLLM
+
+    return start(config)
 
 
 class Server(uvicorn.Server):

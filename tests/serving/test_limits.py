@@ -246,9 +246,17 @@ def test_deep_requests_do_not_block_other_requests(chat_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_ends_the_server_and_its_requests(chat_folder, number):
-    process, url = start_process(chat_folder, "--limits.shutdown_seconds", "1")
+@pytest.mark.parametrize(
+    ("number", "engine"),
+    [
+        (signal.SIGTERM, "transformers"),
+        (signal.SIGINT, "transformers"),
+        pytest.param(signal.SIGTERM, "vllm", marks=pytest.mark.vllm),
+    ],
+)
+def test_signal_ends_the_server_and_its_requests(chat_folder, number, engine):
+    options = ["--limits.shutdown_seconds", "1", "--limits.num_steps", "64", "--limits.cache_gib", "1"]
+    process, url = start_process(chat_folder, *options, engine=engine)
     stream = open_stream(url, max_tokens=1900, num_steps=64)
     waiting = open_stream(url, max_tokens=4, num_steps=64, stream=False)
     wait_until(lambda: metric(url, "requests_in_progress") == 2)
