@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from recurrent_depth.generation.exits import StateChange
+from recurrent_depth.model.config import RopeScaling
 from vllm_engines import counted, expected, prompts, served, write_model, written
 
 pytest.importorskip("vllm")
@@ -62,6 +63,22 @@ def test_budget_of_one_writes_the_decoders_tokens_at_mixed_depths(tmp_path):
         assert written(llm, ASKED, DEPTHS, max_tokens=LONG) == mixed
         assert written(llm, ASKED, DEPTHS, max_tokens=LONG) == mixed
         assert counted(llm, "num_preemptions") == counted(llm, "prefix_cache_hits") == 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "olmo"])
+def test_converted_shapes_write_the_decoders_tokens(tmp_path, kind):
+    """Grouped heads, biases and norms of q and k, other places of norms, rotary scaling."""
+    shapes = {
+        "llama": {
+            "block": "pre", "n_heads": 4, "n_kv_heads": 2, "head_size": 32, "qkv_bias": True, "qk_norm": "head",
+            "rotary_scaling": RopeScaling("llama3", 8.0, original_max_position_embeddings=64),
+        },
+        "olmo": {"block": "branch", "n_heads": 4, "n_kv_heads": 2, "qk_norm": "full"},
+    }  # fmt: skip
+    write_model(tmp_path, qk_bias=False, ln_f_before_coda=False, **shapes[kind])
+    with served(tmp_path, hf_overrides={"salted": True}, max_num_batched_tokens=64, enable_chunked_prefill=True) as llm:
+        found = written(llm, ASKED, DEPTHS)
+        assert found == expected(tmp_path, ASKED, max_new_tokens=NEW, num_steps=DEPTHS)
 
 
 def test_budget_of_two_writes_the_decoders_tokens_at_one_depth(tmp_path):

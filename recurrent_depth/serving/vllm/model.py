@@ -22,7 +22,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader,
 from recurrent_depth.generation.exits import exit_rule
 from recurrent_depth.model.attention import on_heads
 from recurrent_depth.model.config import ModelConfig
-from recurrent_depth.model.layers import SandwichBlock, rotary_at, rotary_table
+from recurrent_depth.model.layers import BLOCKS, rotary_at, rotary_table
 from recurrent_depth.model.transformer import Transformer
 from recurrent_depth.serving.vllm.core import Stopping, iterate
 from recurrent_depth.serving.vllm.options import DepthOptions
@@ -43,7 +43,7 @@ class RavenForCausalLM(nn.Module):
         self.transformer = Transformer(c)
         self.transformer.wte = VocabParallelEmbedding(c.vocab_size, c.n_embd)
         for name, block in self.transformer.named_modules():
-            if isinstance(block, SandwichBlock):
+            if isinstance(block, tuple(BLOCKS.values())):
                 _shard(block, c, quantization, f"transformer.{name}")
         self.lm_head = ParallelLMHead(c.vocab_size, c.n_embd, quant_config=quantization, prefix="lm_head")
         if c.tie_embeddings:
@@ -147,7 +147,7 @@ class RavenForCausalLM(nn.Module):
 
 def _heads(config: ModelConfig) -> tuple[int, int]:
     """Return the query heads and the key-value heads of the whole model."""
-    return config.n_heads, config.n_heads
+    return config.n_heads, config.kv_heads
 
 
 def _local_heads(config: ModelConfig) -> tuple[int, int]:
@@ -156,12 +156,15 @@ def _local_heads(config: ModelConfig) -> tuple[int, int]:
     return queries // ranks, max(1, keys // ranks)
 
 
-def _shard(block: SandwichBlock, config: ModelConfig, quantization: Any, prefix: str) -> None:
+def _shard(block: Any, config: ModelConfig, quantization: Any, prefix: str) -> None:
     """Replace the projections of a block by vLLM's, each with the part of this rank."""
     c, attn, mlp = config, block.attn, block.mlp
     given = {"bias": False, "return_bias": False, "quant_config": quantization}
-    attn.n_heads = _local_heads(c)[0]
-    attn.Wqkv = QKVParallelLinear(c.n_embd, c.head_dim, *_heads(c), prefix=f"{prefix}.attn.Wqkv", **given)
+    attn.n_heads, groups = _local_heads(c)
+    attn.sizes = (attn.n_heads * c.head_dim, groups * c.head_dim, groups * c.head_dim)
+    attn.Wqkv = QKVParallelLinear(
+        c.n_embd, c.head_dim, *_heads(c), prefix=f"{prefix}.attn.Wqkv", **given | {"bias": c.qkv_bias}
+    )
     attn.proj = RowParallelLinear(_heads(c)[0] * c.head_dim, c.n_embd, prefix=f"{prefix}.attn.proj", **given)
     if attn.qk_bias is not None:
         attn.qk_bias = nn.Parameter(torch.zeros(2, 1, attn.n_heads, c.head_dim), requires_grad=False)

@@ -55,6 +55,10 @@ def _check(vllm_config: Any, options: DepthOptions) -> None:
                 f"tensor_parallel_size is {tp}, but the model has {name} {getattr(config, name)}; it must divide "
                 "n_heads and intermediate_size"
             )
+    if tp > 1 and config.qk_norm == "full":
+        raise ValueError(
+            f"tensor_parallel_size is {tp}, but this model has a norm over all heads (qk_norm: full); set it to 1"
+        )
     if vllm_config.speculative_config is not None and (options.shares_entries or options.exit):
         raise ValueError(
             "speculative decoding computes tokens in other passes, which changes the result with cache_budget or exit; "
