@@ -168,7 +168,7 @@ def _shard(block: Any, config: ModelConfig, quantization: Any, prefix: str) -> N
     attn.proj = RowParallelLinear(_heads(c)[0] * c.head_dim, c.n_embd, prefix=f"{prefix}.attn.proj", **given)
     if attn.qk_bias is not None:
         attn.qk_bias = nn.Parameter(torch.zeros(2, 1, attn.n_heads, c.head_dim), requires_grad=False)
-        attn.qk_bias.weight_loader = sharded_weight_loader(2)  # type: ignore[attr-defined]
+        attn.qk_bias.weight_loader = sharded_weight_loader(2)
     inner = [c.intermediate_size] * 2
     mlp.fc = MergedColumnParallelLinear(c.n_embd, inner, prefix=f"{prefix}.mlp.fc", **given)
     mlp.proj = RowParallelLinear(c.intermediate_size, c.n_embd, prefix=f"{prefix}.mlp.proj", **given)
