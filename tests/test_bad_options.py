@@ -142,7 +142,7 @@ NUMBERS = [
     (["plan"], "finetuning.shape", ["large"], "tiny, small, huginn-3.5b"),
     (["plan"], "finetuning.backprop-depth", ["0"], "at least 1"),
     (["plan"], "finetuning.lora-rank", ["0"], "at least 1"),
-    (DENSE, "run.optimizer.name", ["muon"], "trained with adamw"),
+    (DENSE, "run.optimizer.name", ["huginn"], "trained with adamw or muon"),
     (DENSE, "run.steps", ["0"], "at least 1"),
 ]  # fmt: skip
 CASES = [(start, option, value, allowed) for start, option, values, allowed in NUMBERS for value in values]

@@ -39,6 +39,7 @@ def test_suite_names_a_wrong_device_and_a_timeout(tmp_path, planted, capsys):
     assert "FAILED planted: no end: timeout" in shown
 
 
+@pytest.mark.slow
 def test_suite_names_the_measurement_that_killed_its_process(tmp_path, planted, monkeypatch):
     monkeypatch.setenv("PLANTED", "killed")
     rows = suite.run_suite(tmp_path, 1, planted)
@@ -66,6 +67,7 @@ def test_stage_repeats_failed_measurements_only(tmp_path):
         Stage(tmp_path / "s.json", -1).measure("new", measured, "new", False)
 
 
+@pytest.mark.slow
 def test_suite_repeats_a_stage_in_which_something_failed(tmp_path, planted, monkeypatch):
     monkeypatch.setenv("PLANTED", "short")
     for _ in range(2):

@@ -103,7 +103,7 @@ def test_arrays_hold_chosen_states_and_paths_from_random_states(analysed, page, 
     assert [row["iteration"] for row in details["jacobian"]] == [2, 2]
     maps = np.load(analysed / "attention" / "window-1-iteration-4.npy")
     tokens = len(details["windows"][1]["ids"])
-    assert maps.shape == (1, 2, tokens, tokens)
+    assert maps.shape == (1, 1, tokens, tokens)  # one layer and one head
     np.testing.assert_allclose(maps.astype(np.float64).sum(-1), 1, atol=1e-2)
     assert page["results"][3]["shown"] == "43.8"
     assert page["converged_steps"] == CONVERGED

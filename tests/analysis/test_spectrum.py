@@ -42,6 +42,7 @@ def test_radius_of_a_token_equals_dense_eigenvalues(place, dense):
     assert max(radius.value for radius in found) == pytest.approx(radius_of(dense.reshape(size, size)), rel=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_gain_estimates_the_frobenius_norm(place, dense):
     passage, state = place

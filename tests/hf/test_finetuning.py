@@ -119,6 +119,7 @@ def test_grpo_with_fixed_depth_has_zero_divergence_from_itself(answering_folder,
     assert first["completions/mean_length"] > 1
 
 
+@pytest.mark.slow
 def test_merged_lora_folder_loads_where_our_package_is_absent(chat_folder, tmp_path):
     from peft import LoraConfig, get_peft_model
 

@@ -21,6 +21,7 @@ def exported_logits(folder, ids):
     return load_model(str(folder))[0](ids).logits
 
 
+@pytest.mark.slow
 def test_run_exports_every_second_checkpoint_and_the_last(tmp_path, capsys):
     pytest.importorskip("transformers")
     saved = CheckpointConfig(every=3, keep_last=1)  # the exported checkpoints are removed by later ones
@@ -47,6 +48,7 @@ def test_run_of_two_ranks_exports_its_last_checkpoint(tmp_path):
     torch.testing.assert_close(logits.float(), expected.float(), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
 def test_failed_export_is_a_warning_and_the_run_goes_on(tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()

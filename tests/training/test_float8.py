@@ -81,7 +81,8 @@ def emulated(config) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_float8_run_trains_sharded_and_its_checkpoint_loads(tmp_path, world_size):
     runtime = RuntimeConfig(device="cpu", threads=1, dtype="bfloat16", activation_checkpointing="step")
     plain = small_run(tmp_path / "plain", runtime=runtime)

@@ -54,7 +54,7 @@ train(small_run(Path(sys.argv[1])))
 
 def test_training_shows_the_live_view_on_a_terminal(tmp_path):
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path / "run")], stderr=theirs, env=environment)
     os.close(theirs)
     shown = b""

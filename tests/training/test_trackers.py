@@ -104,6 +104,7 @@ def test_wandb_continues_its_run_after_a_resume(tmp_path, monkeypatch):
     assert not (tmp_path / "tensorboard").exists()
 
 
+@pytest.mark.slow
 def test_trackio_shows_the_numbers_of_the_run(tmp_path, monkeypatch):
     pytest.importorskip("trackio")
     config = tmp_path / "run.yaml"
