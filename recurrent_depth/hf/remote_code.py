@@ -18,7 +18,7 @@ _CODE = {
 }
 """The files to copy, by package."""
 
-_BELOW = {"config": "ModelConfig", "random": "philox"}
+_BELOW = {"config": "ModelConfig", "random": "philox", "rope_scaling": "scaled_frequencies"}
 """Files (and a name in each) that modeling.py imports only indirectly; older transformers do not copy such files."""
 
 
