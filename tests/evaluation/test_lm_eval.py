@@ -140,7 +140,9 @@ def odd_tasks(tmp_path_factory):
     (folder / "line.yaml").write_text("just one line\n")
     (folder / "list.yaml").write_text("- a\n- b\n")
     (folder / "bare.yaml").write_text("task: bare\n")
-    (folder / "dataless.yaml").write_text("task: dataless\ndataset_path: json\ndataset_kwargs: {data_files: {test: absent.json}}\n")
+    (folder / "dataless.yaml").write_text(
+        "task: dataless\ndataset_path: json\ndataset_kwargs: {data_files: {test: absent.json}}\n"
+    )
     return str(folder)
 
 
