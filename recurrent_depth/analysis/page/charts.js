@@ -17,8 +17,10 @@ function ramp() {
 }
 
 function inkOn(colour) {
+  // Black and white have a contrast of at least 4.58 with every colour if they change at this luminance (WCAG 2).
   const c = d3.rgb(colour);
-  return 0.299 * c.r + 0.587 * c.g + 0.114 * c.b > 140 ? "#14161b" : "#ffffff";
+  const linear = (v) => (v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * linear(c.r) + 0.7152 * linear(c.g) + 0.0722 * linear(c.b) > 0.179 ? "#000000" : "#ffffff";
 }
 
 function element(tag, properties = {}, ...children) {
