@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests with vLLM (marker vllm) in an environment of their own, build/vllm.
+# Run the tests with vLLM (marker vllm) in a separate environment, build/vllm.
 # If the packages cannot be had, this is said and nothing is tested.
 set -euo pipefail
 version=0.32.0

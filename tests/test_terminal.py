@@ -1,7 +1,5 @@
 """Progress of long work: a bar on a terminal, lines elsewhere."""
 
-import os
-import pty
 import subprocess
 import sys
 
@@ -9,6 +7,7 @@ from recurrent_depth import terminal
 
 WORK = """
 from recurrent_depth.terminal import progress
+from terminals import shown_on_terminal
 with progress("stones", 3) as advance:
     for _ in range(3):
         advance()
@@ -29,16 +28,6 @@ def test_progress_is_silent_for_short_work_without_a_terminal():
 
 
 def test_progress_shows_a_bar_on_a_terminal():
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", WORK], stderr=theirs, env={**os.environ, "TERM": "xterm"})
-    os.close(theirs)
-    shown = b""
-    try:
-        while part := os.read(ours, 1024):
-            shown += part
-    except OSError:  # the other end is closed
-        pass
-    os.close(ours)
-    assert process.wait() == 0
+    shown = shown_on_terminal(WORK)
     assert b"stones" in shown
     assert b"3/3" in shown

@@ -1,14 +1,11 @@
 """The live view of a run on a terminal, and plain lines elsewhere."""
 
 import io
-import os
-import pty
-import subprocess
-import sys
 
 from rich.console import Console
 
 from recurrent_depth.training.live import LiveView
+from terminals import shown_on_terminal
 
 TRAIN = {
     "type": "train", "loss": 1.25, "gradient_norm": 0.5, "lr": 2e-3, "num_steps": 9, "tokens_per_second": 12345.0,
@@ -53,17 +50,6 @@ train(small_run(Path(sys.argv[1])))
 
 
 def test_training_shows_the_live_view_on_a_terminal(tmp_path):
-    ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path / "run")], stderr=theirs, env=environment)
-    os.close(theirs)
-    shown = b""
-    try:
-        while part := os.read(ours, 1024):
-            shown += part
-    except OSError:  # the other end is closed
-        pass
-    os.close(ours)
-    assert process.wait() == 0
+    shown = shown_on_terminal(RUN, str(tmp_path / "run"))
     for part in (b"12/12", b"gradient", b"by iterations", b"r=4"):
         assert part in shown

@@ -54,7 +54,7 @@ class Stopping:
 
 
 def _no_logits() -> Tensor:
-    raise NotImplementedError("this exit rule reads logits, which the core in vLLM does not compute")
+    raise ValueError("this exit rule reads logits, which the core in vLLM does not compute")
 
 
 class IteratingAttention:

@@ -1,6 +1,6 @@
 """The engine of `recurrent-depth serve` with vLLM: the same protocol, limits and errors as with the decoder.
 
-vLLM computes in a process of its own. Every request has a cache salt with its num_steps, so that prefixes are shared
+vLLM computes in a separate process. Every request has a cache salt with its num_steps, so that prefixes are shared
 only between requests of the same depth.
 """
 
