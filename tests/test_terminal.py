@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 from recurrent_depth import terminal
+from terminals import shown_on_terminal
 
 WORK = """
 from recurrent_depth.terminal import progress
-from terminals import shown_on_terminal
 with progress("stones", 3) as advance:
     for _ in range(3):
         advance()
