@@ -4,6 +4,7 @@
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,6 +53,12 @@ def store(model: str | Path, found: DepthRange) -> Path:
         raise ValueError(f"loss.store: {model} is not a folder on this machine; leave store out")
     write_json(_file(model), found.record())
     return _file(model)
+
+
+def copy_to(folder: Path, model: str | Path) -> None:
+    """Copy the stored range of a model into a folder that is written from it. Without a stored range do nothing."""
+    if Path(model).is_dir() and _file(model).is_file():
+        shutil.copyfile(_file(model), folder / FILE)
 
 
 def warn_beyond(model: str | Path, *num_steps: int) -> None:

@@ -5,7 +5,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 LINE_SECONDS = 10.0
 """Seconds between lines of progress where there is no terminal."""
@@ -39,3 +47,18 @@ def progress(name: str, total: int) -> Iterator[Callable[[], None]]:
             print_line(f"{name}: {done} of {total}")
 
     yield advance
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Name what is done now: with a moving sign on a terminal, in a line elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        print_line(name)
+        yield
+        return
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+    ) as bar:
+        bar.add_task(name, total=None)
+        yield

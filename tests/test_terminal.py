@@ -31,3 +31,14 @@ def test_progress_shows_a_bar_on_a_terminal():
     shown = shown_on_terminal(WORK)
     assert b"stones" in shown
     assert b"3/3" in shown
+
+
+def test_stage_prints_a_line_without_a_terminal_and_a_moving_sign_on_one(capsys):
+    with terminal.stage("reading stones"):
+        pass
+    assert capsys.readouterr().err == "reading stones\n"
+    shown = shown_on_terminal(
+        "import time\nfrom recurrent_depth.terminal import stage\nwith stage('reading stones'):\n    time.sleep(0.3)\n"
+    )
+    assert b"reading stones" in shown
+    assert b"0:00:00" in shown

@@ -9,6 +9,7 @@ import torch
 import yaml
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from recurrent_depth.depth_range import copy_to
 from recurrent_depth.extras import package_version
 from recurrent_depth.files import atomic_folder, check_new_folder
 from recurrent_depth.hf.conversion.retrofit import load_retrofit, write_retrofit
@@ -17,6 +18,7 @@ from recurrent_depth.hf.modeling import RecurrentDepthForCausalLM
 from recurrent_depth.hf.remote_code import AUTO_MAP
 from recurrent_depth.options import ExportConfig
 from recurrent_depth.runs import find_checkpoint, is_run, read_details
+from recurrent_depth.terminal import stage
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -26,17 +28,18 @@ def export(config: ExportConfig) -> Path:
     out = Path(config.out)
     check_new_folder(config.out)
     evaluation = _evaluation_lines(config.results)
-    print(f"exporting {config.model} to {out}", flush=True)
-    model, tokenizer = load_model(config.model, getattr(torch, config.dtype))
+    with stage(f"export: reading {config.model}"):
+        model, tokenizer = load_model(config.model, getattr(torch, config.dtype))
     if not isinstance(model, RecurrentDepthForCausalLM):
         raise ModelError(f"model: {config.model} is not a recurrent-depth model; only those are exported")
-    with atomic_folder(out) as folder:
+    with stage(f"export: writing {out} and comparing its logits"), atomic_folder(out) as folder:
         if config.format == "retrofit":
             write_retrofit(model, folder, config.max_shard_size)
         else:
             model.save_pretrained(folder, max_shard_size=config.max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        copy_to(folder, config.model)
         (folder / "README.md").write_text(model_card(config, model, evaluation), encoding="utf-8")
         written = (
             load_retrofit(folder, model.dtype) if config.format == "retrofit" else load_with_own_code(folder, model)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from recurrent_depth.data.tokenizer import train_tokenizer
+from recurrent_depth.depth_range import DepthRange, store, warn_beyond
 from recurrent_depth.hf.export import export
 from recurrent_depth.hf.loading import fast_tokenizer, load_model
 from recurrent_depth.options import ExportConfig
@@ -155,6 +157,16 @@ def test_training_starts_from_an_export(exported, tmp_path):
     train(again)
     train(fresh)
     assert losses(tmp_path / "again")[0] < losses(tmp_path / "fresh")[0] - 0.1
+
+
+def test_export_warns_beyond_the_range_that_was_stored_with_its_model(tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(FIXTURE, model)
+    store(model, DepthRange(2, 16, 8, 0.01, {2: 1.0, 8: 0.9, 16: 0.95, 32: 2.0}))
+    export(ExportConfig(str(model), str(tmp_path / "out")))
+    capsys.readouterr()
+    warn_beyond(tmp_path / "out", 32)
+    assert "outside of the range 2 to 16" in capsys.readouterr().err
 
 
 def test_export_overwrites_nothing(exported, run):

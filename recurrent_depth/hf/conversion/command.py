@@ -16,6 +16,7 @@ from recurrent_depth.hf.export import check_folder, load_with_own_code, model_ca
 from recurrent_depth.hf.loading import ModelError, load_model
 from recurrent_depth.hf.modeling import RecurrentDepthForCausalLM
 from recurrent_depth.options import ConvertConfig, ExportConfig
+from recurrent_depth.terminal import stage
 
 TOLERANCE = 1e-4
 """Largest difference of logits from the dense model, relative to the largest logit, in fp32."""
@@ -31,8 +32,8 @@ def convert(config: ConvertConfig) -> Path:
     """Write the recurrent model. Nothing is written if its logits differ from those of the dense model."""
     out = Path(config.out)
     check_new_folder(out)
-    print(f"converting {config.model} to {out}", flush=True)
-    dense, tokenizer = load_model(config.model, torch.float32)
+    with stage(f"convert: reading {config.model}"):
+        dense, tokenizer = load_model(config.model, torch.float32)
     if isinstance(dense, RecurrentDepthForCausalLM):
         raise ModelError(f"model: {config.model} is recurrent already; convert takes a dense model")
     if tokenizer is None:
@@ -47,7 +48,8 @@ def convert(config: ConvertConfig) -> Path:
         state_init="like-init" if config.init == "random" else "zero",
         initial_state_std=RETROFIT_STATE_STD,
     )
-    similarities = _similarities(config, dense, tokenizer)
+    with stage("convert: choosing layers"):
+        similarities = _similarities(config, dense, tokenizer)
     n_layers = dense.config.num_hidden_layers
     layers = chosen_layers(n_layers, split, config.layers, config.core_layers, similarities)
     model = RecurrentDepthForCausalLM(RecurrentDepthConfig.from_model_config(shape))
@@ -55,7 +57,8 @@ def convert(config: ConvertConfig) -> Path:
     weights["transformer.adapter.weight"] = initial_adapter(config.init, shape.n_embd, config.seed)
     load_exactly(model, weights)
     ids = _checked_ids(tokenizer, shape.vocab_size)
-    difference = difference_from_dense(model.eval(), dense, layers, ids, config)
+    with stage("convert: comparing logits with the dense model"):
+        difference = difference_from_dense(model.eval(), dense, layers, ids, config)
     if not difference <= TOLERANCE:  # true for NaN as well
         raise ModelError(
             f"the logits of the converted model differ from those of the dense one by {difference:.1e} of the largest; "
@@ -74,7 +77,8 @@ def convert(config: ConvertConfig) -> Path:
         "difference_from_dense": difference,
     }
     model.generation_config = dense.generation_config
-    _write(config, model.to(getattr(torch, config.dtype)), tokenizer, report)
+    with stage(f"convert: writing {out}"):
+        _write(config, model.to(getattr(torch, config.dtype)), tokenizer, report)
     print("\n".join(_report_lines(report)[2:]))
     return out
 

@@ -10,7 +10,8 @@ from recurrent_depth.checks import check_at_least, check_fraction, check_not_emp
 from recurrent_depth.data.layout import DataError
 from recurrent_depth.extras import require
 from recurrent_depth.files import json_hash
-from recurrent_depth.reasoning.curation.replies import Reply, ReplyCache, progress
+from recurrent_depth.reasoning.curation.replies import Reply, ReplyCache
+from recurrent_depth.terminal import progress
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,9 @@ class EndpointWriter:
 
         threads = ThreadPoolExecutor(self.config.concurrency)
         try:
-            for _ in progress(threads.map(ask, wanted.keys(), wanted.values()), len(wanted), self.config.model):
-                pass
+            with progress(self.config.model, len(wanted)) as advance:
+                for _ in threads.map(ask, wanted.keys(), wanted.values()):
+                    advance()
         finally:  # after Ctrl-C no request is sent, and open ones are not waited for
             threads.shutdown(wait=False, cancel_futures=True)
         self._check(failed, len(wanted))

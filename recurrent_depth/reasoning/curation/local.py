@@ -10,8 +10,9 @@ from recurrent_depth.devices import choose_device, choose_dtype
 from recurrent_depth.extras import require
 from recurrent_depth.files import file_hash, json_hash
 from recurrent_depth.hub import check_folder_or_hub_name
-from recurrent_depth.reasoning.curation.replies import Reply, ReplyCache, progress
+from recurrent_depth.reasoning.curation.replies import Reply, ReplyCache
 from recurrent_depth.runs import find_checkpoint, is_run
+from recurrent_depth.terminal import progress
 
 if TYPE_CHECKING:
     from recurrent_depth.generation.engine import Decoder
@@ -105,9 +106,11 @@ class LocalWriter:
         """Return one reply per prompt."""
         keys = [json_hash([self.fingerprint, prompt]) for prompt in prompts]
         batches = list(_batches(dict(zip(keys, map(self._encode, prompts), strict=True)), self.config.batch_size))
-        for batch in progress(batches, len(batches), self.config.model):
-            if any(cache.get(key) is None for key in batch):
-                cache.put(dict(zip(batch, self._decode(list(batch.values())), strict=True)))
+        with progress(self.config.model, len(batches)) as advance:
+            for batch in batches:
+                if any(cache.get(key) is None for key in batch):
+                    cache.put(dict(zip(batch, self._decode(list(batch.values())), strict=True)))
+                advance()
         return [cache.replies[key] for key in keys]
 
     def _encode(self, prompt: str) -> list[int]:

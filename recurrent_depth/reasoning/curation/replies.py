@@ -2,13 +2,10 @@
 
 import json
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
-
-from rich.console import Console
-from rich.progress import track
+from typing import Protocol
 
 from recurrent_depth.data.layout import DataError
 
@@ -39,14 +36,6 @@ class Writer(Protocol):
 
     def write(self, prompts: Sequence[str], cache: "ReplyCache") -> list[Reply]:
         """Return one reply per prompt, from the cache if it has one."""
-
-
-T = TypeVar("T")
-
-
-def progress(work: Iterable[T], total: int, name: str) -> Iterable[T]:
-    """Yield the items of some work; show a progress bar on a terminal."""
-    return track(work, description=name, total=total, console=Console(stderr=True), transient=True)
 
 
 class ReplyCache:
