@@ -25,7 +25,8 @@ class ExportConfig:
         out: folder to write; it must not exist, or be empty.
         dtype: dtype of the weights; the rotary table stays in float32.
         max_shard_size: largest size of a file of weights, for example 5GB; larger weights are split.
-        results: results.json of `recurrent-depth eval`, for the model card; null: a card without evaluation.
+        results: results.json of `recurrent-depth eval`, for the model card and the table of `reasoning_effort`; null: a
+            card without evaluation.
         format: `huginn`, which transformers loads with the code in the folder, or `retrofit`, the format of released
             retrofitted models (weights and config.json without code), for converted models.
     """

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from recurrent_depth.evaluation.config import EvalConfig
+from recurrent_depth.evaluation.efforts import efforts_of_results
 from recurrent_depth.evaluation.table import (
     Result,
     beside_published,
@@ -199,6 +200,7 @@ def _write_tables(
         "device": device,
         "lm_eval": settings,
         "table": markdown(results),
+        "reasoning_effort": efforts_of_results(results),
         "results": [_finite(asdict(result)) for result in results],
     }
     write_json(out / "results.json", record)

@@ -27,11 +27,13 @@ def export(config: ExportConfig) -> Path:
     """Write the folder, and check its logits by loading it with the code it carries. Nothing is left after an error."""
     out = Path(config.out)
     check_new_folder(config.out)
-    evaluation = _evaluation_lines(config.results)
+    evaluation, efforts = _evaluation(config.results)
     with stage(f"export: reading {config.model}"):
         model, tokenizer = load_model(config.model, getattr(torch, config.dtype))
     if not isinstance(model, RecurrentDepthForCausalLM):
         raise ModelError(f"model: {config.model} is not a recurrent-depth model; only those are exported")
+    if efforts is not None:
+        model.generation_config.reasoning_effort = efforts
     with stage(f"export: writing {out} and comparing its logits"), atomic_folder(out) as folder:
         if config.format == "retrofit":
             write_retrofit(model, folder, config.max_shard_size)
@@ -143,14 +145,14 @@ def _training_lines(source: str) -> list[str]:
     return lines
 
 
-def _evaluation_lines(results: str | None) -> list[str]:
-    """Return the table of a results.json, with the versions it was measured with."""
+def _evaluation(results: str | None) -> tuple[list[str], dict[str, Any] | None]:
+    """Return lines for the model card from a results.json, and its table of reasoning efforts if it has one."""
     if results is None:
-        return ["Not evaluated."]
+        return ["Not evaluated."], None
     try:
         record = json.loads(Path(results).read_text())
         versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items())
-        return [record["table"], f"Versions: {versions}."]
+        return [record["table"], f"Versions: {versions}."], record.get("reasoning_effort")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"results: {results} is not a results.json of `recurrent-depth eval` ({type(error).__name__}: {error}); "

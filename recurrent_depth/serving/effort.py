@@ -1,4 +1,6 @@
-"""The field `reasoning_effort` of a request: a table in the model's generation config, made from measured accuracy.
+"""The field `reasoning_effort` of a request: a table in the model's generation config.
+
+`recurrent-depth export --results` writes it from measured accuracies; thinking tokens are added by hand.
 
 "reasoning_effort": {
     "low": {"num_steps": 4},
@@ -18,8 +20,6 @@ from recurrent_depth.generation.forcing import ThinkingBudget
 from recurrent_depth.hf.forcing import thinking_budget
 
 EFFORTS = ("low", "medium", "high")
-FRACTIONS = {"low": 0.9, "medium": 0.97, "high": 1.0}
-"""Fraction of the best measured score that the iterations of an effort must reach."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,18 +66,3 @@ def _budget(effort: Effort, tokenizer: Any) -> ThinkingBudget | None:
     if effort.thinking_tokens is None:
         return None
     return thinking_budget(Thinking(at_most=effort.thinking_tokens), tokenizer)
-
-
-def measured_efforts(scores: Mapping[int, float]) -> dict[str, dict[str, int]]:
-    """Return a table from the score of a model by num_steps: the fewest iterations that reach a fraction of the best.
-
-    Args:
-        scores: for example the accuracies of `recurrent-depth eval --num-steps 1,2,4,8,16,32`; higher is better.
-    """
-    if not scores:
-        raise ValueError("scores is empty; give a score for at least one num_steps")
-    best = max(scores.values())
-    return {
-        name: {"num_steps": min(r for r, score in scores.items() if score >= fraction * best)}
-        for name, fraction in FRACTIONS.items()
-    }

@@ -135,7 +135,9 @@ print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:]))
 
 def test_sharded_bf16_export_and_its_model_card(run, tmp_path):
     results = tmp_path / "results.json"
-    results.write_text(json.dumps({"versions": {"torch": "9"}, "table": "| t | p | acc (%) | 50.0 |"}))
+    efforts = {"low": {"num_steps": 2}, "medium": {"num_steps": 4}, "high": {"num_steps": 4}}
+    table = "| t | p | acc (%) | 50.0 |"
+    results.write_text(json.dumps({"versions": {"torch": "9"}, "table": table, "reasoning_effort": efforts}))
     config = ExportConfig(str(run), str(tmp_path / "half"), "bfloat16", max_shard_size="50KB", results=str(results))
     out = export(config)
     assert len(list(out.glob("model-*.safetensors"))) > 1
@@ -146,6 +148,7 @@ def test_sharded_bf16_export_and_its_model_card(run, tmp_path):
     ids = torch.arange(1, 9)[None]
     whole = load_run_model(run)(ids, num_steps=2).logits
     assert (loaded(ids, num_steps=2).logits - whole).abs().max() < 0.05 * whole.abs().max()
+    assert GenerationConfig.from_pretrained(out).reasoning_effort == efforts
     card = (out / "README.md").read_text()
     for fact in ("mean 4", "acc (%) | 50.0", "torch 9", "training steps", "shell_game"):
         assert fact in card

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from recurrent_depth.serving.effort import measured_efforts
+from recurrent_depth.evaluation.efforts import efforts_of_results, measured_efforts
+from recurrent_depth.evaluation.table import Result
 from servers import ask, running
 
 TABLE = {"low": {"num_steps": 1}, "medium": {"num_steps": 2}, "high": {"num_steps": 4, "thinking_tokens": 3}}
@@ -82,3 +83,17 @@ def test_measured_efforts_are_the_fewest_iterations_that_reach_a_fraction_of_the
     assert table == {"low": {"num_steps": 4}, "medium": {"num_steps": 8}, "high": {"num_steps": 16}}
     with pytest.raises(ValueError, match="empty"):
         measured_efforts({})
+
+
+def result(metric, num_steps, value):
+    return Result("m", "test", "t", "", "lm-eval", "", None, metric, num_steps, value, None, 10)
+
+
+def test_efforts_of_results_average_the_accuracies_that_were_measured_at_every_depth():
+    accuracies = {1: (0.2, 0.0), 4: (0.9, 0.5), 8: (0.8, 0.9)}  # the mean is 0.1, 0.7, 0.85
+    results = [
+        result(name, r, v) for r, pair in accuracies.items() for name, v in zip(("acc", "pass@1"), pair, strict=True)
+    ]
+    others = [result("perplexity", r, 50.0 - r) for r in accuracies] + [result("exact_match", 1, 1.0)]
+    assert efforts_of_results(results + others) == measured_efforts({1: 0.1, 4: 0.7, 8: 0.85})
+    assert efforts_of_results([result("acc", 4, 0.5)]) is None
