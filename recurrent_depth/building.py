@@ -177,10 +177,33 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """A loader that refuses a key that stands twice in one mapping; YAML's own takes the last silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(text: str | bytes) -> Any:
+    """Return the value of a YAML text.
+
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError: if it is not YAML, or a mapping has a key twice.
+    """
+    return yaml.load(text, _UniqueKeys)
+
+
 def from_yaml(text: str, name: str) -> Any:
     """Return the value of a YAML text; `name` is the option, for the error message."""
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise OptionError(f"{name} is {text!r}, which is not YAML ({yaml_fault(error)})") from error
 

@@ -22,7 +22,17 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from recurrent_depth.building import OptionError, Typed, build, flag, from_yaml, nearest, without_none, yaml_fault
+from recurrent_depth.building import (
+    OptionError,
+    Typed,
+    build,
+    flag,
+    from_yaml,
+    load_yaml,
+    nearest,
+    without_none,
+    yaml_fault,
+)
 
 T = TypeVar("T")
 
@@ -219,7 +229,7 @@ def shipped_configs() -> list[Path]:
 def read_yaml(file: Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds; an empty file holds no fields."""
     try:
-        content = yaml.safe_load(file.read_bytes())
+        content = load_yaml(file.read_bytes())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise OptionError(f"{file} is not YAML ({yaml_fault(error)}); correct it") from error
     if not isinstance(content, dict | NoneType):

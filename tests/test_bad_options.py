@@ -219,6 +219,11 @@ def test_wrong_combination_names_the_options(arguments, message, capsys, folder)
 
 CONFIG_FILES = {
     "not YAML": ("a: [1,", "is not YAML (line "),
+    "key twice": ("steps: 3\nsteps: 4", "is not YAML (line 2: steps is given twice)"),
+    "section twice": (
+        "optimizer: {lr: 1}\nmodel: {n_embd: 64}\noptimizer: {lr: 2}",
+        "line 3: optimizer is given twice",
+    ),
     "tabs": ("a:\n\t- b", "is not YAML (line 2"),
     "a list": ("- a\n- b\n", "holds a list; it must hold options"),
     "text": ("just text\n", "holds a single value; it must hold options"),
