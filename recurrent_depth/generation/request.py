@@ -14,7 +14,7 @@ from recurrent_depth.checks import check_at_least, check_between, check_num_step
 from recurrent_depth.generation.exits import ExitRule
 from recurrent_depth.generation.forcing import Forcing, ThinkingBudget
 from recurrent_depth.model.config import ModelConfig
-from recurrent_depth.model.flops import attention_flops, iteration_flops, outer_flops
+from recurrent_depth.model.flops import attention_flops, block_flops
 from recurrent_depth.model.random import SAMPLE_STREAM, uniform
 from recurrent_depth.model.transformer import Transformer
 
@@ -210,20 +210,29 @@ class Requests:
         self.running[request] = continues
         return continues
 
-    def count(self, request: int, tokens: int, core_iterations: int, context: int) -> None:
-        """Add a pass of a request over new tokens to the cost; `context` is the column of the last one, from 1."""
+    def count(self, request: int, tokens: int, core_iterations: int, context: int, started: int | None = None) -> None:
+        """Add a pass of a request over tokens to the cost; `context` is the column of the last one, from 1.
+
+        `started` of the tokens go through the prelude in this pass; None: all of them.
+        """
         self.result.steps[request].append(core_iterations / tokens)
         self.result.core_iterations += core_iterations
-        self.add_flops(tokens, core_iterations, context - (tokens - 1) / 2)
+        self.add_flops(tokens if started is None else started, core_iterations, tokens, context - (tokens - 1) / 2)
 
-    def add_flops(self, tokens: int, core_iterations: int, context: float) -> None:
-        """Add the FLOPs of tokens in prelude, coda and head, and of their core iterations, at a mean context."""
-        config = self.config
-        layers = core_iterations * config.n_layers_in_recurrent_block + tokens * config.unrolled_layers(0)
-        once = attention_flops(config, 1)
-        linear = core_iterations * (iteration_flops(config, 1) - config.n_layers_in_recurrent_block * once)
-        linear += tokens * (outer_flops(config, 1) - config.unrolled_layers(0) * once)
-        self.result.flops += linear + round(4 * config.n_heads * config.head_dim * layers * context)
+    def add_flops(self, started: int, core_iterations: int, read: int, context: float) -> None:
+        """Add the FLOPs of tokens that start (prelude), of core iterations, and of tokens that are read (coda, head).
+
+        `context` is the mean number of tokens that one of them attends to.
+        """
+        c = self.config
+        layers = (
+            started * c.n_layers_in_prelude
+            + core_iterations * c.n_layers_in_recurrent_block
+            + read * c.n_layers_in_coda
+        )
+        linear = layers * (block_flops(c, 1) - attention_flops(c, 1))
+        linear += 2 * (started + core_iterations) * c.n_embd**2 + 2 * read * c.n_embd * c.vocab_size
+        self.result.flops += linear + round(layers * context * attention_flops(c, 1))
 
 
 def per_request(value: Any, requests: int, name: str) -> list[Any]:

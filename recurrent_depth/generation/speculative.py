@@ -74,7 +74,7 @@ class _Rounds:
         for i, request in enumerate(running):
             context = self.next[request] + G - self.starts[request]
             requests.count(request, G, G * few, context)
-            requests.count(request, G, G * (most - few), context)
+            requests.count(request, G, G * (most - few), context, started=0)
             mine = chosen[i * G : (i + 1) * G]
             right = [drafted[g + 1][i] == mine[g] for g in range(G - 1)]  # the last draft was not fed to the model
             agreed = right.index(False) if False in right else len(right)

@@ -99,7 +99,8 @@ class _Passes:
             if window.positions:
                 executed = sum(group.steps[n] - taken[n] for n in mine)
                 context = window.front - self.starts[request] + (len(mine) + 1) / 2
-                requests.add_flops(len(mine), executed, context)
+                started = sum(taken[n] == 0 for n in mine)
+                requests.add_flops(started, executed, len(mine), context)
                 self._advance(
                     request, [drawn[n] for n in mine], [done[n] for n in mine], [group.steps[n] for n in mine]
                 )
