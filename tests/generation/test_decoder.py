@@ -202,9 +202,9 @@ def test_decoded_flops_equal_the_closed_form(model):
 def test_flops_of_modes_agree_with_torchs_counter(model, mode):
     """Torch counts no attention here, which is the same share of the FLOPs in all modes within 2%."""
     found, counted = [], []
-    for given in ((), (mode,)):
+    for modes in ((), (mode,)):
         with FlopCounterMode(display=False) as counter:
-            found.append(decode(model, [[5, 6, 7]], Decoding(max_new_tokens=30, num_steps=4), *given).flops)
+            found.append(decode(model, [[5, 6, 7]], Decoding(max_new_tokens=30, num_steps=4), *modes).flops)
         counted.append(counter.get_total_flops())
     assert found[1] / found[0] == pytest.approx(counted[1] / counted[0], rel=0.02)
 
