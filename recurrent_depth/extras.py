@@ -1,7 +1,11 @@
-"""Check for optional packages; the error says how to install them."""
+"""Optional packages and modules of the user."""
 
+import os
+import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from types import ModuleType
 
 from recurrent_depth.errors import UserError
 
@@ -28,3 +32,10 @@ def package_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def import_own(name: str) -> ModuleType:
+    """Import a module of the user, which may be in the current folder. Raises what its code raises."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return import_module(name)

@@ -6,7 +6,6 @@ that tokens can be at different iterations, stop, and be replaced by others.
 Shapes: B batch, T tokens, D width, V vocabulary, M numbers that a rule remembers per token.
 """
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from recurrent_depth.checks import check_at_least
+from recurrent_depth.extras import import_own
 
 Read = Callable[[], Tensor]
 """Returns the logits [B, T, V] of the state after the iteration; runs coda and head."""
@@ -152,7 +152,7 @@ def _rule_class(path: str) -> Callable[..., ExitRule]:
     """Import a class and check its methods before it is called."""
     module, _, attribute = path.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found = getattr(import_own(module), attribute)
     except Exception as error:  # importing runs the code of the module, which may raise any error
         raise ValueError(f"exit {path!r} cannot be imported ({type(error).__name__}: {error})") from error
     methods = ("remembers", "converged")

@@ -1,6 +1,7 @@
 """`recurrent-depth train` and train.py: check the configuration and start or resume a run."""
 
 import os
+import socket
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -25,6 +26,8 @@ from recurrent_depth.training.trackers import WANDB_ID_FILE, choose_trackers
 from recurrent_depth.training.trainer import Trainer
 
 RECORDER = "flight-recorder"
+LAUNCH_FILE = "torchrun.txt"
+"""Names the torchrun that began or resumed the run: its restarts resume, others need --resume true."""
 
 SAME_FUNCTION = (
     "n_heads", "n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda", "norm", "norm_eps",
@@ -52,12 +55,11 @@ def train(config: RunConfig, *, resume: bool = False, accept_changed_data: bool 
 
     Args:
         resume: continue from the newest checkpoint of config.out, or start if there is none. A restart by
-            `torchrun --max-restarts` always resumes.
+            `torchrun --max-restarts` resumes what the same torchrun began.
         accept_changed_data: resume although the data set has changed since the checkpoint.
     """
     run = Path(config.out)
     _check_packages(config)
-    resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     recorder = run / RECORDER
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         flight_recorder(recorder)
@@ -99,9 +101,20 @@ def _prepare(config: RunConfig, run: Path, ranks: Ranks, resume: bool, accept_ch
 
 def _newest_checkpoint(run: Path, resume: bool) -> Path | None:
     found = checkpoints(run)
-    if found and not resume:
+    if found and not (resume or _begun_by_this_torchrun(run)):
         raise FileExistsError(f"{run} already holds checkpoints; continue with --resume true or choose another --out")
     return found[-1] if found else None
+
+
+def _begun_by_this_torchrun(run: Path) -> bool:
+    file = run / LAUNCH_FILE
+    return "TORCHELASTIC_RUN_ID" in os.environ and file.is_file() and file.read_text() == _launch_name()
+
+
+def _launch_name() -> str:
+    """Return what tells this torchrun, restarts included, from others: the rendezvous id, or the process."""
+    name = os.environ["TORCHELASTIC_RUN_ID"]
+    return name if name != "none" else f"process {os.getppid()} of {socket.gethostname()}"
 
 
 def _write_run_files(run: Path, config: RunConfig, trainer: Trainer, new: bool) -> None:
@@ -110,6 +123,8 @@ def _write_run_files(run: Path, config: RunConfig, trainer: Trainer, new: bool) 
     if new:  # an earlier run whose checkpoints were deleted may have left these
         (run / REWINDS_FILE).unlink(missing_ok=True)
         (run / WANDB_ID_FILE).unlink(missing_ok=True)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        write_text(run / LAUNCH_FILE, _launch_name())
     write_text(run / "run.yaml", as_yaml(config))
     tokenizer = trainer.train_source.tokenizer_json()
     if tokenizer is not None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -83,6 +84,21 @@ def test_generate_honours_stop_texts_modes_exits_and_thinking(chat_folder, capsy
     assert after_prompt[0] == 4
     assert min(after_prompt) < 4
     assert run(capsys, chat_folder, *options, "--thinking.at_most", "3", "--thinking.rounds", "1")
+
+
+def test_generate_takes_an_exit_rule_from_a_module_in_the_current_folder(chat_folder, capsys, tmp_path, monkeypatch):
+    (tmp_path / "own_rules.py").write_text(
+        "import torch\n"
+        "class Second:\n"
+        "    def remembers(self, vocab_size):\n"
+        "        return 1\n"
+        "    def converged(self, before, after, read, memory):\n"
+        "        return memory[..., 0] == 1, torch.ones_like(memory)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    options = ["--prompt", "the quick", "--max-new-tokens", "3", "--num-steps", "6", "--exit", "own_rules:Second"]
+    assert set(run(capsys, chat_folder.resolve(), *options)[0][0]["steps"]) == {2}
 
 
 def refused(capsys, *options):

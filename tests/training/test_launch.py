@@ -106,6 +106,23 @@ def test_resume_refuses_and_names_options_that_affect_the_result(tmp_path, chang
         train(dataclasses.replace(config, **changes), resume=True)
 
 
+def test_restart_by_torchrun_resumes_only_what_this_torchrun_began(tmp_path, monkeypatch):
+    config = small_run(tmp_path / "run", max_hours=1e-9)  # ends after one training step
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-1")
+    train(config)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train(config)
+    assert len(losses(tmp_path / "run")) == 2
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-2")
+    for restarts in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        with pytest.raises(FileExistsError, match="already holds checkpoints; continue with --resume true"):
+            train(config)
+    assert len(losses(tmp_path / "run")) == 2
+    train(config, resume=True)
+    assert len(losses(tmp_path / "run")) == 3
+
+
 HELD = OptimizerConfig(lr=2e-3, warmup_steps=3)
 NO_CURRICULUM = DataConfig(task=TaskDataConfig("shell_game", min_length=2, max_length=8, curriculum_fraction=0.0))
 

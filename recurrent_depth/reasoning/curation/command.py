@@ -1,10 +1,7 @@
 """`recurrent-depth curate`: from a pool of questions, traces and answers to a small set, by a recipe of stages."""
 
-import importlib
 import json
-import os
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,7 +14,7 @@ import pyarrow.parquet as pq
 
 from recurrent_depth.data.layout import MANIFEST, DataError
 from recurrent_depth.data.records import read_parquet
-from recurrent_depth.extras import package_version
+from recurrent_depth.extras import import_own, package_version
 from recurrent_depth.files import (
     FolderInUseError,
     atomic_file,
@@ -90,12 +87,9 @@ def curate(config: CurateConfig) -> dict[str, Any]:
 
 
 def _import(modules: list[str]) -> None:
-    """Import modules of the user, which may be in the current folder."""
-    if modules:
-        sys.path.insert(0, os.getcwd())
     for module in modules:
         try:
-            importlib.import_module(module)
+            import_own(module)
         except Exception as error:
             raise DataError(
                 f"imports: {module!r} cannot be imported ({type(error).__name__}: {error}); correct the name, or run "
