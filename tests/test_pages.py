@@ -20,31 +20,38 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from printed import ROOT, all_pages, blocks, commands
 from recurrent_depth.cli import main
+from recurrent_depth.quickstart import analyze_command, pipelines
 from servers import answers, wait_until
 
 README = ROOT / "README.md"
 TUTORIAL = ROOT / "docs" / "tutorial.md"
-QUICKSTART = ROOT / "configs" / "pretrain" / "quickstart"
-SHORT_TRAINING = {"steps": 4, "batch_size": 4}
 SHORTER = {
-    "quickstart": "--configs short",
     "train": "--steps 4 --batch-size 4 --checkpoint.every 2 --validation.rows 8 --validation.num-steps 1,2 "
     "--optimizer.warmup-steps 1 --optimizer.cooldown-steps 1 --runtime.threads 1",
-    "eval": "--num-steps 2 --lm-eval.limit 4 --lm-eval.length 4 --generated.rows 16",
+    "--tasks": "--lm-eval.limit 4 --lm-eval.length 4",
+    "--generated.tasks": "--generated.rows 16",
     "generate": "--max-new-tokens 4",
-    "analyze": "--max-tokens 12 --num-steps 8 --converged-steps 16 --state-seeds 1 --jacobian-tokens 1",
+    "analyze": "--max-tokens 12 --num-steps 8 --converged-steps 64 --state-seeds 1 --jacobian-tokens 1",
     "chat": "--max-new-tokens 4",
+    "--loss.model": "--loss.max-tokens 256 --loss.num-steps 1,2,4,8",
+    "--categories.model": "--categories.num-steps 8",
+    "--categories.task": "--categories.rows 16",
+    "prepare-reasoning": "--block 128",
 }
-"""Options added to the printed commands, so that they take seconds. --num-steps of `eval` adds to the printed ones."""
+"""Options added to the printed commands with this verb or option, so that they take seconds."""
 
 OURS = [sys.executable, "-m", "recurrent_depth.cli"]
 PAGES = [page for page in all_pages() if page != TUTORIAL and any(not block.not_run for block in blocks(page))]
 PAGES = [page for page in PAGES if any(block.language in ("bash", "python") for block in blocks(page))]
+
+
+def shorter(arguments):
+    """Return the options that shorten a command."""
+    return [option for word in SHORTER if word in arguments for option in SHORTER[word].split()]
 
 
 class Reader:
@@ -78,14 +85,17 @@ class Reader:
         words = command.words
         if words in self.done:
             return
-        self.done.append(words)
+        self.done.append(list(words))
+        if words[:2] == ["recurrent-depth", "quickstart"]:
+            run_parts_of_quickstart(Path(words[-1]))
+            return
         environment = dict(os.environ)
         while "=" in words[0]:
             name, _, value = words.pop(0).partition("=")
-            environment[name] = value
+            environment[name] = os.pathsep.join([value, *filter(None, [os.environ.get(name)])])
         program, *arguments = words
         arguments = [self.moved(argument) for argument in arguments]
-        arguments += [option for verb in SHORTER if verb in arguments for option in SHORTER[verb].split()]
+        arguments += shorter(arguments)
         if program == "recurrent-depth" and arguments[0] == "serve":
             self.serve(arguments)
         elif program == "recurrent-depth" and arguments[0] == "chat":
@@ -148,14 +158,13 @@ def working_in(folder):
         os.chdir(previous)
 
 
-def write_short_quickstart(folder):
-    """Write the configurations of the quickstart with a few training steps."""
-    folder.mkdir()
-    for file in QUICKSTART.glob("*.yaml"):
-        settings = yaml.safe_load(file.read_text()) | SHORT_TRAINING
-        settings["optimizer"] |= {"warmup_steps": 1, "cooldown_steps": 1}
-        settings["validation"] |= {"rows": 8, "num_steps": [1, 2]}
-        (folder / file.name).write_text(yaml.safe_dump(settings))
+def run_parts_of_quickstart(out):
+    """Run the parts of the quickstart that pages use; tests/test_quickstart.py runs all of it."""
+    work = pipelines(out, "configs/pretrain/quickstart")
+    for arguments in [*work["shell-game"], *work["text"], analyze_command(out)]:
+        results = ["--generated.modes", "parallel"] if arguments[0] == "eval" else []
+        known = arguments if arguments[0] != "analyze" else arguments[: arguments.index("--results")]
+        assert main([*known, *results, *shorter(known)]) == 0
 
 
 def write_inputs(folder):
@@ -167,7 +176,8 @@ def write_inputs(folder):
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pq.write_table(pa.Table.from_pylist(rows), folder / "curated" / "examples.parquet")
     (folder / "report.txt").write_text("\n".join(lines))
-    (folder / "texts" / "notes.txt").write_text("\n\n".join(lines * 20))
+    for number in range(40):
+        (folder / "texts" / f"{number}.txt").write_text("\n".join(lines))
     texts = [{"text": line, "category": ("even", "odd")[n % 2]} for n, line in enumerate(lines[:8])]
     (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     for trained in (4, 16):
@@ -191,7 +201,6 @@ def finished_tutorial(tmp_path_factory):
         if not done.exists():
             os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
             with working_in(folder):
-                write_short_quickstart(folder / "short")
                 reader = Reader()
                 reader.read(TUTORIAL)
             write_inputs(folder)
@@ -201,10 +210,7 @@ def finished_tutorial(tmp_path_factory):
 
 @pytest.mark.slow
 def test_tutorial_runs_in_an_empty_folder(finished_tutorial):
-    for path in (
-        "runs/quickstart/report.html", "runs/quickstart/analysis/index.html", "results/text/results.csv",
-        "analysis/text/index.html", "exports/text/config.json",
-    ):  # fmt: skip
+    for path in ("results/text/results.csv", "analysis-sums/index.html", "exports/text/config.json"):
         assert (finished_tutorial / path).is_file(), path
 
 
