@@ -5,7 +5,7 @@ OUT ?= runs/quickstart
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS := 1
 
-.PHONY: setup quickstart test kernels-test kernels-check slow page oldest newest vllm gpu wheel real real-test ci clean
+.PHONY: setup quickstart test kernels-test kernels-check slow page docs oldest newest vllm gpu wheel real real-test ci clean
 
 # The file .recurrent-depth-EXTRA in the environment says that this extra of pyproject.toml is installed.
 setup: $(VENV)/.recurrent-depth-dev
@@ -43,6 +43,11 @@ kernels-check: setup
 page: setup
 	$(BIN)/pytest -m page tests/analysis
 
+# The documentation as a site in build/site, which opens from disk. Warnings, such as broken links, are errors.
+docs: $(VENV)/.recurrent-depth-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "build/site/index.html"
+
 wheel: setup
 	bash scripts/check_wheel.sh $(BIN)/python
 
@@ -72,7 +77,7 @@ real: setup
 real-test: real
 	$(BIN)/pytest -n 2 -m "real and not gpu"
 
-ci: test kernels-test kernels-check slow page oldest newest vllm wheel real-test
+ci: test kernels-test kernels-check slow page docs oldest newest vllm wheel real-test
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

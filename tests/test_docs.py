@@ -1,4 +1,4 @@
-"""README.md and the guides print commands, options and code that exist."""
+"""README.md and docs/ print commands, options, code and links that exist. tests/test_pages.py runs the blocks."""
 
 import ast
 import importlib
@@ -12,12 +12,12 @@ import pytest
 import yaml
 
 from benchmarks.tables import TABLES, filled
-from printed import ROOT, blocks, commands, spans
+from printed import ROOT, all_pages, blocks, commands, spans
 from recurrent_depth.cli import VERBS
 from recurrent_depth.parsing import options_of, parse_options
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES = [page for page in PAGES if page.name != "decisions.md"]  # a log: it names options that are gone
+PAGES = all_pages()
+LOG = [ROOT / "docs" / "decisions.md", *sorted((ROOT / "docs" / "decisions").glob("*.md"))]
 LANGUAGES = {"bash", "python", "yaml", "json", "text"}
 OTHER_PROGRAMS = {"vllm", "git", "cd", "lm_eval", "pytest"}
 OTHER_OPTIONS = {
@@ -26,13 +26,22 @@ OTHER_OPTIONS = {
     "--num_fewshot": "lm_eval", "--hf-overrides": "vllm",
     "--only": "scripts/fetch_real.py",
 }  # fmt: skip
-NO_OPTIONS = {"configs", "completion", "--version", "VERB"}
+NO_OPTIONS = {"configs", "completion", "--help", "--version", "VERB"}
 RECIPES = {"pool": ["curate", "--out", "o"], "filters": ["prepare", "--out", "o", "--source", "s"]}
 """The command that takes a YAML block, by the first name in it."""
 
-COMMANDS = [command for page in PAGES for command in commands(page)]
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+COMMANDS = [command for block in BLOCKS if block.language == "bash" for command in commands(block)]
 INLINE = [span for page in PAGES for span in spans(page)]
-BLOCKS = [(language, block) for page in PAGES for language, block in blocks(page)]
+SAVED = {name for page in PAGES for name in re.findall(r"Save this as `(\w+\.py)`", page.read_text())}
+"""Files that readers write themselves."""
+
+LONGEST = 300
+REASONS = {
+    "needs a GPU", "needs a cluster", "needs the network", "needs vLLM", "needs model servers", "is part of make ci",
+    "is not complete",
+}  # fmt: skip
+"""Why tests do not run a block."""
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +70,7 @@ def check_python(target, *arguments):
         if module == "recurrent_depth.cli":
             check_verb(*arguments)
     else:
-        assert (ROOT / target).is_file(), f"there is no file {target}"
+        assert (ROOT / target).is_file() or target in SAVED, f"there is no file {target}"
         if target == "train.py":
             check_verb("train", *arguments)
 
@@ -126,11 +135,22 @@ def test_files_within_sentences_exist():
 
 
 def test_blocks_say_their_language():
-    for language, block in BLOCKS:
-        assert language in LANGUAGES, f"{block}: begin the block with one of {sorted(LANGUAGES)}"
+    for block in BLOCKS:
+        assert block.language in LANGUAGES, f"{block}: begin the block with one of {sorted(LANGUAGES)}"
 
 
-@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"], ids=str)
+def test_blocks_that_are_not_run_have_a_known_reason():
+    for block in BLOCKS:
+        assert block.not_run in {"", *REASONS}, f"{block}: the reason must be one of {sorted(REASONS)}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, *LOG], ids=lambda page: page.name)
+def test_pages_are_short(page):
+    lines = len(page.read_text().splitlines())
+    assert lines <= LONGEST, f"{page.name} has {lines} lines; split it"
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
 def test_imports_of_printed_code_exist(block):
     for node in ast.walk(ast.parse(block.text)):
         if isinstance(node, ast.ImportFrom) and node.module.startswith("recurrent_depth"):
@@ -138,7 +158,7 @@ def test_imports_of_printed_code_exist(block):
             assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
 
 
-@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "yaml"], ids=str)
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "yaml"], ids=str)
 def test_printed_recipe_parses(block, tmp_path):
     verb, *arguments = RECIPES[next(name for name in RECIPES if name in yaml.safe_load(block.text))]
     (tmp_path / "recipe.yaml").write_text(block.text)
@@ -146,15 +166,20 @@ def test_printed_recipe_parses(block, tmp_path):
 
 
 def test_decision_log_is_newest_first_and_indexed():
-    log = (ROOT / "docs" / "decisions.md").read_text()
-    headings = re.findall(r"^## (.*)$", log, re.MULTILINE)
-    assert headings == sorted(headings, key=lambda heading: heading[:10], reverse=True)
-    anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
-    assert re.findall(r"\]\(#([^)]*)\)", log) == anchors
+    index, *parts = LOG
+    written = []
+    for part in parts:
+        headings = re.findall(r"^## (.*)$", part.read_text(), re.MULTILINE)
+        assert headings == sorted(headings, key=lambda heading: heading[:10], reverse=True), part.name
+        anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        written += [(heading[:10], f"decisions/{part.name}#{a}") for heading, a in zip(headings, anchors, strict=True)]
+    listed = re.findall(r"^\| ([\d-]+) \| \[[^]]*\]\(([^)]*)\)", index.read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(written)
+    assert [date for date, _ in listed] == sorted((date for date, _ in listed), reverse=True)
 
 
 def test_links_have_targets():
-    for page in [*PAGES, ROOT / "docs" / "decisions.md"]:
+    for page in [*PAGES, *LOG]:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
 

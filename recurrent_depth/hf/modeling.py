@@ -220,9 +220,9 @@ class RecurrentDepthForCausalLM(PreTrainedModel, GenerationMixin):
         return BackboneOutput(hidden, past_key_values, recorded, last_state=state)
 
     def core_states(self, hidden_states: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-        """Return the outputs of the core's layers: result[i][j] [B, T, D] is layer j of iteration i, from 0.
+        """Return the outputs of the core's layers: `result[i][j]` [B, T, D] is layer j of iteration i, from 0.
 
-        The state after iteration i is result[i][-1].
+        The state after iteration i is `result[i][-1]`.
         """
         first = 1 + self.config.n_layers_in_prelude
         core = hidden_states[first : len(hidden_states) - self.config.n_layers_in_coda]
