@@ -135,19 +135,22 @@ def memory(job: Job) -> dict[str, int]:
 
 
 def _memory_of_gate_training(job: Job, size: Sizes) -> dict[str, int]:
-    """Return the parts of a run that trains the gate alone: no gradients, and nothing kept but the states."""
-    run, model = job.run, job.run.model
+    """Return the parts of a run that trains the gate alone: no large gradients, and only the states are kept."""
+    run, model, width = job.run, job.run.model, job.compute_dtype.itemsize
     rows = run.rows_per_rank(job.gpus)
-    state = rows * job.tokens * model.n_embd * job.compute_dtype.itemsize
-    depth = max(sum(depth) for depth in sampled_depths(model, min(run.steps, 4096), run.seed))
-    again = recomputed_bytes(model, rows, job.tokens, "block", job.compute_dtype, run.runtime.kernels)
+    tokens, at_once = rows * job.tokens, _tokens_at_once(job, rows)
+    deepest = max(sum(depth) for depth in sampled_depths(model, min(run.steps, 4096), run.seed))
+    inputs = 0 if model.gate is None else model.n_embd * (2 if model.gate.input == "state_and_change" else 1)
+    moments = [
+        {"inputs of the gate": (deepest + 1) * tokens * inputs * _MASTER},
+        {"a block": tokens * (4 * model.n_embd + 3 * model.intermediate_size) * width},
+        {"logits": at_once * model.vocab_size * (width + 2 * _MASTER)},  # also in fp32, and their log-probabilities
+    ]
     return {
         "weights (fp32)": _MASTER * size.total // job.shards,
-        "gathered weights": job.compute_dtype.itemsize * _gathered(job, size),
-        "states": (depth + 1) * state,
-        "a block": again,
-        "logits": head_bytes(model, 1, _tokens_at_once(job, rows)),
-    }
+        "gathered weights": width * _gathered(job, size),
+        "states": (deepest + 4) * tokens * model.n_embd * width,  # of the core, the prelude, and differences
+    } | max(moments, key=lambda moment: sum(moment.values()))
 
 
 def _tokens_at_once(job: Job, rows: int) -> int:
@@ -165,7 +168,8 @@ def _activations(job: Job) -> tuple[int, int, int]:
     further = states_read(run, _deepest(job)) - 1
     if further:
         read_twice = activation_bytes(config, rows, job.tokens, (0, 1), recompute, dtype, kernels, reads=2)
-        kept += further * (read_twice - one)
+        gradient_of_state = rows * job.tokens * config.n_embd * dtype.itemsize  # all reads go back before the core
+        kept += further * (read_twice - one + gradient_of_state)
     again = recomputed_bytes(config, rows, job.tokens, recompute, dtype, kernels)
     logits = head_bytes(config, 1, _tokens_at_once(job, rows))
     if runtime.loss_chunk_size is None:
