@@ -85,6 +85,18 @@ def test_generate_honours_stop_texts_modes_exits_and_thinking(chat_folder, capsy
     assert run(capsys, chat_folder, *options, "--thinking.at_most", "3", "--thinking.rounds", "1")
 
 
+def test_generate_stops_tokens_by_the_gate_of_the_model(gated_folder, chat_folder, capsys):
+    options = ["--prompt", "the quick", "--max-new-tokens", "24", "--num-steps", "8", "--exit", "gate"]
+    early, late = (
+        run(capsys, gated_folder, *options, "--exit-threshold", q)[0][0]["steps"] for q in ("0.5", "0.95")
+    )  # fmt: skip
+    assert len(set(early)) > 1
+    assert all(one <= other for one, other in zip(early[:1], late[:1], strict=True))
+    assert sum(early) < sum(late)
+    assert main(["generate", "--model", str(chat_folder), *options]) == 1
+    assert "the model has no exit gate; train one" in capsys.readouterr().err
+
+
 def refused(capsys, *options):
     """Return the error of a refused command; it is raised before the model is loaded."""
     assert main(["generate", "--model", "no-such-model", "--prompt", "a", *options]) != 0
