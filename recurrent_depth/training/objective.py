@@ -30,7 +30,7 @@ from recurrent_depth.training.objective_config import LabelledConfig, ObjectiveC
 Label = Callable[[Tensor, Tensor, float], Tensor]
 """(losses [K, B, T], whether the most probable token is right [K, B, T], margin) -> labels to stop, NaN where none"""
 
-SHARPNESS = 50.0  # of the backward label (arXiv 2510.25741)
+SHARPNESS, MARGIN = 50.0, 0.005  # of the backward label (arXiv 2510.25741)
 
 
 def objective_of(config: RunConfig, step: int, micro_step: int) -> Objective | None:
@@ -109,7 +109,7 @@ def label_loss(given: GradientStates, config: LabelledConfig) -> Tensor:
     with torch.no_grad():
         found = torch.stack([_by_token(given, read, state) for state in given.states[1:]])  # [K, B, T, 2]
         losses, right = found.unbind(-1)
-        labels = LABELS[config.label](losses, right, config.margin)
+        labels = LABELS[config.label](losses, right, MARGIN if config.margin is None else config.margin)
     has_label = ~labels.isnan()
     loss = F.binary_cross_entropy_with_logits(_gate_logits(given), labels.nan_to_num(), reduction="none") * has_label
     return _valid_sum(given, loss.sum(0) / has_label.sum(0).clamp(min=1))

@@ -58,14 +58,16 @@ class LabelledConfig:
     Args:
         label: `backward`: continue if the last iteration lowered the loss (Ouro, stage II); `forward`: continue if a
             later iteration lowers it (RecurTrace); `accuracy`: stop if the most probable token is right (LoopUS).
-        margin: decrease of the loss, in nats, that counts as lower; not used by `accuracy`.
+        margin: decrease of the loss, in nats, that counts as lower; null: 0.005. Not with `accuracy`.
     """
 
     label: Literal["backward", "forward", "accuracy"] = "backward"
-    margin: float = 0.005
+    margin: float | None = None
 
     def __post_init__(self) -> None:
         check_at_least("margin", self.margin, 0)
+        if self.label == "accuracy" and self.margin is not None:
+            raise ValueError(f"margin is {self.margin}, but the label accuracy does not compare losses; leave it out")
 
 
 @dataclass(frozen=True)
