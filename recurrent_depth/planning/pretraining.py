@@ -19,7 +19,7 @@ from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.planning.activations import activation_bytes, head_bytes, recomputed_bytes
 from recurrent_depth.planning.devices import LINK_EFFICIENCY, RESERVE, Device
 from recurrent_depth.training.config import RunConfig
-from recurrent_depth.training.objective import kept_logit_bytes, micro_step_flops, states_read
+from recurrent_depth.training.objective import gradient_steps, kept_logit_bytes, micro_step_flops, states_read
 from recurrent_depth.training.optimizer import ramped
 
 _MASTER = 4  # bytes of a weight, a gradient or a moment in fp32
@@ -139,7 +139,7 @@ def _memory_of_gate_training(job: Job, size: Sizes) -> dict[str, int]:
     run, model, width = job.run, job.run.model, job.compute_dtype.itemsize
     rows = run.rows_per_rank(job.gpus)
     tokens, at_once = rows * job.tokens, _tokens_at_once(job, rows)
-    deepest = max(sum(depth) for depth in sampled_depths(model, min(run.steps, 4096), run.seed))
+    deepest = _deepest(job)
     inputs = 0 if model.gate is None else model.n_embd * (2 if model.gate.input == "state_and_change" else 1)
     moments = [
         {"inputs of the gate": (deepest + 1) * tokens * inputs * _MASTER},
@@ -186,28 +186,37 @@ def _gathered(job: Job, size: Sizes) -> int:
 
 
 def _deepest(job: Job) -> int:
-    """Return the largest number of iterations with gradient (full backpropagation: of the first 4096 depths)."""
-    run = job.run
-    if run.model.mean_backprop_depth is not None and run.model.sampling_scheme != "fixed":
-        return run.model.mean_backprop_depth
-    depths = sampled_depths(run.model, min(run.steps, 4096), run.seed)
-    return max(with_gradient for _, with_gradient in depths)
+    """Return the largest number of iterations with gradient (full backpropagation: of the first 4096 depths).
+
+    If the gate alone is trained: of all iterations.
+    """
+    run, model = job.run, job.run.model
+    if model.mean_backprop_depth is not None and model.sampling_scheme != "fixed" and run.trainable != "gate":
+        return model.mean_backprop_depth
+    depths = sampled_depths(model, min(run.steps, 4096), run.seed)
+    return max(gradient_steps(run, depth)[1] for depth in depths)
 
 
 def communication(job: Job) -> dict[str, int]:
     """Return the bytes of the collectives of one training step, by kind, counted in whole tensors.
 
-    They do not depend on the depth.
+    They do not depend on the depth, but the coda communicates for every state that the objective reads.
     """
     if not job.is_wrapped or job.gpus == 1:
         return {"gather": 0, "reduce_scatter": 0, "all_reduce": 0}
-    size, width = sizes(job), job.compute_dtype.itemsize
-    again = job.run.micro_steps * (size.total - size.root) if job.run.runtime.reshard_after_forward else 0
+    run, size, width = job.run, sizes(job), job.compute_dtype.itemsize
+    further = (states_read(run, _deepest(job)) - 1) * run.model.n_layers_in_coda * size.block
+    freed, frozen = run.runtime.reshard_after_forward, run.trainable == "gate"
+    # The backward pass of a read frees the coda in the last micro-step, so that the next read gathers it again.
+    gathered = size.total + (0 if frozen else further)
+    if freed:
+        gathered += (run.micro_steps - frozen) * (size.total - size.root) + run.micro_steps * further
+    reduced = 0 if frozen else size.total + further  # the gate alone is less than a thousandth
     sharded, replicated = job.shards > 1, job.replicas > 1
     return {
-        "gather": width * (size.total + again) if sharded else 0,
-        "reduce_scatter": _MASTER * size.total if sharded else 0,
-        "all_reduce": _MASTER * size.total // job.shards if replicated else 0,
+        "gather": width * gathered if sharded else 0,
+        "reduce_scatter": _MASTER * reduced if sharded else 0,
+        "all_reduce": _MASTER * reduced // job.shards if replicated else 0,
     }
 
 

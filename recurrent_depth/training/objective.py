@@ -9,6 +9,7 @@ or afterwards with `trainable: gate`, which reads every iteration of the frozen 
 Shapes: B batch, T tokens, D width, V vocabulary, K iterations with gradient, N = B T tokens.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -73,9 +74,8 @@ def expected_loss(given: GradientStates, beta: float) -> Tensor:
     """
     log_p = exit_log_probabilities(_gate_logits(given))  # [K, B, T]
     losses = torch.stack([_token_losses(given, state) for state in given.states[1:]])
-    # log K + sum_t p_t log p_t is sum_t p_t log(K p_t)
-    divergence = torch.tensor(len(log_p), dtype=log_p.dtype, device=log_p.device).log() + log_p
-    return _valid_sum(given, (log_p.exp() * (losses + beta * divergence)).sum(0))
+    # log K - H(p) is sum_t p_t (log K + log p_t)
+    return _valid_sum(given, (log_p.exp() * (losses + beta * (math.log(len(log_p)) + log_p))).sum(0))
 
 
 def self_distilled_loss(given: GradientStates, earlier: list[int], data_weight: float) -> Tensor:
