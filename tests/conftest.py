@@ -32,6 +32,18 @@ def chat_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def gated_folder(chat_folder, tmp_path_factory):
+    """The chat model with an exit gate, which stops tokens at different iterations."""
+    folder = tmp_path_factory.mktemp("gated-model")
+    model = AutoModelForCausalLM.from_pretrained(chat_folder, gate={"input": "state_and_change", "bias": 0.0})
+    with torch.no_grad():
+        model.transformer.gate.weight.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(chat_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def answering_folder(chat_folder, tmp_path_factory):
     """The chat model fine-tuned to answer QUESTION with ANSWER and to end its turn, saved by transformers."""
     folder = tmp_path_factory.mktemp("answering-model")

@@ -9,11 +9,18 @@ import pytest
 from live_memory import LiveMemory
 from recurrent_depth.cli import main
 from recurrent_depth.data.config import DataConfig, TaskDataConfig
-from recurrent_depth.model.config import SHAPES, ModelConfig
+from recurrent_depth.model.config import SHAPES, GateConfig, ModelConfig
 from recurrent_depth.model.flops import training_flops
 from recurrent_depth.planning.devices import DEVICES
 from recurrent_depth.planning.pretraining import Job, communication, fits, memory, remedies, throughput
 from recurrent_depth.training.config import DepthRampConfig, OptimizerConfig, RuntimeConfig
+from recurrent_depth.training.objective_config import (
+    EveryConfig,
+    GatedConfig,
+    LabelledConfig,
+    ObjectiveConfig,
+    SelfDistilledConfig,
+)
 from recurrent_depth.training.optimizer import local_shard
 from recurrent_depth.training.parallel import start_processes
 from recurrent_depth.training.trainer import Trainer
@@ -42,7 +49,7 @@ def measured_peak(config) -> int:
     trainer = Trainer(config, start_processes(config.runtime))
     trainer.train_step()
     moments = [value for p in trainer.parameters for value in trainer.optimizer.state[p].values()]
-    with LiveMemory(*(local_shard(tensor.detach()) for tensor in [*trainer.parameters, *moments])) as live:
+    with LiveMemory(*(local_shard(tensor.detach()) for tensor in [*trainer.model.parameters(), *moments])) as live:
         trainer.train_step()
     return live.peak
 
@@ -65,6 +72,26 @@ def test_planned_memory_of_one_process(tmp_path, micro_steps):
     config = wide_run(tmp_path, dtype="float32", micro_steps=micro_steps)
     peak = measured_peak(config)
     assert peak <= sum(memory(Job(config, 1, TOKENS)).values()) <= 1.1 * peak
+
+
+OBJECTIVES = {
+    "every": ObjectiveConfig(every=EveryConfig(reads=3)),
+    "gated": ObjectiveConfig(gated=GatedConfig()),
+    "self_distilled": ObjectiveConfig(self_distilled=SelfDistilledConfig()),
+    "labelled": ObjectiveConfig(labelled=LabelledConfig()),
+}
+
+
+@pytest.mark.parametrize("chunk", [None, 64])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_planned_memory_of_objectives(tmp_path, name, chunk):
+    config = dataclasses.replace(
+        wide_run(tmp_path, dtype="float32", loss_chunk_size=chunk),
+        model=dataclasses.replace(MODEL, gate=GateConfig(input="state_and_change")), objective=OBJECTIVES[name],
+        trainable="gate" if name == "labelled" else "all",
+    )  # fmt: skip
+    peak = measured_peak(config)
+    assert 0.92 * peak <= sum(memory(Job(config, 1, TOKENS)).values()) <= 1.25 * peak
 
 
 @pytest.mark.slow

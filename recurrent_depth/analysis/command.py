@@ -38,7 +38,6 @@ def analyze(config: AnalyzeConfig) -> Path:
     out = Path(config.out)
     check_new_folder(out)
     texts = read_texts(config.text, config.text_file)
-    rules = [parse_rule(rule) for rule in config.exits]
     results = [result for path in config.results for result in read_csv(Path(path))]
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
@@ -47,6 +46,7 @@ def analyze(config: AnalyzeConfig) -> Path:
         raise ValueError(f"model: {config.model} is a {type(model).__name__}; give a recurrent-depth model")
     if tokenizer is None:
         raise ValueError(f"model: {config.model} has no tokenizer, which texts need; add a tokenizer.json")
+    rules = [parse_rule(rule, model.transformer.gate) for rule in config.exits]
     warn_beyond(config.model, config.num_steps)
     size = min(config.window or model.model_config.block_size, model.model_config.block_size)
     windows = cut(encode(tokenizer, texts), size, config.max_tokens)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recurrent_depth.generation.exits import ExitRule, exit_rule
+from recurrent_depth.model.gate import Gate
 
 
 def relative_change(before: Tensor, after: Tensor) -> Tensor:
@@ -31,15 +32,18 @@ def token_correlation(state: Tensor) -> float:
     return float(total / (T * (T - 1)))
 
 
-def parse_rule(text: str) -> tuple[str, ExitRule]:
+def parse_rule(text: str, gate: Gate | None) -> tuple[str, ExitRule]:
     """Return the label and the rule of NAME or NAME=THRESHOLD, for example kl=0.001.
+
+    Args:
+        gate: the exit gate of the model, for the rule `gate`.
 
     Raises:
         ValueError: if the rule does not exist or the threshold is not a number.
     """
     name, given, threshold = text.partition("=")
     try:
-        return text, exit_rule(name, float(threshold) if given else None)
+        return text, exit_rule(name, float(threshold) if given else None, gate)
     except ValueError as error:
         if "could not convert" in str(error):
             raise ValueError(f"exits: {text!r} has no number after '='; write for example kl=0.001") from error

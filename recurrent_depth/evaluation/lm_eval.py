@@ -78,6 +78,7 @@ class RecurrentLM(HFLM):
         options = decoding(
             engine,
             self.tokenizer,
+            self.model.transformer.gate,
             max_new_tokens=max_length - context.shape[1],
             temperature=0.0 if do_sample is False else temperature,
             top_k=top_k,

@@ -125,9 +125,10 @@ class EngineOptions:
     Args:
         num_steps: largest number of core iterations per token; null takes the model's default.
         min_steps: smallest number of core iterations per token.
-        exit: rule that stops iterating a converged token: state-change, kl, entropy, argmax, or your own class as
-            package.module:Class; null always runs num_steps.
-        exit_threshold: threshold of the rule (iterations in a row for argmax); null takes the published value.
+        exit: rule that stops iterating a converged token: state-change, kl, entropy, argmax, gate (a model with an exit
+            gate), or your own class as package.module:Class; null always runs num_steps.
+        exit_threshold: threshold of the rule (iterations in a row for argmax, probability to have stopped for gate);
+            null takes the default of the rule.
         exit_prompt: let tokens of the prompt stop early too; false runs the prompt at num_steps.
         prefix_monotone: stop the tokens of a prompt in order; false can stop a token before the tokens it depends on.
         warm_start: start the state of a token from the last state of the previous token instead of zeros.

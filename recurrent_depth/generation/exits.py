@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from recurrent_depth.checks import check_at_least
+from recurrent_depth.checks import check_at_least, check_between
 from recurrent_depth.extras import import_own
+from recurrent_depth.model.gate import Gate
 
 Read = Callable[[], Tensor]
 """Returns the logits [B, T, V] of the state after the iteration; runs coda and head."""
@@ -109,36 +110,72 @@ class StableArgmax:
         return run >= self.patience, torch.stack([best, run], dim=-1)
 
 
+GATE = "gate"
+
+
+@dataclass(frozen=True, eq=False)
+class GateExit:
+    """The exit gate's probability that a token has stopped, summed over its iterations, is at least the threshold.
+
+    The memory is the probability that it has not. Does not need the logits.
+    """
+
+    gate: Gate
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_between("exit_threshold", self.threshold, 0, 1, low_open=True)
+
+    def remembers(self, vocab_size: int) -> int:
+        return 1
+
+    def converged(self, before: Tensor, after: Tensor, read: Read, memory: Tensor) -> tuple[Tensor, Tensor]:
+        going = torch.where(memory.isnan(), 1.0, memory)[..., 0] * torch.sigmoid(-self.gate(before, after))
+        return 1 - going >= self.threshold, going[..., None]
+
+
 RULES: dict[str, Callable[..., ExitRule]] = {
     "state-change": StateChange,
     "kl": OutputKL,
     "entropy": EntropyChange,
     "argmax": lambda patience=5: StableArgmax(int(patience)),
 }
-"""Rules by name in configurations; each is called with the threshold, or without arguments for its default."""
+"""Rules by name in configurations; each is called with the threshold, or without arguments for its default.
+
+`gate` is not among them, because it needs the gate of the model (see `exit_rule`).
+"""
 
 
 def register(name: str, factory: Callable[..., ExitRule]) -> None:
     """Register a rule under a name. `factory` is called with the threshold, or without arguments."""
-    if name in RULES:
+    if name in (*RULES, GATE):
         raise ValueError(f"an exit rule named {name!r} already exists; choose another name")
     RULES[name] = factory
     exit_rule.cache_clear()
 
 
 @cache
-def exit_rule(name: str, threshold: float | None = None) -> ExitRule:
+def exit_rule(name: str, threshold: float | None = None, gate: Gate | None = None) -> ExitRule:
     """Return the exit rule with a name, or of a class given as `package.module:Class`.
 
     The same arguments return the same object, so that a decoder can reuse the graphs it captured with the rule.
 
     Args:
         threshold: threshold of the rule, or patience of `argmax`; None: the default of the rule (the published value).
+        gate: the exit gate of the model (model.transformer.gate), for the rule `gate`.
     """
+    if name == GATE:
+        if gate is None:
+            raise ValueError(
+                f"exit is {name!r}, but the model has no exit gate; train one (docs/stopping.md), or choose one of "
+                f"{', '.join(RULES)}"
+            )
+        return GateExit(gate) if threshold is None else GateExit(gate, threshold)
     factory = _rule_class(name) if ":" in name else RULES.get(name)
     if factory is None:
         raise ValueError(
-            f"exit is {name!r}; known rules are {', '.join(RULES)}, or give your own class as package.module:Class"
+            f"exit is {name!r}; known rules are {', '.join([*RULES, GATE])}, or give your own class as "
+            "package.module:Class"
         )
     check_at_least("exit_threshold", threshold, 0)
     try:

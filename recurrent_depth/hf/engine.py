@@ -19,14 +19,16 @@ from recurrent_depth.generation.forcing import ThinkingBudget
 from recurrent_depth.generation.request import Decoded, Decoding, OnToken
 from recurrent_depth.generation.text import StopStrings, truncate_at
 from recurrent_depth.hf.forcing import thinking_budget
+from recurrent_depth.model.gate import Gate
 from recurrent_depth.model.recurrence import split_steps
 
 
-def decoding(options: EngineOptions, tokenizer: Any = None, **changes: Any) -> Decoding:
+def decoding(options: EngineOptions, tokenizer: Any = None, gate: Gate | None = None, **changes: Any) -> Decoding:
     """Return the `Decoding` options for engine options.
 
     Args:
         tokenizer: converts the delimiters of thinking to ids; needed with `options.thinking`.
+        gate: the exit gate of the model (model.transformer.gate); needed with the exit rule `gate`.
         changes: further fields of `Decoding` (max_new_tokens, temperature, stop, ...).
     """
     if options.thinking is not None and tokenizer is None:
@@ -34,7 +36,7 @@ def decoding(options: EngineOptions, tokenizer: Any = None, **changes: Any) -> D
     fields = {
         "num_steps": options.num_steps,
         "min_steps": options.min_steps,
-        "exit": None if options.exit is None else exit_rule(options.exit, options.exit_threshold),
+        "exit": None if options.exit is None else exit_rule(options.exit, options.exit_threshold, gate),
         "exit_prompt": options.exit_prompt,
         "prefix_monotone": options.prefix_monotone,
         "warm_start": options.warm_start,
@@ -83,6 +85,7 @@ class Engine:
         options = decoding(
             self.options,
             self.tokenizer,
+            model.transformer.gate,
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
             num_steps=None if steps is None else sum(split_steps(steps)),
             stop=stop,

@@ -111,6 +111,7 @@ def model_card(config: ExportConfig, model: RecurrentDepthForCausalLM, evaluatio
         f"{c.mean_backprop_depth or 'all'} iterations with gradient",
         f"- state at test time: {'zeros' if c.state_seed is None else f'seed {c.state_seed}'}; state in training: "
         f"{c.state_init}",
+        *([] if model.transformer.gate is None else ["- an exit gate, for the exit rule `gate` of recurrent-depth"]),
         *_training_lines(config.model), "",
         "```python",
         "from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast", "",

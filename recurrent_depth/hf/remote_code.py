@@ -13,12 +13,14 @@ AUTO_MAP = {
 }
 
 _CODE = {
-    "model": ("attention", "config", "layers", "loss", "ops", "random", "recurrence", "rope_scaling", "transformer"),
+    "model": (
+        "attention", "config", "gate", "layers", "loss", "ops", "random", "recurrence", "rope_scaling", "transformer",
+    ),
     "hf": ("caches", "clock", "configuration", "modeling"),
-}
+}  # fmt: skip
 """The files to copy, by package."""
 
-_BELOW = {"config": "ModelConfig", "random": "philox", "rope_scaling": "scaled_frequencies"}
+_BELOW = {"config": "ModelConfig", "gate": "Gate", "random": "philox", "rope_scaling": "scaled_frequencies"}
 """Files (and a name in each) that modeling.py imports only indirectly; older transformers do not copy such files."""
 
 

@@ -58,6 +58,23 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class GateConfig:
+    """An exit gate, which learns after how many iterations a token can stop (docs/stopping.md).
+
+    Args:
+        input: what the gate reads: `state`, or `state_and_change`, the state and its change in the last iteration.
+        bias: initial logit of the probability to stop after an iteration; 0 is one half, -3 is 5%.
+    """
+
+    input: Literal["state", "state_and_change"] = "state"
+    bias: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.bias):
+            raise ValueError(f"bias is {self.bias}; it must be a finite number")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape of a recurrent-depth transformer and how many iterations it is trained for.
 
@@ -90,6 +107,7 @@ class ModelConfig:
         rotary_scaling: scaling of the rotary frequencies; null: none.
         embed_multiplier: factor of the embeddings; null: sqrt(n_embd).
         initial_state_std: standard deviation of a random initial state; null: sqrt(2/5).
+        gate: a learned exit gate; null: none.
     """
 
     n_embd: int = 64
@@ -118,10 +136,13 @@ class ModelConfig:
     rotary_scaling: RopeScaling | None = None
     embed_multiplier: float | None = None
     initial_state_std: float | None = None
+    gate: GateConfig | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.rotary_scaling, dict):  # as config.json and checkpoint.json hold it
             object.__setattr__(self, "rotary_scaling", RopeScaling(**self.rotary_scaling))
+        if isinstance(self.gate, dict):
+            object.__setattr__(self, "gate", GateConfig(**self.gate))
         for name in (
             "n_embd", "n_heads", "intermediate_size", "n_layers_in_prelude", "n_layers_in_recurrent_block",
             "n_layers_in_coda", "vocab_size", "block_size", "mean_recurrence", "mean_backprop_depth", "n_kv_heads",

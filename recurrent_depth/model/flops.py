@@ -51,11 +51,20 @@ def iteration_flops(config: ModelConfig, tokens: int, causal: bool = True) -> in
     return 2 * tokens * config.n_embd**2 + config.n_layers_in_recurrent_block * block_flops(config, tokens, causal)
 
 
+def head_flops(config: ModelConfig, tokens: int) -> int:
+    """Return the forward FLOPs of the head."""
+    return 2 * tokens * config.n_embd * config.vocab_size
+
+
+def read_flops(config: ModelConfig, tokens: int, causal: bool = True) -> int:
+    """Return the forward FLOPs of reading a state: coda and head."""
+    return config.n_layers_in_coda * block_flops(config, tokens, causal) + head_flops(config, tokens)
+
+
 def outer_flops(config: ModelConfig, tokens: int, causal: bool = True) -> int:
     """Return the forward FLOPs outside the loop: prelude, coda, head, and the half of the adapter for the input."""
-    outer = config.n_layers_in_prelude + config.n_layers_in_coda
-    linear = 2 * tokens * config.n_embd * (config.n_embd + config.vocab_size)
-    return outer * block_flops(config, tokens, causal) + linear
+    prelude = config.n_layers_in_prelude * block_flops(config, tokens, causal)
+    return prelude + 2 * tokens * config.n_embd**2 + read_flops(config, tokens, causal)
 
 
 def forward_flops(config: ModelConfig, tokens: int, num_steps: int, causal: bool = True) -> int:
@@ -92,7 +101,13 @@ def training_flops(
 
 
 @lru_cache
+def sampled_depths(config: ModelConfig, draws: int, seed: int = 0) -> tuple[tuple[int, int], ...]:
+    """Return the sampled depths of the first micro-step of `draws` training steps."""
+    return tuple(sample_depth(config, seed=seed, step=step, micro_step=0) for step in range(draws))
+
+
+@lru_cache
 def mean_training_flops(config: ModelConfig, tokens: int, recompute: Recompute = "none", draws: int = 4096) -> float:
     """Return the mean of `training_flops` over `draws` sampled depths."""
-    depths = [sample_depth(config, seed=0, step=step, micro_step=0) for step in range(draws)]
+    depths = sampled_depths(config, draws)
     return sum(training_flops(config, tokens, n, k, recompute) for n, k in depths) / draws

@@ -17,6 +17,7 @@ SAMPLE_STREAM = 3  # tokens
 NOTE_STREAM = 4  # positions of a task's visible notes
 THINKING_STREAM = 5  # questions with traces
 LENGTH_STREAM = 6  # lengths of a task's rows
+READ_STREAM = 7  # iterations whose states an objective reads
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

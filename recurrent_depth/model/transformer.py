@@ -3,7 +3,10 @@
 Shapes: B batch, T tokens, D width, R iterations, V vocabulary.
 """
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +14,11 @@ from torch import Tensor, nn
 
 from recurrent_depth.model.attention import AttentionFunction, Rotary, attention_for
 from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.gate import Gate
 from recurrent_depth.model.layers import make_block, make_norm, rotary_at, rotary_table
 from recurrent_depth.model.loss import IGNORE_INDEX, linear_cross_entropy, shift_labels, to_float32, valid_targets
 from recurrent_depth.model.random import named_generator
-from recurrent_depth.model.recurrence import Adapt, NumSteps, OnStep, RecurrentCore
+from recurrent_depth.model.recurrence import Adapt, NumSteps, OnStep, RecurrentCore, split_steps
 
 
 class Transformer(nn.Module):
@@ -29,6 +33,7 @@ class Transformer(nn.Module):
         self.core_block = RecurrentCore(config)
         self.coda = nn.ModuleList(make_block(config) for _ in range(config.n_layers_in_coda))
         self.ln_f = make_norm(config)
+        self.gate = None if config.gate is None else Gate(config.gate, config.n_embd)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return the scaled embeddings [B, T, D] of input_ids [B, T]."""
@@ -113,6 +118,31 @@ class ModelOutput:
     states: list[Tensor] | None = None
 
 
+@dataclass
+class GradientStates:
+    """The states of a forward pass that carry gradient, and what an objective reads them with.
+
+    Attributes:
+        states: the state before the first iteration with gradient, then those after each of the K, [B, T, D].
+        hidden: runs the coda on a state; returns the hidden states [B, T, D] for the head.
+        head: weight [V, D].
+        gate: the exit gate, if the model has one.
+        targets: [B, T], aligned; IGNORE_INDEX has no loss.
+        loss_chunk_size: tokens whose logits are computed at a time; None: all.
+    """
+
+    states: list[Tensor]
+    hidden: Callable[[Tensor], Tensor]
+    head: Tensor
+    gate: Gate | None
+    targets: Tensor
+    loss_chunk_size: int | None = None
+
+
+Objective = Callable[[GradientStates], Tensor]
+"""Returns the loss of a forward pass, summed over its valid targets (recurrent_depth/training/objective.py)."""
+
+
 class RecurrentDepthModel(nn.Module):
     """A recurrent-depth transformer with its language-model head."""
 
@@ -145,6 +175,7 @@ class RecurrentDepthModel(nn.Module):
         document_ids: Tensor | None = None,
         return_states: bool = False,
         loss_chunk_size: int | None = None,
+        objective: Objective | None = None,
     ) -> ModelOutput:
         """Run the model.
 
@@ -160,6 +191,8 @@ class RecurrentDepthModel(nn.Module):
             document_ids: [B, T]; tokens see only their own document.
             return_states: return the state after every iteration.
             loss_chunk_size: with `targets`, tokens whose logits are computed at a time.
+            objective: with `targets`, computes the loss from the states with gradient; default: the cross-entropy
+                after the last iteration.
         """
         if input_ids.shape[1] > self.config.block_size and position_ids is None:
             raise ValueError(
@@ -170,9 +203,17 @@ class RecurrentDepthModel(nn.Module):
         attention = attention_for(input_ids.shape[1], attention_mask=attention_mask, document_ids=document_ids)
         e = self.transformer.run_prelude(self.transformer.embed(input_ids), rotary, attention)
         state = torch.zeros_like(e) if input_states is None else input_states.to(e.dtype)
+        steps = self.config.mean_recurrence if num_steps is None else num_steps
         states: list[Tensor] | None = [] if return_states else None
         record = None if states is None else lambda step, s: states.append(s)
-        steps = self.config.mean_recurrence if num_steps is None else num_steps
+        if objective is not None and targets is not None:
+            last = deque([state], maxlen=split_steps(steps)[1] + 1)
+            state = self.transformer.iterate(state, e, steps, rotary, attention, lambda step, s: last.append(s))
+            read = partial(self.transformer.run_coda, rotary=rotary, attention=attention)
+            given = GradientStates(
+                list(last), read, self.lm_head.weight, self.transformer.gate, targets, loss_chunk_size
+            )
+            return ModelOutput(None, objective(given), state)
         state = self.transformer.iterate(state, e, steps, rotary, attention, record)
         hidden = self.transformer.run_coda(state, rotary, attention)
         if targets is not None:
@@ -205,10 +246,18 @@ def is_norm(name: str) -> bool:
     return "norm" in name or "ln_f" in name
 
 
+def is_gate(name: str) -> bool:
+    """Return whether a parameter belongs to the exit gate."""
+    return name.startswith("transformer.gate.")
+
+
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
     """Return the initial value of one whole parameter, on the CPU in fp32 (arXiv 2502.05171, section 4.2)."""
     if is_norm(name):
         return torch.ones(shape, device="cpu")
+    if is_gate(name):
+        bias = config.gate.bias if config.gate is not None and name.endswith("bias") else 0
+        return torch.full(shape, float(bias), device="cpu")
     if name.endswith("bias"):
         return torch.zeros(shape, device="cpu")
     std = config.output_std if name.endswith("proj.weight") else config.init_std

@@ -43,6 +43,7 @@ def activation_bytes(
     checkpointing: Checkpointing = "none",
     dtype: torch.dtype = torch.bfloat16,
     kernels: Kernels = "torch",
+    reads: int = 1,
 ) -> int:
     """Return the bytes that autograd keeps from prelude to coda; the head and its loss are not included.
 
@@ -51,6 +52,7 @@ def activation_bytes(
         checkpointing: what the backward pass recomputes: nothing, every iteration (`step`) or every block.
         dtype: of weights and activations.
         kernels: the kernels keep fewer tensors than torch's operations; without Triton the latter are counted.
+        reads: states that the coda, and the exit gate if there is one, read.
     """
     with torch.device("meta"):
         model = RecurrentDepthModel(config).to(dtype)
@@ -75,7 +77,10 @@ def activation_bytes(
         attention = on_heads(attend)
         e = part.run_prelude(part.embed(ids), rotary, attention)
         state = part.iterate(torch.zeros_like(e), e, steps, rotary, attention)
-        part.run_coda(state, rotary, attention)
+        for _ in range(reads):
+            part.run_coda(state, rotary, attention)
+            if part.gate is not None:
+                part.gate(state, state)
     return sum(size for size, _ in kept.values())
 
 

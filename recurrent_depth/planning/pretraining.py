@@ -6,6 +6,7 @@ compares it with real ranks.
 """
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,12 +14,12 @@ import torch
 from torch import nn
 
 from recurrent_depth.model.config import ModelConfig
-from recurrent_depth.model.flops import Recompute, mean_training_flops
-from recurrent_depth.model.recurrence import sample_depth
+from recurrent_depth.model.flops import sampled_depths
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.planning.activations import activation_bytes, head_bytes, recomputed_bytes
 from recurrent_depth.planning.devices import LINK_EFFICIENCY, RESERVE, Device
 from recurrent_depth.training.config import RunConfig
+from recurrent_depth.training.objective import gradient_steps, kept_logit_bytes, micro_step_flops, states_read
 from recurrent_depth.training.optimizer import ramped
 
 _MASTER = 4  # bytes of a weight, a gradient or a moment in fp32
@@ -111,6 +112,8 @@ def _count(module: nn.Module) -> int:
 def memory(job: Job) -> dict[str, int]:
     """Return the peak memory of one GPU in a training step, in bytes by part."""
     size, width = sizes(job), job.compute_dtype.itemsize
+    if job.run.trainable == "gate":
+        return _memory_of_gate_training(job, size)
     always = {
         "weights (fp32)": _MASTER * size.total // job.shards,
         "optimizer": _MASTER * size.moments // job.shards,
@@ -131,6 +134,30 @@ def memory(job: Job) -> dict[str, int]:
     return always | max(moments, key=lambda moment: sum(moment.values()))
 
 
+def _memory_of_gate_training(job: Job, size: Sizes) -> dict[str, int]:
+    """Return the parts of a run that trains the gate alone: no large gradients, and only the states are kept."""
+    run, model, width = job.run, job.run.model, job.compute_dtype.itemsize
+    rows = run.rows_per_rank(job.gpus)
+    tokens, at_once = rows * job.tokens, _tokens_at_once(job, rows)
+    deepest = _deepest(job)
+    inputs = 0 if model.gate is None else model.n_embd * (2 if model.gate.input == "state_and_change" else 1)
+    moments = [
+        {"inputs of the gate": (deepest + 1) * tokens * inputs * _MASTER},
+        {"a block": tokens * (4 * model.n_embd + 3 * model.intermediate_size) * width},
+        {"logits": at_once * model.vocab_size * (width + 2 * _MASTER)},  # also in fp32, and their log-probabilities
+    ]
+    return {
+        "weights (fp32)": _MASTER * size.total // job.shards,
+        "gathered weights": width * _gathered(job, size),
+        "states": (deepest + 4) * tokens * model.n_embd * width,  # of the core, the prelude, and differences
+    } | max(moments, key=lambda moment: sum(moment.values()))
+
+
+def _tokens_at_once(job: Job, rows: int) -> int:
+    """Return the tokens whose logits are computed at a time."""
+    return min(rows * job.tokens, job.run.runtime.loss_chunk_size or rows * job.tokens)
+
+
 def _activations(job: Job) -> tuple[int, int, int]:
     """Return the bytes kept for the backward pass, of a recomputed part, and of the head."""
     run, runtime, config, dtype = job.run, job.run.runtime, job.run.model, job.compute_dtype
@@ -138,9 +165,16 @@ def _activations(job: Job) -> tuple[int, int, int]:
     kernels = runtime.kernels
     one, two = (activation_bytes(config, rows, job.tokens, (0, k), recompute, dtype, kernels) for k in (1, 2))
     kept = one + (_deepest(job) - 1) * (two - one)  # every iteration keeps the same number of bytes
+    further = states_read(run, _deepest(job)) - 1
+    if further:
+        read_twice = activation_bytes(config, rows, job.tokens, (0, 1), recompute, dtype, kernels, reads=2)
+        gradient_of_state = rows * job.tokens * config.n_embd * dtype.itemsize  # all reads go back before the core
+        kept += further * (read_twice - one + gradient_of_state)
     again = recomputed_bytes(config, rows, job.tokens, recompute, dtype, kernels)
-    at_once = min(rows * job.tokens, runtime.loss_chunk_size or rows * job.tokens)
-    return kept, again, head_bytes(config, 1, at_once)
+    logits = head_bytes(config, 1, _tokens_at_once(job, rows))
+    if runtime.loss_chunk_size is None:
+        logits += further * kept_logit_bytes(run.objective) * rows * job.tokens * config.vocab_size
+    return kept, again, logits
 
 
 def _gathered(job: Job, size: Sizes) -> int:
@@ -152,28 +186,37 @@ def _gathered(job: Job, size: Sizes) -> int:
 
 
 def _deepest(job: Job) -> int:
-    """Return the largest number of iterations with gradient (full backpropagation: of the first 4096 depths)."""
-    run = job.run
-    if run.model.mean_backprop_depth is not None and run.model.sampling_scheme != "fixed":
-        return run.model.mean_backprop_depth
-    depths = [sample_depth(run.model, seed=run.seed, step=step, micro_step=0) for step in range(min(run.steps, 4096))]
-    return max(with_gradient for _, with_gradient in depths)
+    """Return the largest number of iterations with gradient (full backpropagation: of the first 4096 depths).
+
+    If the gate alone is trained: of all iterations.
+    """
+    run, model = job.run, job.run.model
+    if model.mean_backprop_depth is not None and model.sampling_scheme != "fixed" and run.trainable != "gate":
+        return model.mean_backprop_depth
+    depths = sampled_depths(model, min(run.steps, 4096), run.seed)
+    return max(gradient_steps(run, depth)[1] for depth in depths)
 
 
 def communication(job: Job) -> dict[str, int]:
     """Return the bytes of the collectives of one training step, by kind, counted in whole tensors.
 
-    They do not depend on the depth.
+    They do not depend on the depth, but the coda communicates for every state that the objective reads.
     """
     if not job.is_wrapped or job.gpus == 1:
         return {"gather": 0, "reduce_scatter": 0, "all_reduce": 0}
-    size, width = sizes(job), job.compute_dtype.itemsize
-    again = job.run.micro_steps * (size.total - size.root) if job.run.runtime.reshard_after_forward else 0
+    run, size, width = job.run, sizes(job), job.compute_dtype.itemsize
+    further = (states_read(run, _deepest(job)) - 1) * run.model.n_layers_in_coda * size.block
+    freed, frozen = run.runtime.reshard_after_forward, run.trainable == "gate"
+    # The backward pass of a read frees the coda in the last micro-step, so that the next read gathers it again.
+    gathered = size.total + (0 if frozen else further)
+    if freed:
+        gathered += (run.micro_steps - frozen) * (size.total - size.root) + run.micro_steps * further
+    reduced = 0 if frozen else size.total + further  # the gate alone is less than a thousandth
     sharded, replicated = job.shards > 1, job.replicas > 1
     return {
-        "gather": width * (size.total + again) if sharded else 0,
-        "reduce_scatter": _MASTER * size.total if sharded else 0,
-        "all_reduce": _MASTER * size.total // job.shards if replicated else 0,
+        "gather": width * gathered if sharded else 0,
+        "reduce_scatter": _MASTER * reduced if sharded else 0,
+        "all_reduce": _MASTER * reduced // job.shards if replicated else 0,
     }
 
 
@@ -210,23 +253,29 @@ class Throughput:
 
 def throughput(job: Job, device: Device, utilisation: float) -> Throughput:
     """Return the expected speed, with executed FLOPs at `utilisation` of the peak and communication not overlapped."""
-    useful = _mean_flops(job, "none") / job.tokens
-    executed = _mean_flops(job, job.run.runtime.activation_checkpointing) / job.tokens
+    useful = _mean_flops(job, executed=False) / job.tokens
+    executed = _mean_flops(job, executed=True) / job.tokens
     compute = executed * job.tokens_per_step / job.gpus / (device.peak * utilisation)
     sending = communication_seconds(job, device)
     return Throughput(useful, executed, compute, sending, job.tokens_per_step / (compute + sending))
 
 
-def _mean_flops(job: Job, recompute: Recompute) -> float:
+def _mean_flops(job: Job, executed: bool) -> float:
     """Return the mean FLOPs of a row over the run, its depth ramp included."""
-    run, flops = job.run, mean_training_flops(job.run.model, job.tokens, recompute)
+
+    def mean(model: ModelConfig, draws: int) -> float:
+        counts = Counter(sampled_depths(model, draws))
+        return sum(
+            n * micro_step_flops(run, job.tokens, depth, executed=executed) for depth, n in counts.items()
+        ) / draws  # fmt: skip
+
+    run = job.run
+    flops = mean(run.model, 4096)
     if run.depth_ramp is None:
         return flops
     last = min(run.depth_ramp.steps, run.steps)
     moments = [(2 * i + 1) * last // 32 for i in range(16)]
-    growing = [
-        mean_training_flops(ramped(run.model, run.depth_ramp, m), job.tokens, recompute, draws=512) for m in moments
-    ]
+    growing = [mean(ramped(run.model, run.depth_ramp, m), 512) for m in moments]
     return (last * sum(growing) / len(growing) + (run.steps - last) * flops) / run.steps
 
 

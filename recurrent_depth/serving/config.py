@@ -64,9 +64,9 @@ class ServeConfig:
         engine: vllm, transformers (the decoder of this package), or auto: vllm where it is installed.
         default_num_steps: num_steps of a request that gives none; null takes the model's.
         cache_budget: iterations whose keys and values are kept; null keeps all.
-        exit: rule that stops iterating a converged token: state-change; with the engine transformers also kl, entropy
-            and argmax. null always runs num_steps.
-        exit_threshold: threshold of the rule; null takes the published value.
+        exit: rule that stops iterating a converged token: state-change; with the engine transformers also kl, entropy,
+            argmax and gate. null always runs num_steps.
+        exit_threshold: threshold of the rule; null takes the default of the rule.
         exit_prompt: let tokens of the prompt stop early too; false runs the prompt at num_steps.
         tensor_parallel: GPUs that share the weights; with vLLM only.
         api_key: key that clients must send (Authorization: Bearer KEY); null takes the environment variable

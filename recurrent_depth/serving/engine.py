@@ -162,7 +162,7 @@ class DecoderEngine:
         self.stop_ids, self.context, self.vocab_size = stop_ids, config.block_size, config.vocab_size
         self.default_num_steps = options.num_steps or config.num_steps or config.mean_recurrence
         self.max_num_steps = max(MOST_STEPS, self.default_num_steps)
-        self.limits, self.options = limits, decoding(options)
+        self.limits, self.options = limits, decoding(options, gate=model.transformer.gate)
         self.decoder = Decoder(model)
         self.waiting: deque[TokenQueue] = deque()
         self.batch: list[TokenQueue] = []

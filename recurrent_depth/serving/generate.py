@@ -69,13 +69,13 @@ def generate(config: GenerateConfig) -> None:
     from recurrent_depth.depth_range import warn_beyond
     from recurrent_depth.devices import choose_device, choose_dtype
     from recurrent_depth.generation.engine import Decoder
-    from recurrent_depth.generation.exits import exit_rule
+    from recurrent_depth.generation.exits import GATE, exit_rule
     from recurrent_depth.hf.engine import decoding, stop_at, text_of
     from recurrent_depth.hf.loading import load_model
 
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    if config.exit is not None:
+    if config.exit not in (None, GATE):
         exit_rule(config.exit, config.exit_threshold)  # refuse an unknown rule before the model is loaded
     model, tokenizer = load_model(config.model, dtype, device, config.kernels, config.quantize)
     if tokenizer is None:
@@ -88,7 +88,8 @@ def generate(config: GenerateConfig) -> None:
     ids = [_encode(tokenizer, prompt, config.chat) for prompt in prompts]
     ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end_turn|>")} - {None}
     options = decoding(
-        config, tokenizer, max_new_tokens=config.max_new_tokens, num_steps=config.num_steps or model.config.num_steps,
+        config, tokenizer, model.transformer.gate,
+        max_new_tokens=config.max_new_tokens, num_steps=config.num_steps or model.config.num_steps,
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, stop=tuple(sorted(ends)),
     )  # fmt: skip
     on_token = stop_at(tokenizer, config.stop, options, _printing(tokenizer) if config.stream else None)

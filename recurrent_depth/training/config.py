@@ -18,6 +18,7 @@ from recurrent_depth.checks import (
 )
 from recurrent_depth.data.config import DataConfig
 from recurrent_depth.model.config import Checkpointing, Kernels, ModelConfig
+from recurrent_depth.training.objective_config import ObjectiveConfig
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
@@ -290,7 +291,9 @@ class RunConfig:
             and stops.
         depth_ramp: a curriculum on depth; null samples around model.mean_recurrence from the first training step.
         distillation: a teacher to learn from; null: the data alone.
-        trainable: `adapter` trains the adapter only and keeps all other weights; `all` trains everything.
+        objective: what a training step minimises; the default is the loss after the last iteration (Huginn).
+        trainable: `all` trains everything; `adapter` trains the adapter and `gate` the exit gate, and both keep all
+            other weights.
         init_from: a run, checkpoint, export, Huginn folder or hub name whose weights to start from; null starts from
             random weights.
         optimizer: the optimizer, its learning rate and its schedule.
@@ -316,7 +319,8 @@ class RunConfig:
     slurm_margin_minutes: float = 5.0
     depth_ramp: DepthRampConfig | None = None
     distillation: DistillationConfig | None = None
-    trainable: Literal["all", "adapter"] = "all"
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    trainable: Literal["all", "adapter", "gate"] = "all"
     init_from: str | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -347,6 +351,12 @@ class RunConfig:
                 f"depth_ramp.start is {self.depth_ramp.start}; it must be at most model.mean_recurrence, which is "
                 f"{self.model.mean_recurrence}"
             )
+        if self.objective.name != "last" and self.distillation is not None:
+            raise ValueError(
+                f"distillation and objective.{self.objective.name} are given; distillation works with the objective "
+                "last only: leave one out"
+            )
+        self.objective.check_gate(self.model.gate is not None, self.trainable)
 
     def rows_per_rank(self, world_size: int) -> int:
         """Return the rows of one micro-step on one rank."""

@@ -15,7 +15,7 @@ from recurrent_depth.extras import require
 from recurrent_depth.files import output_folder, write_text
 from recurrent_depth.hub import check_folder_or_hub_name
 from recurrent_depth.model.config import ModelConfig
-from recurrent_depth.model.transformer import RecurrentDepthModel
+from recurrent_depth.model.transformer import RecurrentDepthModel, is_gate
 from recurrent_depth.runs import CheckpointError, checkpoints, is_run, load_run_model
 from recurrent_depth.training.checkpoint import check_resume, read_resume_details, verify_all
 from recurrent_depth.training.config import RunConfig, TrainCommand, as_yaml
@@ -133,7 +133,10 @@ def _write_run_files(run: Path, config: RunConfig, trainer: Trainer, new: bool) 
 
 @torch.no_grad()
 def load_weights(model: RecurrentDepthModel, path: str) -> None:
-    """Copy the weights of a run, checkpoint, export, Huginn folder or hub name into `model` (sharded or not)."""
+    """Copy the weights of a run, checkpoint, export, Huginn folder or hub name into `model` (sharded or not).
+
+    A gate that the folder lacks keeps its initial weights.
+    """
     weights, config = _weights(path)
     differences = [
         f"{name} is {getattr(config, name)} there and {getattr(model.config, name)} here"
@@ -144,7 +147,13 @@ def load_weights(model: RecurrentDepthModel, path: str) -> None:
         raise CheckpointError(
             f"init_from: {path} is another model: {', '.join(differences)}; use the model configuration of that folder"
         )
+    if config.gate is not None and model.config.gate is None:
+        raise CheckpointError(
+            f"init_from: {path} has an exit gate, which this run would drop; set --model.gate.input {config.gate.input}"
+        )
     for name, p in model.named_parameters():
+        if is_gate(name) and config.gate is None:
+            continue
         if name not in weights or weights[name].shape != p.shape:
             found = tuple(weights[name].shape) if name in weights else "nothing"
             raise CheckpointError(

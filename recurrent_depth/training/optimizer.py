@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.layers import Attention
-from recurrent_depth.model.transformer import is_norm
+from recurrent_depth.model.transformer import is_gate, is_norm
 from recurrent_depth.training.config import DepthRampConfig, OptimizerConfig
 
 
@@ -123,7 +123,7 @@ def _rows_of_matrices(model: nn.Module, name: str, p: Tensor) -> tuple[int, ...]
 
 
 def _is_norm_or_bias(name: str) -> bool:
-    return name.endswith("bias") or is_norm(name)
+    return name.endswith("bias") or is_norm(name) or is_gate(name)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

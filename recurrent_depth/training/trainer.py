@@ -18,7 +18,6 @@ from torch import Tensor
 from recurrent_depth.data.batch import Batch
 from recurrent_depth.data.loader import open_source
 from recurrent_depth.devices import choose_dtype
-from recurrent_depth.model.flops import Recompute, training_flops
 from recurrent_depth.model.loss import valid_targets
 from recurrent_depth.model.recurrence import random_state, sample_depth
 from recurrent_depth.training.checkpoint import (
@@ -36,6 +35,7 @@ from recurrent_depth.training.exporting import Exporter
 from recurrent_depth.training.faults import flattened
 from recurrent_depth.training.health import HealthMonitor, validate
 from recurrent_depth.training.logging import Deadline, RunLog
+from recurrent_depth.training.objective import gradient_steps, micro_step_flops, objective_of
 from recurrent_depth.training.optimizer import build_optimizer, clip_gradients, learning_rate, ramped, set_learning_rate
 from recurrent_depth.training.parallel import Ranks, build_model, set_last_micro_step
 from recurrent_depth.training.profiling import profiled
@@ -61,8 +61,8 @@ class Trainer:
         self._check_data()
         self.fingerprint = self.train_source.fingerprint()
         self.model = build_model(config.model, config.runtime, ranks, config.seed)
-        if config.trainable == "adapter":
-            self.model.requires_grad_(False).transformer.adapter.requires_grad_(True)
+        if config.trainable != "all":
+            self.model.requires_grad_(False).transformer.get_submodule(config.trainable).requires_grad_(True)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.teacher = self._teacher()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -139,8 +139,8 @@ class Trainer:
             "lr": lr,
             "num_steps": sum(n + k for n, k in depths) / len(depths),
             "tokens": float(sum(b.input_ids.numel() for b in batches) * self.ranks.world_size),
-            "flops": self._flops(tokens_in_row, depths, config.runtime.activation_checkpointing),
-            "useful_flops": self._flops(tokens_in_row, depths, "none"),
+            "flops": self._flops(tokens_in_row, depths, executed=True),
+            "useful_flops": self._flops(tokens_in_row, depths, executed=False),
             "data_seconds": data_seconds,
             "skipped": float(not finite),
         }
@@ -150,17 +150,18 @@ class Trainer:
         output = self.model(
             batch.input_ids,
             targets=batch.targets if self.teacher is None else None,
-            num_steps=depth,
+            num_steps=gradient_steps(self.config, depth),
             input_states=self._initial_states(batch, micro),
             document_ids=batch.document_ids,
             position_ids=batch.position_ids,
             loss_chunk_size=self.config.runtime.loss_chunk_size,
+            objective=objective_of(self.config, self.data_step, micro),
         )
         return output.loss if self.teacher is None else self.teacher.loss(output.logits, batch)
 
-    def _flops(self, tokens_in_row: int, depths: list[tuple[int, int]], recompute: Recompute) -> float:
+    def _flops(self, tokens_in_row: int, depths: list[tuple[int, int]], executed: bool) -> float:
         """Return the FLOPs of one training step over all ranks."""
-        row = sum(training_flops(self.config.model, tokens_in_row, n, k, recompute) for n, k in depths)
+        row = sum(micro_step_flops(self.config, tokens_in_row, depth, executed=executed) for depth in depths)
         return float(row * self.config.batch_size // self.config.micro_steps)
 
     def _batch(self, micro: int) -> Batch:

@@ -55,6 +55,18 @@ def test_answers_and_stop_texts_are_read_after_the_thinking_part(lm):
     assert ask(lm, **options, until=[stop])[0] == answers[0].partition(stop)[0]
 
 
+def test_gate_stops_tokens_of_lm_eval(gated_folder):
+    model, tokenizer = load_model(gated_folder)
+    lm = RecurrentLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=2)
+    lm.num_steps, lm.spent = 6, Counter()
+    ask(lm, exit="gate", exit_threshold=0.5)
+    early, lm.spent = lm.spent["core_iterations"], Counter()
+    ask(lm)
+    assert not lm.spent
+    ask(lm, exit="gate", exit_threshold=1.0)
+    assert early < lm.spent["core_iterations"]
+
+
 def test_generation_without_engine_options_equals_an_exit_that_never_fires(lm):
     plain = ask(lm)
     assert ask(lm, exit="state-change", exit_threshold=0.0) == plain

@@ -101,6 +101,18 @@ def test_generate_takes_an_exit_rule_from_a_module_in_the_current_folder(chat_fo
     assert set(run(capsys, chat_folder.resolve(), *options)[0][0]["steps"]) == {2}
 
 
+def test_generate_stops_tokens_by_the_gate_of_the_model(gated_folder, chat_folder, capsys):
+    options = ["--prompt", "the quick", "--max-new-tokens", "24", "--num-steps", "8", "--exit", "gate"]
+    early, late = (
+        run(capsys, gated_folder, *options, "--exit-threshold", q)[0][0]["steps"] for q in ("0.5", "0.95")
+    )  # fmt: skip
+    assert len(set(early)) > 1
+    assert all(one <= other for one, other in zip(early[:1], late[:1], strict=True))
+    assert sum(early) < sum(late)
+    assert main(["generate", "--model", str(chat_folder), *options]) == 1
+    assert "the model has no exit gate; train one" in capsys.readouterr().err
+
+
 def refused(capsys, *options):
     """Return the error of a refused command; it is raised before the model is loaded."""
     assert main(["generate", "--model", "no-such-model", "--prompt", "a", *options]) != 0

@@ -8,6 +8,8 @@ import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from recurrent_depth.generation.config import EngineOptions
+from recurrent_depth.hf.engine import Engine
 from recurrent_depth.serving.answer import Answer
 from recurrent_depth.serving.config import Limits, ServeConfig
 from servers import ask, metric, running, wait_until
@@ -56,6 +58,21 @@ def test_chat_takes_the_depth_of_the_request(client, chat_folder, num_steps):
     whole = chat(client, **depth)
     assert whole.choices[0].message.content == expected(chat_folder, num_steps)
     assert streamed(client, **depth)[0] == whole.choices[0].message.content
+
+
+def test_server_stops_tokens_by_the_gate_of_the_model(gated_folder, chat_folder):
+    tokenizer, model = AutoTokenizer.from_pretrained(gated_folder), AutoModelForCausalLM.from_pretrained(gated_folder)
+    options = {"exit": "gate", "exit_threshold": 0.5}
+    inputs = tokenizer("the quick", return_tensors="pt")
+    given = {"num_steps": 8, "max_new_tokens": 12, "do_sample": False, "use_cache": False}
+    engine = Engine(EngineOptions(exit_prompt=False, **options))
+    ids = model.generate(**inputs, custom_generate=engine, **given)[0, inputs["input_ids"].shape[1] :]
+    assert min(engine.result.steps[0]) < 8
+    with running(gated_folder, served_name="small", **options) as (url, _):
+        answer = ask(url, num_steps=8, max_tokens=12)[1]
+    assert answer["choices"][0]["text"] == tokenizer.decode(ids, skip_special_tokens=True)
+    with pytest.raises(ValueError, match="the model has no exit gate"), running(chat_folder, **options):
+        pass
 
 
 def test_depths_of_requests_differ_and_the_default_is_the_models(client, chat_folder):

@@ -20,6 +20,7 @@ from support import lively_model
         ({"num_steps": 0}, "num_steps is 0"),
         ({"cache_budget": 0}, "cache_budget is 0"),
         ({"exit": "kl"}, "only state-change is implemented"),
+        ({"exit": "gate"}, "only state-change is implemented"),
         ({"exit_threshold": 0.1}, "exit_threshold is given without exit"),
         ({"cache_budget": 2, "default_num_steps": 4}, "needs the same iterations for all tokens"),
         ({"cache_budget": 2, "exit": "state-change"}, "needs the same iterations for all tokens"),

@@ -13,16 +13,18 @@ from torch.distributed.tensor import DTensor
 from collectives import counted
 from recurrent_depth.planning.pretraining import Job, communication
 from recurrent_depth.training.config import RuntimeConfig
+from recurrent_depth.training.objective_config import EveryConfig, ObjectiveConfig
 from recurrent_depth.training.parallel import start_processes
 from recurrent_depth.training.trainer import Trainer
 from support import run_ranks, small_run
 
 CPU = RuntimeConfig(device="cpu", dtype="float32", threads=1)
+EVERY = ObjectiveConfig(every=EveryConfig(reads=2))
 BFLOAT16 = dataclasses.replace(CPU, dtype="bfloat16")
 
 
-def config_of(out, depth=2, micro_steps=2, runtime=CPU):
-    config = small_run(out, runtime=runtime, micro_steps=micro_steps)
+def config_of(out, depth=2, micro_steps=2, runtime=CPU, objective=ObjectiveConfig()):  # noqa: B008
+    config = small_run(out, runtime=runtime, micro_steps=micro_steps, objective=objective)
     model = dataclasses.replace(
         config.model, mean_recurrence=depth, sampling_scheme="fixed", n_layers_in_recurrent_block=2
     )
@@ -106,6 +108,7 @@ def two_ranks(tmp_path_factory):
         "block": {"runtime": recomputed["block"]}, "freed": {"runtime": freed},
         "freed_deep": {"depth": 9, "runtime": freed},
         "replicated": {"runtime": dataclasses.replace(CPU, shard_size=1)}, "bfloat16": {"runtime": BFLOAT16},
+        "every": {"objective": EVERY}, "every_freed": {"objective": EVERY, "runtime": freed},
     }  # fmt: skip
     return measure(out, 2, **runs)
 
@@ -180,6 +183,8 @@ def test_plan_predicts_the_communicated_bytes(two_ranks):
     assert_planned(two_ranks, 2, "bfloat16", runtime=BFLOAT16)
     assert_planned(two_ranks, 2, "freed", runtime=freed)
     assert_planned(two_ranks, 2, "replicated", runtime=dataclasses.replace(CPU, shard_size=1))
+    assert_planned(two_ranks, 2, "every", objective=EVERY)
+    assert_planned(two_ranks, 2, "every_freed", objective=EVERY, runtime=freed)
 
 
 @pytest.mark.distributed

@@ -7,42 +7,48 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from recurrent_depth.model.config import ModelConfig
+from recurrent_depth.model.config import GateConfig, ModelConfig
 from recurrent_depth.training.config import RuntimeConfig
+from recurrent_depth.training.objective import expected_loss
 from recurrent_depth.training.parallel import build_model
 from support import ONE_RANK, run_ranks
 
 CONFIG = ModelConfig(
     n_embd=32, n_heads=2, intermediate_size=48, n_layers_in_prelude=2, n_layers_in_recurrent_block=3,
-    n_layers_in_coda=2, vocab_size=50,
+    n_layers_in_coda=2, vocab_size=50, gate=GateConfig(),
 )  # fmt: skip
+GATED = functools.partial(expected_loss, beta=0.1)
 DEPTHS = [(0, 1), (3, 2), (1, 4), (6, 1), (0, 5)]
 
 
-def losses_at_depths(dtype, recompute, compiled):
+def losses_at_depths(dtype, recompute, objective, compiled):
     runtime = RuntimeConfig(device="cpu", dtype=dtype, activation_checkpointing=recompute, compile=compiled)
     model = build_model(CONFIG, runtime, ONE_RANK, seed=0)
     ids = torch.arange(18).reshape(2, 9)
     values = []
     for depth in DEPTHS:
-        loss = model(ids, targets=ids, num_steps=depth).loss
+        loss = model(ids, targets=ids, num_steps=depth, objective=objective).loss
         loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         values += [loss.item(), float(norm)]
         model.zero_grad()
     return torch.tensor(values)
 
 
-def compare(dtype, recompute):
+def compare(dtype, recompute, objective):
     counter = CompileCounterWithBackend("aot_eager")
     torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend=counter)
-    compiled = losses_at_depths(dtype, recompute, True)
+    compiled = losses_at_depths(dtype, recompute, objective, True)
     # Blocks of one kind share their graphs: with and without gradient, and FSDP units apart from the core's blocks.
     assert 2 <= counter.frame_count <= 4, counter.frame_count
-    torch.testing.assert_close(compiled, losses_at_depths(dtype, recompute, False), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compiled, losses_at_depths(dtype, recompute, objective, False), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "recompute"), [("float32", "none"), ("bfloat16", "step")])
-def test_compiled_blocks_are_not_recompiled_for_another_depth(dtype, recompute):
-    assert run_ranks(compare, 1, dtype, recompute) == [0]
+@pytest.mark.parametrize(
+    ("dtype", "recompute", "objective"),
+    [("float32", "none", None), ("bfloat16", "step", None), ("float32", "block", GATED), ("bfloat16", "step", GATED)],
+    ids=["float32", "bfloat16", "gated-float32", "gated-bfloat16"],
+)
+def test_compiled_blocks_are_not_recompiled_for_another_depth(dtype, recompute, objective):
+    assert run_ranks(compare, 1, dtype, recompute, objective) == [0]

@@ -44,7 +44,7 @@ class Stops(NamedTuple):
 
 def study_categories(study: CategoriesStudy, folder: Path, model: Any, tokenizer: Any) -> None:
     """Write categories.csv, categories.md and the figure."""
-    rules = [parse_rule(text) for text in study.exits]
+    rules = [parse_rule(text, model.transformer.gate) for text in study.exits]
     if study.task is not None:
         stops = _task_stops(study, model, tokenizer, [rule for _, rule in rules])
     else:

@@ -37,8 +37,8 @@ class DepthOptions:
         check_at_least("cache_budget", self.cache_budget, 1)
         if self.exit not in (None, "state-change"):
             raise ValueError(
-                f"exit is {self.exit!r}; in vLLM only state-change is implemented (the other rules read the logits of "
-                "every iteration): use it, or serve with --engine transformers"
+                f"exit is {self.exit!r}; in vLLM only state-change is implemented (the other rules need logits or a "
+                "memory of earlier iterations): use it, or serve with --engine transformers"
             )
         if self.exit_threshold is not None and self.exit is None:
             raise ValueError('exit_threshold is given without exit; give "exit": "state-change" too')
