@@ -42,10 +42,7 @@ def trained(part: float, seed: int, folder: Path) -> RecurrentDepthModel:
     config = config_of("shell-game")
     config = with_steps(config, round(part * config.steps), seed)
     out = folder / f"run-{config.steps}-{seed}"
-    if not (out / "done").is_file():
-        train(dataclasses.replace(config, out=str(out)))
-        (out / "done").touch()
-    return load_run_model(out)
+    return load_run_model(train(dataclasses.replace(config, out=str(out)), resume=True))
 
 
 def games() -> tuple[list[list[int]], list[int]]:

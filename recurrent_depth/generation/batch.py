@@ -76,11 +76,9 @@ class Batch:
                 start = 0 if self.refill is not None else requests.longest - len(requests.prompts[request])
                 self.lanes[row] = Lane(request, start)
                 continuing = [*continuing, row]
-        prompts = 0
         for row in continuing:
             lane = self.lane(row)
             new = requests.result.tokens[lane.request][-1:] or requests.prompts[lane.request]
-            prompts += len(new) if not lane.length else 0
             first = lane.start + lane.length
             ids += new
             at += [row] * len(new)
@@ -91,29 +89,21 @@ class Batch:
         if not ids:
             return
         initial = self._initial_states([self.lane(row).request for row in at], columns, starts)
-        if states is not None and prompts:
-            of_prompts = states.new_zeros(prompts, *states.shape[1:]) if initial is None else initial[-prompts:]
-            initial = torch.cat([states, of_prompts])
-        elif states is not None:
-            initial = states
+        if states is not None:
+            initial[: len(states)] = states
         self.tokens.start(ids, at, columns, starts, stopping, initial)
 
-    def _initial_states(self, of: list[int], columns: list[int], starts: list[int]) -> Tensor | None:
-        """Return initial states [N, 1, D] of tokens of these requests; None if all are zero."""
-        seeds = [self.requests.state_seeds[request] for request in of]
-        if all(seed is None for seed in seeds):
-            return None
+    def _initial_states(self, of: list[int], columns: list[int], starts: list[int]) -> Tensor:
+        """Return the initial states [N, 1, D] of tokens of these requests: random by their seeds, otherwise zeros."""
         like, core = self.tokens.empty.state, self.tokens.model.transformer.core_block
         states = like.new_zeros(len(of), *like.shape[1:])
-        row = torch.zeros(1, dtype=torch.long, device=like.device)
+        seeds = [self.requests.state_seeds[request] for request in of]
         for seed in {seed for seed in seeds if seed is not None}:
             chosen = [n for n, other in enumerate(seeds) if other == seed]
             at, positions = torch.tensor([chosen, [columns[n] - starts[n] for n in chosen]], device=like.device)
-            states[at] = (
-                random_state(self.requests.config, row, positions[None], seed=seed, ops=core.ops)
-                .to(states.dtype)
-                .transpose(0, 1)
-            )
+            row = torch.zeros(1, dtype=torch.long, device=like.device)
+            drawn = random_state(self.requests.config, row, positions[None], seed=seed, ops=core.ops)  # [1, n, D]
+            states[at, 0] = drawn[0].to(states.dtype)
         return states
 
     def lane(self, row: int) -> Lane:
