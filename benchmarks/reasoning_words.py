@@ -1,14 +1,14 @@
-"""Which reasoning tasks in words need depth? One model of 2M parameters on a mixture of reasoning-gym tasks.
+"""Which reasoning tasks in words need depth? One model of 1M parameters on a mixture of reasoning-gym tasks.
 
     pip install reasoning-gym==0.1.25
-    python -m benchmarks reasoning_words [--seeds 0,1,2] [--steps 20000] [--tasks chain_sum,lcm] [--keep FOLDER]
+    python -m benchmarks reasoning_words [--seeds 0,1,2] [--steps 6000] [--tasks chain_sum,gcd] [--keep FOLDER]
 
 Examples are a question and its answer in words, as the package writes them, with a tokenizer trained on them. Three
 models see the same rows: the recurrent one; one of equal parameters, whose layers run once; and one of as many
 different layers as the recurrent one runs at its mean depth. All train with the same FLOPs. Answers to held-out
 questions are written greedily and graded by the package. Data, runs (from their checkpoints) and measurements are kept
-in FOLDER, and the same command continues after an interruption. Hours of CPU for each model; --trial is the recurrent
-model alone, to see which tasks can be learned. Writes results/reasoning_words.json.
+in FOLDER, and the same command continues after an interruption. Hours of CPU for each model; --device cuda trains on a
+GPU. --trial is the recurrent model alone, to see which tasks can be learned. Writes results/reasoning_words.json.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -49,17 +49,17 @@ from recurrent_depth.training.launch import train
 
 TASKS: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_digits": 1, "max_digits": 2, "max_terms": 5},
-    "lcm": {"max_value": 30},
+    "products": {"min_digits": 1, "max_digits": 2},
     "gcd": {"max_value": 200},
-    "count_bits": {"max_n": 1000},
-    "number_sorting": {"max_numbers": 6, "max_decimals": 0, "max_value": 99, "min_value": 0},
+    "count_bits": {"max_n": 100_000},
     "spell_backward": {"max_word_len": 6},
     "letter_counting": {"max_words": 6},
     "caesar_cipher": {"max_words": 3},
     "simple_equations": {},
     "leg_counting": {"max_animals": 4, "max_instances": 5},
-    "bitwise_arithmetic": {"difficulty": 1},
-    "propositional_logic": {},
+    "color_cube_rotation": {},
+    "family_relationships": {},
+    "syllogism": {},
 }
 """Options of each task, by name in the package."""
 
@@ -68,9 +68,9 @@ EXAMPLES, HELD_OUT, LONGEST, ANSWER = 20_000, 200, 255, 32
 """Training examples and held-out questions of a task; tokens of a row, and of an answer at most."""
 
 VOCABULARY = 1024
-END_OF_QUESTION, END, PAD = "<|answer|>", "<|end|>", "<|pad|>"
+PAD, END_OF_QUESTION, END = SPECIAL = ["<|pad|>", "<|answer|>", "<|end|>"]  # ids 0, 1, 2
 SHAPE = ModelConfig(
-    n_embd=192, n_heads=6, intermediate_size=512, n_layers_in_recurrent_block=2, vocab_size=VOCABULARY, block_size=512,
+    n_embd=128, n_heads=4, intermediate_size=384, n_layers_in_recurrent_block=2, vocab_size=VOCABULARY, block_size=512,
     mean_recurrence=8, mean_backprop_depth=4,
 )  # fmt: skip
 _ONCE: dict[str, Any] = {"mean_recurrence": 1, "mean_backprop_depth": None, "sampling_scheme": "fixed"}
@@ -95,7 +95,7 @@ def train_word_tokenizer(texts: Sequence[str]) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[PAD, END_OF_QUESTION, END], show_progress=False,
+        vocab_size=VOCABULARY, special_tokens=SPECIAL, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
@@ -119,7 +119,7 @@ def prepare(out: Path, tasks: Sequence[str]) -> dict[str, dict[str, int]]:
         fitting = [row for row in (example(tokenizer, *pair) for pair in new) if len(row.ids) <= LONGEST + 1]
         counts[task] = {"drawn": len(members), "not held out": len(new), "fitting": len(fitting)}
         kept_examples += fitting
-    rows = lay_out(kept_examples, LONGEST + 1, tokenizer.token_to_id(PAD), pack=True)
+    rows = lay_out(kept_examples, LONGEST + 1, SPECIAL.index(PAD), pack=True)
     schema = row_schema(VOCABULARY, labels=True)
     with atomic_folder(out) as folder:
         tokenizer.save(str(folder / "tokenizer.json"))
@@ -135,7 +135,7 @@ def equal_flops_steps(model: str, steps: int) -> int:
     return round(steps * mean_training_flops(SHAPE, LONGEST) / mean_training_flops(SHAPES[model], LONGEST))
 
 
-def run_config(model: str, seed: int, steps: int, data: Path, out: Path) -> RunConfig:
+def run_config(model: str, seed: int, steps: int, data: Path, out: Path, device: Literal["cpu", "cuda"]) -> RunConfig:
     rows = PackedDataConfig(str(data), document_masking=True, restart_positions=True)
     return RunConfig(
         out=str(out), data=DataConfig(packed=rows), model=SHAPES[model], steps=steps, batch_size=16, seed=seed,
@@ -143,7 +143,7 @@ def run_config(model: str, seed: int, steps: int, data: Path, out: Path) -> RunC
         optimizer=OptimizerConfig(
             name="muon", lr=2e-3, weight_decay=0.0, warmup_steps=min(200, steps // 10), cooldown_steps=steps // 3
         ),
-        runtime=RuntimeConfig(device="cpu", threads=1),
+        runtime=RuntimeConfig(device=device, threads=1),
         checkpoint=CheckpointConfig(every=500),
         validation=ValidationConfig(every=500, rows=32, num_steps=(1, 8)),
     )  # fmt: skip
@@ -151,7 +151,7 @@ def run_config(model: str, seed: int, steps: int, data: Path, out: Path) -> RunC
 
 def accuracy(model: RecurrentDepthModel, tokenizer: Tokenizer, num_steps: int, tasks: Sequence[str]) -> dict[str, Any]:
     """Return the share of right answers, and the mean score of the package, by task."""
-    decoder, end, found = Decoder(model), tokenizer.token_to_id(END), {}
+    decoder, end, found = Decoder(model), SPECIAL.index(END), {}
     for task in tasks:
         questions = dataset(task, "validation", TASKS[task])
         entries = [questions[index] for index in range(HELD_OUT)]
@@ -178,7 +178,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=20_000, help="training steps of the recurrent model")
+    parser.add_argument("--steps", type=int, default=6000, help="training steps of the recurrent model")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where models are trained")
     parser.add_argument("--trial", action="store_true", help="the recurrent model of the first seed alone; no result")
     parser.add_argument("--keep", default="build/reasoning-words", help="folder of data, runs and measurements")
     options = parser.parse_args()
@@ -190,7 +191,7 @@ def main() -> None:
         for name in ["recurrent"] if options.trial else SHAPES:
             steps = equal_flops_steps(name, options.steps)
             key = f"{name}-{steps}-{seed}".replace(" ", "-")
-            model = load_run_model(train(run_config(name, seed, steps, data, root / key), resume=True))
+            model = load_run_model(train(run_config(name, seed, steps, data, root / key, options.device), resume=True))
             result: dict[str, Any] = {"model": name, "seed": seed, "steps": steps, "parameters": model.num_parameters}
             result["accuracy"] = {
                 str(r): kept(options.keep, f"{key}-{r}", partial(accuracy, model, tokenizer, r, tasks))
