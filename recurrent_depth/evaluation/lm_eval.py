@@ -20,6 +20,7 @@ from recurrent_depth.evaluation.budgets import budget_label
 from recurrent_depth.evaluation.config import LmEvalConfig, TaskGroup
 from recurrent_depth.evaluation.generated import LM_SUFFIX, export_task
 from recurrent_depth.evaluation.table import Result, natural
+from recurrent_depth.generation.best_of import Chosen
 from recurrent_depth.generation.config import EngineOptions
 from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.forcing import ThinkingBudget
@@ -91,9 +92,8 @@ class RecurrentLM(HFLM):
         on_token = stop_at(self.tokenizer, stop, options)
         prompts = unpadded(context, attention_mask)
         result = run(self.decoder, prompts, options, engine, self.tokenizer, stop, on_token)
-        self.spent += Counter(
-            tokens=sum(map(len, result.tokens)), core_iterations=result.core_iterations, flops=result.flops
-        )
+        written = result.samples.tokens if isinstance(result, Chosen) else result.tokens
+        self.spent += Counter(tokens=sum(map(len, written)), core_iterations=result.core_iterations, flops=result.flops)
         return joined(context, result.tokens, self.tokenizer.pad_token_id)
 
 
