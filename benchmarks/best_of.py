@@ -3,10 +3,10 @@
     python -m benchmarks best_of [--seeds 0,1,2] [--keep build/best-of]
 
 Trains the quickstart's model of the shell game, fully and with a quarter of its training steps, and asks both for the
-last state of held-out games, from zeros and from random initial states. Of the samples of a game the first
-N are given to each rule. The comparison is plain decoding with N times the core iterations, which costs less. "any" is the
-share of games that some sample answers right: no rule can do better. Runs and measurements are kept, and the same
-command continues after an interruption. About ten minutes of one CPU thread. Writes results/best_of.json.
+last state of held-out games, from zeros and from random initial states. Of the samples of a game the first N are given
+to each rule. The comparison is plain decoding with N times the core iterations, which costs less. "any" is the share of
+games that some sample answers right: no rule can do better. Runs and measurements are kept, and the same command
+continues after an interruption. About ten minutes of one CPU thread. Writes results/best_of.json.
 """
 
 import argparse
