@@ -20,10 +20,11 @@ from recurrent_depth.evaluation.budgets import budget_label
 from recurrent_depth.evaluation.config import LmEvalConfig, TaskGroup
 from recurrent_depth.evaluation.generated import LM_SUFFIX, export_task
 from recurrent_depth.evaluation.table import Result, natural
+from recurrent_depth.generation.best_of import Chosen
 from recurrent_depth.generation.config import EngineOptions
 from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.forcing import ThinkingBudget
-from recurrent_depth.hf.engine import decoding, joined, stop_at, unpadded
+from recurrent_depth.hf.engine import decoding, joined, run, stop_at, unpadded
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns at every call that a loaded model was passed
 
@@ -90,10 +91,10 @@ class RecurrentLM(HFLM):
         if self.decoder is None or self.decoder.mode != engine.mode():
             self.decoder = Decoder(self.model, engine.mode())
         on_token = stop_at(self.tokenizer, stop, options)
-        result = self.decoder.generate(unpadded(context, attention_mask), options, on_token=on_token)
-        self.spent += Counter(
-            tokens=sum(map(len, result.tokens)), core_iterations=result.core_iterations, flops=result.flops
-        )
+        prompts = unpadded(context, attention_mask)
+        result = run(self.decoder, prompts, options, engine, self.tokenizer, stop, on_token)
+        written = result.samples.tokens if isinstance(result, Chosen) else result.tokens
+        self.spent += Counter(tokens=sum(map(len, written)), core_iterations=result.core_iterations, flops=result.flops)
         return joined(context, result.tokens, self.tokenizer.pad_token_id)
 
 

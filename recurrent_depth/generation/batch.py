@@ -17,6 +17,7 @@ from recurrent_depth.generation.cache import RecurrentCache
 from recurrent_depth.generation.config import Refill
 from recurrent_depth.generation.request import DecodableModel, Decoded, Requests
 from recurrent_depth.generation.tokens import Tokens
+from recurrent_depth.model.recurrence import random_state
 
 
 class Lane:
@@ -37,7 +38,7 @@ class Batch:
         self, model: DecodableModel, requests: Requests, cache: RecurrentCache, refill: Refill | None = None
     ) -> None:
         self.requests, self.refill = requests, refill
-        self.tokens = Tokens(model, cache)
+        self.tokens = Tokens(model, cache, requests.options.scores)
         self.lanes: list[Lane | None] = [None] * cache.entries.shape[2]
         self.waiting = deque(range(len(requests.prompts)))
         self.passes = 0
@@ -75,11 +76,9 @@ class Batch:
                 start = 0 if self.refill is not None else requests.longest - len(requests.prompts[request])
                 self.lanes[row] = Lane(request, start)
                 continuing = [*continuing, row]
-        prompts = 0
         for row in continuing:
             lane = self.lane(row)
             new = requests.result.tokens[lane.request][-1:] or requests.prompts[lane.request]
-            prompts += len(new) if not lane.length else 0
             first = lane.start + lane.length
             ids += new
             at += [row] * len(new)
@@ -89,9 +88,23 @@ class Batch:
             lane.length += len(new)
         if not ids:
             return
-        if states is not None and prompts:
-            states = torch.cat([states, states.new_zeros(prompts, *states.shape[1:])])
-        self.tokens.start(ids, at, columns, starts, stopping, states)
+        initial = self._initial_states([self.lane(row).request for row in at], columns, starts)
+        if states is not None:
+            initial[: len(states)] = states
+        self.tokens.start(ids, at, columns, starts, stopping, initial)
+
+    def _initial_states(self, of: list[int], columns: list[int], starts: list[int]) -> Tensor:
+        """Return the initial states [N, 1, D] of tokens of these requests: random by their seeds, otherwise zeros."""
+        like, core = self.tokens.empty.state, self.tokens.model.transformer.core_block
+        states = like.new_zeros(len(of), *like.shape[1:])
+        seeds = [self.requests.state_seeds[request] for request in of]
+        for seed in {seed for seed in seeds if seed is not None}:
+            chosen = [n for n, other in enumerate(seeds) if other == seed]
+            at, positions = torch.tensor([chosen, [columns[n] - starts[n] for n in chosen]], device=like.device)
+            row = torch.zeros(1, dtype=torch.long, device=like.device)
+            drawn = random_state(self.requests.config, row, positions[None], seed=seed, ops=core.ops)  # [1, n, D]
+            states[at, 0] = drawn[0].to(states.dtype)
+        return states
 
     def lane(self, row: int) -> Lane:
         lane = self.lanes[row]
@@ -108,19 +121,25 @@ class Batch:
             lane = self.lane(row)
             self.requests.count(lane.request, len(taken[row]), sum(taken[row]), lane.length)
         last = torch.tensor([len(taken[row]) for row in rows], device=logits.device).cumsum(0) - 1
+        if done.change is not None:
+            for row, change in zip(rows, done.change[last].tolist(), strict=True):  # host: as the log-probabilities
+                self.requests.result.changes[self.lane(row).request].append(change)
         return logits, done.state[last]
 
     def _continue_lanes(self, rows: list[int]) -> None:
         """Write a token in each of these lanes, and start the next tokens or requests."""
         logits, states = self.finish(rows)
         lanes = [self.lane(row) for row in rows]
-        drawn = self.requests.draw(logits, [lane.request for lane in lanes], [lane.length for lane in lanes])
+        written = [lane.request for lane in lanes]
+        drawn = self.requests.draw(logits, written, [lane.length for lane in lanes])
         continuing = []
         for n, (row, lane, token) in enumerate(zip(rows, lanes, drawn, strict=True)):
             if self.requests.write(lane.request, token):
                 continuing.append(n)
             else:
                 self.lanes[row] = None
+        if self.requests.options.scores:
+            self.requests.record_scores(written, logits)
         kept = states[continuing] if self.requests.options.warm_start else None
         self._start([rows[n] for n in continuing], kept)
 

@@ -30,6 +30,7 @@ ROOM = 256
 
 def decode_captured(model: DecodableModel, requests: Requests, token: "CapturedToken") -> Decoded:
     """Decode with buffers and graphs that fit these requests. The tokens equal those of plain decoding."""
+    requests.refuse("captured decoding", "state_seed", "scores")
     result, lanes = requests.result, len(requests.prompts)
     result.cache_bytes = token.cache.num_bytes
     batch = Batch(model, requests, token.reset())

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from recurrent_depth.checks import check_at_least, check_between, check_num_steps
 
@@ -118,6 +119,29 @@ Mode = Speculation | Wavefront | Refill | Captured
 """How to decode; without a mode, all requests form one batch that is decoded token by token."""
 
 
+ChooseBy = Literal["likelihood", "convergence", "vote"]
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """Decode each request from several initial states in one batch, and choose one answer.
+
+    Args:
+        samples: initial states per request: zeros, and random ones; the cost is that of so many requests.
+        choose_by: `likelihood` takes the answer with the largest mean log-probability of a token, `convergence` the one
+            whose states changed least in their last iterations, `vote` the most frequent answer.
+        seed: the random state of sample n (from 1) is that of seed + n.
+    """
+
+    samples: int = 8
+    choose_by: ChooseBy = "likelihood"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least("samples", self.samples, 1)
+        check_at_least("seed", self.seed, 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """How to decode. speculation, wavefront, refill and captured are modes; at most one of them can be given.
@@ -139,6 +163,7 @@ class EngineOptions:
         captured: replay the iterations as CUDA graphs, without launch overhead.
         seed: seed of sampling.
         thinking: open a thinking part with limits.
+        best_of: decode each request from several initial states and choose one answer; without a mode, or with refill.
     """
 
     num_steps: int | None = None
@@ -155,6 +180,7 @@ class EngineOptions:
     captured: bool = False
     seed: int = 0
     thinking: Thinking | None = None
+    best_of: BestOf | None = None
 
     def __post_init__(self) -> None:
         check_num_steps("num_steps", self.num_steps)
@@ -166,7 +192,10 @@ class EngineOptions:
             raise ValueError("exit_threshold is given without exit; name the rule, for example exit kl")
         check_at_least("cache_budget", self.cache_budget, 1)
         check_at_least("seed", self.seed, 0)
-        self.mode()
+        mode = self.mode()
+        if self.best_of is not None and mode is not None and not isinstance(mode, Refill):
+            name = type(mode).__name__.lower()
+            raise ValueError(f"best_of is given together with {name}; it needs plain decoding or refill: leave one out")
 
     def mode(self) -> Mode | None:
         """Return the chosen mode; None for plain decoding."""

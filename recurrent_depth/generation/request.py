@@ -35,7 +35,7 @@ class DecodableModel(Protocol):
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to decode. num_steps, min_steps, exit and thinking may be sequences, one value per request.
+    """How to decode. num_steps, min_steps, exit, thinking and state_seed may be sequences, one value per request.
 
     Args:
         max_new_tokens: largest number of tokens written after each prompt.
@@ -55,6 +55,8 @@ class Decoding:
         cache_budget: iterations whose keys and values are kept; None keeps all.
         released_cache: with a budget, read entries of stopped tokens by the rule of the released code (`read_place`).
         thinking: limits of thinking tokens.
+        state_seed: seed of a random initial state, a function of (seed, position, channel); None: zeros.
+        scores: record the log-probability of every written token, and the change of the state it was predicted from.
     """
 
     max_new_tokens: int = 64
@@ -72,6 +74,8 @@ class Decoding:
     cache_budget: int | None = None
     released_cache: bool = False
     thinking: ThinkingBudget | Sequence[ThinkingBudget | None] | None = None
+    state_seed: int | Sequence[int | None] | None = None
+    scores: bool = False
 
     def __post_init__(self) -> None:
         check_at_least("max_new_tokens", self.max_new_tokens, 1)
@@ -98,6 +102,8 @@ class Decoded:
         cache_bytes: size of the cache.
         passes: passes of the core over the tokens in flight (refilled batches, wavefront).
         drafted, accepted: drafts that were checked, and those that were right (speculation, wavefront).
+        log_probabilities: with `scores`, of each written token, in nats (temperature 1, all tokens).
+        changes: with `scores`, per written token: |s_i - s_{i-1}| / |s_i| in the last iteration of the token before it.
     """
 
     tokens: list[list[int]]
@@ -109,6 +115,8 @@ class Decoded:
     passes: int = 0
     drafted: int = 0
     accepted: int = 0
+    log_probabilities: list[list[float]] = field(default_factory=list)
+    changes: list[list[float]] = field(default_factory=list)
 
 
 class Stopping(NamedTuple):
@@ -153,10 +161,12 @@ class Requests:
             None if budget is None else Forcing(budget, prompt, options.stop)
             for budget, prompt in zip(budgets, self.prompts, strict=True)
         ]
+        self.state_seeds: list[int | None] = per_request(options.state_seed, B, "state_seed")
         named = per_request(list(range(B)) if names is None else names, B, "requests")
         self.names = torch.tensor(named, device=model.lm_head.weight.device)
         self.running = [True] * B
-        self.result = Decoded([[] for _ in prompts], [[] for _ in prompts])
+        empty: list[list[list[Any]]] = [[[] for _ in prompts] for _ in range(4)]
+        self.result = Decoded(empty[0], empty[1], log_probabilities=empty[2], changes=empty[3])
 
     @property
     def most_steps(self) -> int:
@@ -184,7 +194,8 @@ class Requests:
     def refuse(self, mode: str, *names: str, full_cache: bool = False) -> None:
         """Raise if one of these options is given, or if the mode needs a full cache and cache_budget is smaller."""
         for name in names:
-            if getattr(self.options, name):
+            value = getattr(self.options, name)
+            if value is not None and value is not False:
                 raise ValueError(f"{mode} cannot be combined with {name}; leave one out")
         budget = self.options.cache_budget
         if full_cache and budget is not None and budget < self.most_steps:
@@ -199,6 +210,13 @@ class Requests:
             return logits.argmax(-1).tolist()  # host: it writes the tokens and decides which requests end
         at = torch.tensor(positions, device=self.names.device)
         return draw(logits, self.options, self.names[list(requests)], at).tolist()  # host: as above
+
+    def record_scores(self, requests: Sequence[int], logits: Tensor) -> None:
+        """Record the log-probabilities of the tokens that were just written, from the logits [n, V] behind them."""
+        tokens = torch.tensor([self.result.tokens[request][-1] for request in requests], device=logits.device)
+        found = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        for request, value in zip(requests, found.tolist(), strict=True):  # host: scores decide on answers there
+            self.result.log_probabilities[request].append(value)
 
     def write(self, request: int, drawn: int) -> bool:
         """Append the drawn token, or a forced one; return whether the request continues."""

@@ -21,7 +21,7 @@ def decode_speculatively(
 ) -> Decoded:
     """Decode all requests. The cache must have room for the drafts of one round beyond the requests."""
     stopping = requests.one_depth(MODE)
-    requests.refuse(MODE, "exit", "thinking", "warm_start", full_cache=True)
+    requests.refuse(MODE, "exit", "thinking", "warm_start", "state_seed", "scores", full_cache=True)
     if speculation.steps >= stopping.most:
         raise ValueError(f"speculation.steps is {speculation.steps}; it must be fewer than num_steps {stopping.most}")
     return _Rounds(model, requests, cache, speculation).run()

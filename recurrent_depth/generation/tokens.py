@@ -27,6 +27,7 @@ class Group:
         steps: iterations taken.
         stopping: when each token stops (for `Tokens.advance`).
         state, injected: [N, 1, D], the state, and the injection of every iteration.
+        change: [N], |s_i - s_{i-1}| / |s_i| of the last iteration; of stopped tokens, if `Tokens` measures it.
     """
 
     layout: Layout
@@ -34,6 +35,7 @@ class Group:
     stopping: list[Stopping]
     state: Tensor
     injected: Tensor
+    change: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -41,22 +43,29 @@ class Group:
     def at(self, chosen: Sequence[int]) -> "Group":
         """Return some of the tokens."""
         if len(chosen) == len(self) and list(chosen) == list(range(len(self))):
-            return Group(self.layout, list(self.steps), self.stopping, self.state, self.injected)
+            return Group(self.layout, list(self.steps), self.stopping, self.state, self.injected, self.change)
         index = self.layout.tensor(list(chosen))
         steps, stopping = ([values[n] for n in chosen] for values in (self.steps, self.stopping))
-        return Group(self.layout.at(chosen), steps, stopping, self.state[index], self.injected[index])  # type: ignore[arg-type]
+        state, injected = self.state[index], self.injected[index]
+        change = None if self.change is None else self.change[index]
+        return Group(self.layout.at(chosen), steps, stopping, state, injected, change)  # type: ignore[arg-type]
 
     def __add__(self, other: "Group") -> "Group":
         if not len(self):
             return other
         state, injected = (torch.cat(pair) for pair in ((self.state, other.state), (self.injected, other.injected)))
+        change = None if self.change is None or other.change is None else torch.cat([self.change, other.change])
         return Group(
-            self.layout + other.layout, self.steps + other.steps, self.stopping + other.stopping, state, injected
-        )
+            self.layout + other.layout, self.steps + other.steps, self.stopping + other.stopping, state, injected,
+            change,
+        )  # fmt: skip
 
 
 class Tokens:
     """The tokens of a batch of lanes: those still iterating, and those that have stopped and wait for the coda.
+
+    Args:
+        measures_change: keep how much the last iteration changed the state of each stopped token.
 
     Attributes:
         iterating, stopped: the tokens.
@@ -64,8 +73,8 @@ class Tokens:
         passes: calls of the core.
     """
 
-    def __init__(self, model: DecodableModel, cache: RecurrentCache) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: DecodableModel, cache: RecurrentCache, measures_change: bool = False) -> None:
+        self.model, self.cache, self.measures_change = model, cache, measures_change
         weight, config = model.lm_head.weight, model.model_config
         nothing = torch.zeros(0, 1, config.n_embd, dtype=weight.dtype, device=weight.device)
         self.empty = Group(Layout([], [], [], model.freqs_cis), [], [], nothing, nothing)
@@ -130,11 +139,12 @@ class Tokens:
     def advance(self) -> list[int]:
         """Iterate until tokens stop; return the lanes in which none iterates any more."""
         group, converged = self.iterating, None
+        before = group.state
         if all(limits.rule is None for limits in group.stopping):
             for _ in range(min(limits.most - taken for limits, taken in zip(group.stopping, group.steps, strict=True))):
+                before = group.state
                 self.iterate()
         else:
-            before = group.state
             self.iterate()
             converged = self.exits.converged(before, group.state, self._read)
         stops: list[int] = []
@@ -145,16 +155,19 @@ class Tokens:
                 stops.append(n)
             else:
                 going.add(lane)
-        self._stop(stops)
+        self._stop(stops, before)
         return [lane for lane in dict.fromkeys(group.layout.lanes[n] for n in stops) if lane not in going]
 
     def _read(self, at: list[int] | None) -> Tensor:
         return self.logits(self.iterating if at is None else self.iterating.at(at))
 
-    def _stop(self, chosen: list[int]) -> None:
+    def _stop(self, chosen: list[int], before: Tensor) -> None:
         if chosen:
             group, stopping = self.iterating, set(chosen)
             part = group.at(chosen)
+            if self.measures_change:
+                earlier = before[group.layout.tensor(chosen)]
+                part.change = ((part.state - earlier).norm(dim=-1) / part.state.norm(dim=-1))[:, 0]
             self.cache.stop(part.layout.lanes, part.layout.columns, part.steps)
             self.stopped = self.stopped + part
             self.keep([n for n in range(len(group)) if n not in stopping])

@@ -22,7 +22,7 @@ MODE = "the wavefront"
 def decode_wavefront(model: DecodableModel, requests: Requests, cache: RecurrentCache, wavefront: Wavefront) -> Decoded:
     """Decode all requests with the wavefront sampler."""
     requests.one_depth(MODE)
-    requests.refuse(MODE, "exit", "thinking", "warm_start", full_cache=wavefront.exact)
+    requests.refuse(MODE, "exit", "thinking", "warm_start", "state_seed", "scores", full_cache=wavefront.exact)
     return _Passes(model, requests, cache, wavefront).run()
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from recurrent_depth.generation.best_of import decode_best_of
 from recurrent_depth.generation.config import EngineOptions
 from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.exits import exit_rule
@@ -45,6 +46,30 @@ def decoding(options: EngineOptions, tokenizer: Any = None, gate: Gate | None = 
         "thinking": None if options.thinking is None else thinking_budget(options.thinking, tokenizer),
     }
     return Decoding(**(fields | changes))
+
+
+def run(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    options: Decoding,
+    engine: EngineOptions,
+    tokenizer: Any = None,
+    stops: Sequence[str] = (),
+    on_token: OnToken | None = None,
+) -> Decoded:
+    """Decode prompts, with `best_of` if the engine options have it.
+
+    Args:
+        tokenizer: converts answers to texts, which a vote compares; without it the tokens are compared.
+        stops: texts that end an answer.
+    """
+    if engine.best_of is None:
+        return decoder.generate(prompts, options, on_token=on_token)
+
+    def answer(tokens: list[int]) -> Any:
+        return tuple(tokens) if tokenizer is None else _texts(tokenizer, tokens, options, stops)[1].strip()
+
+    return decode_best_of(decoder, prompts, options, engine.best_of, answer=answer, on_token=on_token)
 
 
 class Engine:
@@ -93,9 +118,11 @@ class Engine:
         )
         if self.decoder is None or self.decoder.model is not model:
             self.decoder = Decoder(model, self.options.mode())
-        on_token = _StoppingCriteria(input_ids, stopping_criteria, self.on_token)
+        samples = 1 if self.options.best_of is None else self.options.best_of.samples
+        ids = input_ids.repeat_interleave(samples, dim=0)
+        on_token = _StoppingCriteria(ids, stopping_criteria, self.on_token)
         prompts = unpadded(input_ids, model_kwargs.get("attention_mask"))
-        self.result = self.decoder.generate(prompts, options, on_token=on_token)
+        self.result = run(self.decoder, prompts, options, self.options, self.tokenizer, on_token=on_token)
         pad = generation_config.pad_token_id
         return joined(input_ids, self.result.tokens, 0 if pad is None else int(pad))
 
@@ -148,10 +175,15 @@ def stop_at(tokenizer: Any, stops: Sequence[str], options: Decoding, on_token: O
 
 def text_of(tokenizer: Any, tokens: list[int], options: Decoding, stops: Sequence[str]) -> str:
     """Return the text of a request without special tokens, up to the first of the texts `stops`."""
+    return "".join(_texts(tokenizer, tokens, options, stops))
+
+
+def _texts(tokenizer: Any, tokens: list[int], options: Decoding, stops: Sequence[str]) -> tuple[str, str]:
+    """Return the thinking part and the answer, up to the first of the texts `stops`."""
     after = _end_of_thinking(options)
     begin = 0 if after is None else tokens.index(after) + 1 if after in tokens else len(tokens)
     thoughts, answer = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (tokens[:begin], tokens[begin:]))
-    return thoughts + truncate_at(answer, stops)
+    return thoughts, truncate_at(answer, stops)
 
 
 def _end_of_thinking(options: Decoding) -> int | None:

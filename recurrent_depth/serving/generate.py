@@ -56,6 +56,8 @@ class GenerateConfig(EngineOptions):
         check_between("top_p", self.top_p, 0, 1, low_open=True)
         if not all(self.stop):
             raise ValueError("stop is an empty text; leave it out")
+        if self.stream and self.best_of is not None:
+            raise ValueError("stream writes one answer as it comes, best_of chooses among several; leave one out")
         self.check_stream(self.prompt)
 
     def check_stream(self, prompts: list[str]) -> None:
@@ -70,7 +72,7 @@ def generate(config: GenerateConfig) -> None:
     from recurrent_depth.devices import choose_device, choose_dtype
     from recurrent_depth.generation.engine import Decoder
     from recurrent_depth.generation.exits import GATE, exit_rule
-    from recurrent_depth.hf.engine import decoding, stop_at, text_of
+    from recurrent_depth.hf.engine import decoding, run, stop_at, text_of
     from recurrent_depth.hf.loading import load_model
 
     device = choose_device(config.device)
@@ -93,7 +95,7 @@ def generate(config: GenerateConfig) -> None:
         temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, stop=tuple(sorted(ends)),
     )  # fmt: skip
     on_token = stop_at(tokenizer, config.stop, options, _printing(tokenizer) if config.stream else None)
-    result = Decoder(model, config.mode()).generate(ids, options, on_token=on_token)
+    result = run(Decoder(model, config.mode()), ids, options, config, tokenizer, config.stop, on_token)
     for prompt, tokens, steps in zip(prompts, result.tokens, result.steps, strict=True):
         text = text_of(tokenizer, tokens, options, config.stop)
         print(json.dumps({"prompt": prompt, "text": text, "steps": steps}, ensure_ascii=False))

@@ -76,6 +76,15 @@ def test_generation_without_engine_options_equals_an_exit_that_never_fires(lm):
     assert lm.spent["core_iterations"] == 2 * (lm.spent["tokens"] + prompts - len(CONTEXTS))
 
 
+def test_answers_can_be_chosen_among_several_initial_states(lm):
+    plain = ask(lm)
+    assert ask(lm, **{"best_of.samples": 1}) == plain
+    lm.spent = Counter()
+    ask(lm, **{"best_of.samples": 4, "best_of.choose_by": "vote"})
+    prompts = sum(len(lm.tok_encode(context)) for context in CONTEXTS)
+    assert lm.spent["core_iterations"] == 3 * (lm.spent["tokens"] + 4 * (prompts - len(CONTEXTS)))
+
+
 def test_engine_options_refuse_a_random_initial_state(lm):
     lm.state_seed = 1
     try:

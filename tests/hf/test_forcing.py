@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from recurrent_depth.generation.config import EngineOptions, Refill, Speculation, Thinking, Wavefront
+from recurrent_depth.generation.best_of import decode_best_of
+from recurrent_depth.generation.config import BestOf, EngineOptions, Refill, Speculation, Thinking, Wavefront
+from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.exits import OutputKL, StateChange
 from recurrent_depth.generation.forcing import ThinkingBudget
 from recurrent_depth.generation.request import Decoding
@@ -125,6 +127,20 @@ def test_engine_inside_generate_equals_plain_generation(inner, model, engine, pl
     )  # fmt: skip
     assert torch.equal(again, sequences)
     assert runner.decoder is kept
+
+
+def test_engine_inside_generate_chooses_among_samples(inner, model):
+    batch, best_of = padded(PROMPTS), BestOf(3, "convergence", seed=5)
+    runner = Engine(EngineOptions(best_of=best_of))
+    sequences = model.generate(
+        **batch, custom_generate=runner, use_cache=False, max_new_tokens=8, num_steps=2, do_sample=False,
+        eos_token_id=13, pad_token_id=0,
+    )  # fmt: skip
+    options = Decoding(max_new_tokens=8, num_steps=2, stop=(13,))
+    expected = decode_best_of(Decoder(inner), PROMPTS, options, best_of)
+    assert new_tokens(batch, sequences, (13,)) == expected.tokens
+    assert runner.result.chosen == expected.chosen
+    assert set(expected.chosen) != {0}
 
 
 def test_engine_inside_generate_honours_sampling_stopping_and_streaming(inner, model):

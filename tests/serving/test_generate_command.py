@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import re
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -113,6 +114,17 @@ def test_generate_stops_tokens_by_the_gate_of_the_model(gated_folder, chat_folde
     assert "the model has no exit gate; train one" in capsys.readouterr().err
 
 
+def test_generate_chooses_among_answers_from_several_initial_states(chat_folder, capsys):
+    options = ["--prompt", "the quick", "--prompt", "how many", "--max-new-tokens", "6", "--num-steps", "2"]
+    plain, report = run(capsys, chat_folder, *options)
+    assert run(capsys, chat_folder, *options, "--best-of.samples", "1")[0] == plain
+    iterations = int(re.search(r"(\d+) core iterations", report)[1])
+    for rule in ("likelihood", "convergence", "vote"):
+        rows, report = run(capsys, chat_folder, *options, "--best-of.samples", "3", "--best-of.choose-by", rule)
+        assert [row["prompt"] for row in rows] == ["the quick", "how many"]
+        assert f"12 tokens, {3 * iterations} core iterations" in report
+
+
 def refused(capsys, *options):
     """Return the error of a refused command; it is raised before the model is loaded."""
     assert main(["generate", "--model", "no-such-model", "--prompt", "a", *options]) != 0
@@ -155,6 +167,10 @@ def refused(capsys, *options):
         (("--wavefront.width", "0"), "width is 0"),
         (("--refill.lanes", "0"), "lanes is 0"),
         (("--speculation.steps", "2", "--refill.lanes", "4"), "speculation and refill each choose a mode"),
+        (("--best-of.samples", "0"), "samples is 0; it must be at least 1"),
+        (("--best-of.choose-by", "luck"), "it must be one of likelihood, convergence, vote"),
+        (("--best-of.samples", "2", "--captured", "true"), "best_of is given together with captured"),
+        (("--best-of.samples", "2", "--stream", "true"), "best_of chooses among several; leave one out"),
         (("--thinking.at_most", "-1"), "at_most is -1"),
         (("--thinking.at_most", "3", "--thinking.at_least", "4"), "at_least is 4; it must lie in [0, 3]"),
         (("--stop", ""), "stop is an empty text"),
