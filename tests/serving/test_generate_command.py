@@ -2,8 +2,8 @@
 
 import io
 import json
-import sys
 import re
+import sys
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
