@@ -40,6 +40,7 @@ SHORTER = {
     "--loss.model": "--loss.max-tokens 256 --loss.num-steps 1,2,4,8",
     "--categories.model": "--categories.num-steps 8",
     "--categories.task": "--categories.rows 16",
+    "prepare": "--workers 1",
     "prepare-reasoning": "--block 128",
 }
 """Options added to the printed commands with this verb or option, so that they take seconds."""
