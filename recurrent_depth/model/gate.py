@@ -24,9 +24,9 @@ class Gate(nn.Module):
         super().__init__()
         self.reads_change = config.input == "state_and_change"
         # A vector, not an nn.Linear with one row, so that sharding divides it and Muon leaves it to AdamW.
-        # device: the default, which may be meta
-        self.weight = nn.Parameter(torch.zeros(width * (2 if self.reads_change else 1)))
-        self.bias = nn.Parameter(torch.full((1,), float(config.bias)))
+        inputs = width * (2 if self.reads_change else 1)
+        self.weight = nn.Parameter(torch.zeros(inputs))  # device: the default, which may be meta
+        self.bias = nn.Parameter(torch.full((1,), float(config.bias)))  # device: the default, which may be meta
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
         """Return the logits [B, T] in fp32 of the states before and after an iteration, [B, T, D]."""

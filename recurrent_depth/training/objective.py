@@ -58,7 +58,7 @@ def objective_of(config: RunConfig, step: int, micro_step: int) -> Objective | N
 
 def _earlier(draw: Generator, given: GradientStates, most: int) -> list[int]:
     """Return up to `most` distinct iterations before the last one, counted from 1 among those with gradient."""
-    return (draw.permutation(len(given.states) - 2)[:most] + 1).tolist()
+    return (draw.permutation(len(given.states) - 2)[:most] + 1).tolist()  # host: numbers of numpy
 
 
 def mean_loss(given: GradientStates, earlier: list[int]) -> Tensor:

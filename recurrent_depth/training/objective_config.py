@@ -96,15 +96,19 @@ class ObjectiveConfig:
         """The name of the section that is given, or `last`."""
         return next((name for name in vars(self) if getattr(self, name) is not None), "last")
 
+    @property
+    def trains_gate(self) -> bool:
+        """Whether the loss depends on the exit gate."""
+        return self.name in ("gated", "labelled")
+
     def check_gate(self, has_gate: bool, trainable: str) -> None:
         """Raise unless the objective trains what `trainable` says, and the model has the gate that it needs."""
-        of_gate = self.name in ("gated", "labelled")
-        if of_gate and not has_gate:
+        if self.trains_gate and not has_gate:
             raise ValueError(
                 f"objective.{self.name} trains the exit gate, but model.gate is null; add one, for example "
                 "--model.gate.input state"
             )
-        if trainable == "gate" and not of_gate:
+        if trainable == "gate" and not self.trains_gate:
             raise ValueError(
                 f"trainable is gate, but the objective {self.name} does not train a gate; give objective.labelled or "
                 "objective.gated"

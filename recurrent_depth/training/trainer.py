@@ -63,6 +63,8 @@ class Trainer:
         self.model = build_model(config.model, config.runtime, ranks, config.seed)
         if config.trainable != "all":
             self.model.requires_grad_(False).transformer.get_submodule(config.trainable).requires_grad_(True)
+        elif self.model.transformer.gate is not None:  # without a gradient it would have no moments to save
+            self.model.transformer.gate.requires_grad_(config.objective.trains_gate)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.teacher = self._teacher()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
