@@ -61,5 +61,5 @@ def test_planned_weights_and_lora_equal_the_real_parameters():
 
 
 def test_documented_finetuning_table_equals_the_computed_one():
-    guide = (Path(__file__).parents[1] / "docs" / "huggingface.md").read_text()
+    guide = (Path(__file__).parents[1] / "docs" / "finetuning.md").read_text()
     assert finetuning_table(PlanConfig().finetuning) in guide
