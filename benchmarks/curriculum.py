@@ -1,6 +1,6 @@
 """Does a curriculum on depth help? The quickstart's recipe with ramps of the mean depth, at equal FLOPs.
 
-    python -m benchmarks curriculum [--seeds 0,1,2] [--budgets 1,0.5,0.25] [--workers 1] [--keep build/curriculum]
+    python -m benchmarks curriculum [--seeds 0,1,2] [--budgets 0.25,1] [--ramps "linear,1 - sqrt"] [--keep FOLDER]
 
 Ramps run over 60% of the training steps, from a mean depth of one. A ramp makes early training steps cheaper, so that a
 run with it has more of them: the mean FLOPs, summed over the training steps, are those of the recipe without a ramp. A
@@ -35,9 +35,9 @@ SHARE = 0.6  # of the training steps: where looped_nanochat measured its best lo
 RAMPS: dict[str, dict[str, Any]] = {
     "none": {},
     "linear": {"shape": "linear"},
-    "linear, backprop": {"shape": "linear", "backprop": True},
+    "linear + backprop": {"shape": "linear", "backprop": True},
     "1 - sqrt": {"shape": "one_minus_sqrt"},
-    "1 - sqrt, backprop": {"shape": "one_minus_sqrt", "backprop": True},
+    "1 - sqrt + backprop": {"shape": "one_minus_sqrt", "backprop": True},
 }
 """Options of each curriculum; the first is the recipe as it is."""
 
@@ -142,19 +142,22 @@ def table(payload: dict[str, Any], difficulty: str = "all") -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--budgets", default="1,0.5,0.25", help="shares of the recipe's training steps")
+    parser.add_argument("--budgets", default="0.25,1", help="shares of the recipe's training steps")
+    parser.add_argument("--ramps", default=",".join(RAMPS), help="curricula to compare with none")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--keep", default="build/curriculum", help="folder of finished runs")
     options = parser.parse_args()
-    jobs = []
+    ramps, jobs = list(dict.fromkeys(["none", *options.ramps.split(",")])), []
+    if unknown := [ramp for ramp in ramps if ramp not in RAMPS]:
+        parser.error(f"--ramps: there is no {unknown[0]!r}; known are {', '.join(RAMPS)}")
     for budget in map(float, options.budgets.split(",")):
         reference = round(config_of("shell-game").steps * budget)
-        counts = {ramp: equal_flops_steps(ramp, reference) for ramp in RAMPS}
+        counts = {ramp: equal_flops_steps(ramp, reference) for ramp in ramps}
         planned = {ramp: mean_flops(ramp, steps) / mean_flops("none", reference) for ramp, steps in counts.items()}
         print(budget, counts, planned, flush=True)
         jobs += [
             {"budget": budget, "ramp": ramp, "steps": counts[ramp], "planned_flops": planned[ramp], "seed": int(seed)}
-            for ramp in RAMPS
+            for ramp in ramps
             for seed in options.seeds.split(",")
         ]
     with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:

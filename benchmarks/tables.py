@@ -338,6 +338,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "hard tokens": lambda: hard_tokens(read_result("depth_studies")),
     "trained depths": lambda: trained_depths(read_result("depth_studies")),
     "best of": lambda: import_module("benchmarks.best_of").table(read_result("best_of")),
+    "curriculum": lambda: import_module("benchmarks.curriculum").table(read_result("curriculum")),
     "selection": lambda: selection(read_result("selection")),
     "conversion": lambda: markdown(*conversion(read_result("conversion"))),
     "serving": lambda: import_module("benchmarks.serving").table(read_result("serving")),
