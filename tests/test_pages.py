@@ -24,6 +24,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from printed import ROOT, all_pages, blocks, commands
 from recurrent_depth.cli import main
+from recurrent_depth.data.tasks.state import TASKS
+from recurrent_depth.generation.exits import RULES
 from recurrent_depth.quickstart import analyze_command, pipelines
 from servers import answers, wait_until
 
@@ -148,6 +150,17 @@ class Reader:
 
 
 @contextmanager
+def restored(registry):
+    """Remove what code inside adds to a registry."""
+    before = dict(registry)
+    try:
+        yield
+    finally:
+        registry.clear()
+        registry.update(before)
+
+
+@contextmanager
 def working_in(folder):
     previous = Path.cwd()
     os.chdir(folder)
@@ -200,8 +213,9 @@ def finished_tutorial(tmp_path_factory):
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
-            os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-            with working_in(folder):
+            with working_in(folder), pytest.MonkeyPatch.context() as patch:
+                patch.setenv("OMP_NUM_THREADS", "1")
+                patch.setenv("HF_HUB_OFFLINE", "1")
                 reader = Reader()
                 reader.read(TUTORIAL)
             write_inputs(folder)
@@ -223,7 +237,7 @@ def test_blocks_of_page_run_after_the_tutorial(page, finished_tutorial, tmp_path
     folder = tmp_path / "work"
     shutil.copytree(finished_tutorial, folder, symlinks=True)
     reader = Reader(json.loads((folder / "done.json").read_text()))
-    with working_in(folder):
+    with working_in(folder), restored(TASKS), restored(RULES):
         try:
             reader.read(page)
         finally:
