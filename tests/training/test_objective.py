@@ -288,17 +288,17 @@ def test_training_the_gate_of_a_model_changes_nothing_else(tmp_path, optimizer):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_objectives_on_two_ranks_equal_one_and_resume_on_one(tmp_path):
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objective_on_two_ranks_equals_one_and_resumes_on_one(tmp_path, name):
     runtime = RuntimeConfig(device="cpu", threads=1, loss_chunk_size=20, activation_checkpointing="step")
-    for name in OBJECTIVES:
-        config = gated_run(tmp_path / name, name, steps=4, runtime=runtime, checkpoint=CheckpointConfig(every=2))
-        train(config)
-        many = dataclasses.replace(config, out=str(tmp_path / f"{name}-2"))
-        assert run_ranks(train, 2, many) == [0, 0]
-        assert losses(tmp_path / f"{name}-2") == pytest.approx(losses(tmp_path / name), rel=1e-4)
-        shutil.rmtree(tmp_path / f"{name}-2" / "checkpoints" / "step-00000004")
-        train(many, resume=True)
-        assert losses(tmp_path / f"{name}-2") == pytest.approx(losses(tmp_path / name), rel=1e-4)
+    config = gated_run(tmp_path / "one", name, steps=4, runtime=runtime, checkpoint=CheckpointConfig(every=2))
+    train(config)
+    many = dataclasses.replace(config, out=str(tmp_path / "many"))
+    assert run_ranks(train, 2, many) == [0, 0]
+    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    shutil.rmtree(tmp_path / "many" / "checkpoints" / "step-00000004")
+    train(many, resume=True)
+    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
 def test_objective_that_cannot_work_is_refused():
