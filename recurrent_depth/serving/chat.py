@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from openai import APIConnectionError, APIError, APIStatusError, AuthenticationError, BadRequestError, OpenAI
+from openai.types import Model
 
 from recurrent_depth.serving.config import KEY_VARIABLE, ChatConfig, Limits, ServeConfig
 
 _CONNECT_SECONDS, _ANSWER_SECONDS = 10, 600
+_LONGEST = 256  # tokens of an answer by default
 
 
 def chat(config: ChatConfig) -> None:
@@ -48,15 +50,15 @@ def _client(config: ChatConfig, url: str) -> OpenAI:
     return OpenAI(base_url=url, api_key=key, max_retries=0, timeout=_ANSWER_SECONDS)
 
 
-def _served_name(config: ChatConfig, client: OpenAI) -> str:
-    """Return the name of the model at the server.
+def _served_model(config: ChatConfig, client: OpenAI) -> Model:
+    """Return the model at the server.
 
     Raises:
         OSError: if no server answers.
         ValueError: if the server requires another key, or serves another model.
     """
     try:
-        names = [model.id for model in client.models.list(timeout=_CONNECT_SECONDS)]
+        served = {model.id: model for model in client.models.list(timeout=_CONNECT_SECONDS)}
     except APIConnectionError as error:
         raise OSError(
             f"url: no server answers at {client.base_url} ({error.__cause__ or error}); start one with "
@@ -69,14 +71,14 @@ def _served_name(config: ChatConfig, client: OpenAI) -> str:
             f"url: {client.base_url} is not an OpenAI-compatible server ({error}); it usually ends in /v1"
         ) from error
     if config.url is None or config.model is None:
-        return names[0]
-    if config.model not in names:
-        raise ValueError(f"model: {config.model!r} is not served at {client.base_url}; served are {', '.join(names)}")
-    return config.model
+        return next(iter(served.values()))
+    if config.model not in served:
+        raise ValueError(f"model: {config.model!r} is not served at {client.base_url}; served are {', '.join(served)}")
+    return served[config.model]
 
 
 def _converse(config: ChatConfig, client: OpenAI) -> None:
-    model = _served_name(config, client)
+    model = _served_model(config, client)
     messages: list[Any] = [] if config.system is None else [{"role": "system", "content": config.system}]
     while question := _ask():
         messages.append({"role": "user", "content": question})
@@ -103,13 +105,15 @@ def _ask() -> str:
         return ""
 
 
-def _answer(config: ChatConfig, client: OpenAI, model: str, messages: list[Any]) -> Iterator[str]:
+def _answer(config: ChatConfig, client: OpenAI, model: Model, messages: list[Any]) -> Iterator[str]:
     """Yield the answer as it is generated. Drop the oldest messages if the conversation exceeds the context."""
+    context = getattr(model, "max_model_len", None)  # vLLM's servers and ours say it
+    longest = config.max_new_tokens or (_LONGEST if context is None else min(_LONGEST, context // 2))
     depth = None if config.num_steps is None else {"num_steps": config.num_steps}
     while True:
         try:
             stream = client.chat.completions.create(
-                model=model, messages=messages, stream=True, max_tokens=config.max_new_tokens,
+                model=model.id, messages=messages, stream=True, max_tokens=longest,
                 temperature=config.temperature, extra_body=depth,
             )  # fmt: skip
             break

@@ -118,7 +118,7 @@ class ChatConfig:
         url: address of a running server, for example http://localhost:8000/v1; null starts one for this chat.
         api_key: key of that server; null takes the environment variable RECURRENT_DEPTH_API_KEY.
         num_steps: core iterations per token; null takes the model's default.
-        max_new_tokens: longest answer, in tokens.
+        max_new_tokens: longest answer, in tokens; null: 256, or half of the context if that is less.
         temperature: sampling temperature, at most 2; 0 takes the most probable token.
         system: system message; null for none.
         device: auto, cpu, cuda or cuda:N; not with `url`.
@@ -128,7 +128,7 @@ class ChatConfig:
     url: str | None = None
     api_key: str | None = None
     num_steps: int | None = None
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     temperature: float = 0.0
     system: str | None = None
     device: str = "auto"

@@ -9,7 +9,9 @@ import sys
 import threading
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import recurrent_depth.hf  # noqa: F401
 from recurrent_depth.cli import main
 from recurrent_depth.serving.chat import chat
 from recurrent_depth.serving.config import ChatConfig
@@ -47,6 +49,18 @@ def test_chat_answers_and_ends_its_turn(monkeypatch, capsys, answering):
     out, err = talk(monkeypatch, capsys, QUESTION, url=f"{answering}/v1")
     assert out == ANSWER + "\n"
     assert err == ""
+
+
+def test_chat_answers_by_default_within_the_context_of_a_small_model(monkeypatch, capsys, chat_folder, tmp_path):
+    AutoModelForCausalLM.from_pretrained(chat_folder, block_size=96, ignore_mismatched_sizes=True).save_pretrained(
+        tmp_path / "small"
+    )
+    AutoTokenizer.from_pretrained(chat_folder).save_pretrained(tmp_path / "small")
+    model = str(tmp_path / "small")
+    capsys.readouterr()
+    out, err = talk(monkeypatch, capsys, "the quick", model=model, device="cpu", max_new_tokens=None)
+    assert out.strip()
+    assert err.splitlines() == [f"loading {model}"]
 
 
 def test_chat_starts_a_server_without_logs(monkeypatch, capsys, answering_folder):
