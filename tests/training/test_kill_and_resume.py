@@ -31,9 +31,9 @@ def test_killed_and_resumed_run_equals_an_undisturbed_one(tmp_path, world_size):
     assert run_ranks(train_quietly, world_size, tmp_path / "whole") == [0] * world_size
     rng = random.Random(world_size)
     kills, attempts = 0, 0
-    while kills < 12:
+    while kills < 6:
         attempts += 1
-        out = tmp_path / f"killed-{kills // 4}"  # four kills per run
+        out = tmp_path / f"killed-{kills // 3}"  # three kills per run
         phase = list(PHASES)[attempts % len(PHASES)]
         victim = 0 if phase == "finish" else rng.randrange(world_size)
         call = rng.randint(1, {"data": 8, "backward": 8, "optimizer": 90, "save": 2, "finish": 2}[phase])
@@ -43,7 +43,7 @@ def test_killed_and_resumed_run_equals_an_undisturbed_one(tmp_path, world_size):
         elif codes == [0] * world_size:
             continue  # the run finished before that call
         assert attempts < 60
-    for number in range(3):
+    for number in range(2):
         out = tmp_path / f"killed-{number}"
         assert run_ranks(train_quietly, world_size, out) == [0] * world_size
         assert_equal_runs(out, tmp_path / "whole")
