@@ -117,6 +117,7 @@ def test_generate_of_transformers_takes_the_gate(folders):
     assert (written[0, 5:].tolist(), engine.result.steps) == (expected.tokens[0], expected.steps)
 
 
+@pytest.mark.slow
 def test_gate_loads_where_our_package_is_absent(folders, tmp_path):
     run_without_our_package(
         f"""
