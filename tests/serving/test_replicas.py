@@ -10,7 +10,7 @@ import urllib.parse
 
 import pytest
 
-from servers import BOTH_ENGINES, ask, start_process
+from servers import ask, start_process
 
 CLIENTS, REQUESTS = 8, 8
 
@@ -51,9 +51,8 @@ class Balancer:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", BOTH_ENGINES)
-def test_killed_replica_costs_only_the_requests_in_flight(chat_folder, engine):
-    replicas = [start_process(chat_folder, "--limits.cache_gib", "1", engine=engine) for _ in range(2)]
+def test_killed_replica_costs_only_the_requests_in_flight(chat_folder):
+    replicas = [start_process(chat_folder) for _ in range(2)]
     balancer = Balancer([url for _, url in replicas])
     done, killed = threading.Semaphore(0), threading.Event()
 
