@@ -70,7 +70,7 @@ def check_python(target, *arguments):
         if module == "recurrent_depth.cli":
             check_verb(*arguments)
     else:
-        assert (ROOT / target).is_file() or target in SAVED, f"there is no file {target}"
+        assert (ROOT / target).is_file() or target in SAVED, f"{target} does not exist"
         if target == "train.py":
             check_verb("train", *arguments)
 

@@ -101,14 +101,15 @@ def _prepare(config: RunConfig, run: Path, ranks: Ranks, resume: bool, accept_ch
 
 def _newest_checkpoint(run: Path, resume: bool) -> Path | None:
     found = checkpoints(run)
-    if found and not (resume or _begun_by_this_torchrun(run)):
+    if found and not (resume or _restarted_by_torchrun(run)):
         raise FileExistsError(f"{run} already holds checkpoints; continue with --resume true or choose another --out")
     return found[-1] if found else None
 
 
-def _begun_by_this_torchrun(run: Path) -> bool:
-    file = run / LAUNCH_FILE
-    return "TORCHELASTIC_RUN_ID" in os.environ and file.is_file() and file.read_text() == _launch_name()
+def _restarted_by_torchrun(run: Path) -> bool:
+    """Return whether this is a restart, by the torchrun that began or resumed the run."""
+    file, restarts = run / LAUNCH_FILE, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return restarts > 0 and file.is_file() and file.read_text() == _launch_name()
 
 
 def _launch_name() -> str:

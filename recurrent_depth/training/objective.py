@@ -1,8 +1,8 @@
 """What a training step minimises (`ObjectiveConfig`), where that is not the loss after the last iteration.
 
-An objective reads states with coda and head, each read a cost of its own, and returns a sum over the valid targets.
-Only the last k iterations carry gradient (model.mean_backprop_depth), so objectives read only those: a state without
-gradient could train the coda, but not the core. The gate of `gated` therefore learns after which of the last k
+An objective reads states with coda and head, which run once for each of them, and returns a sum over the valid
+targets. Only the last k iterations carry gradient (model.mean_backprop_depth), so objectives read only those: a state
+without gradient could train the coda, but not the core. The gate of `gated` therefore learns after which of the last k
 iterations a token stops, if it has not stopped before; it is trained at every iteration with mean_backprop_depth null,
 or afterwards with `trainable: gate`, which reads every iteration of the frozen model.
 

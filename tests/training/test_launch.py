@@ -113,8 +113,8 @@ def test_restart_by_torchrun_resumes_only_what_this_torchrun_began(tmp_path, mon
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train(config)
     assert len(losses(tmp_path / "run")) == 2
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-2")
-    for restarts in ("0", "1"):
+    for name, restarts in (("job-1", "0"), ("job-2", "0"), ("job-2", "1")):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
         with pytest.raises(FileExistsError, match="already holds checkpoints; continue with --resume true"):
             train(config)
