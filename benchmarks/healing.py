@@ -4,30 +4,31 @@
 
 Needs `make real`. Prepares build/real/text with the model's tokenizer, converts the model to 10 + 10 + 10 layers, and
 trains with the options of configs/finetune/heal-1-text.yaml on a small scale: the recurrent model, the dense model with
-the same rows (equal tokens), and the dense model for as many steps as make equal FLOPs. Measures the loss on held-out
-rows over core iterations before and after. Every part is a folder in FOLDER and continues after an interruption. Hours
-on a CPU. Writes results/healing.json.
+the same rows (equal tokens), and the dense model for as many steps as make equal FLOPs. Measures over core iterations,
+before and after: the loss on held-out rows, and the accuracy of `python -m benchmarks conversion` on the first
+questions of each task. Every part is a folder in FOLDER and continues after an interruption. Hours on a CPU. Writes
+results/healing.json.
 """
 
 import argparse
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
 
 from benchmarks.common import kept, write_result
+from benchmarks.conversion import TASKS, accuracies, load
 from recurrent_depth.cli import main as run_command
 from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.data.loader import open_source
 from recurrent_depth.devices import choose_device
-from recurrent_depth.hf.loading import load_model
+from recurrent_depth.hf.configuration import RecurrentDepthConfig
 from recurrent_depth.model.config import SHAPES
 from recurrent_depth.model.flops import mean_training_flops, training_flops
 from recurrent_depth.parsing import parse_options
-from recurrent_depth.runs import checkpoints
 from recurrent_depth.training.config import RunConfig, TrainCommand
 from recurrent_depth.training.optimizer import ramped
 
@@ -90,13 +91,29 @@ def held_out_loss(model: Any, data: Path, **depth: int) -> float:
     return total / count
 
 
+def is_recurrent(folder: Path) -> bool:
+    """Return whether an HF folder holds a recurrent model."""
+    return json.loads((folder / "config.json").read_text())["model_type"] == RecurrentDepthConfig.model_type
+
+
 def losses(folder: Path, data: Path, device: str) -> dict[str, float]:
-    """Return the held-out loss of a model, by core iterations if it is recurrent."""
-    if (folder / "conversion.json").is_file() or checkpoints(folder):
-        model = load_model(folder, torch.float32, device)[0]
+    """Return the held-out loss of an HF folder, by core iterations if it is recurrent."""
+    model = load(folder).to(choose_device(device))
+    if is_recurrent(folder):
         return {str(r): held_out_loss(model, data, num_steps=r) for r in DEPTHS}
-    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return {"dense": held_out_loss(dense, data)}
+    return {"dense": held_out_loss(model, data)}
+
+
+def task_accuracies(folder: Path, name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the accuracy of an HF folder on every task, by core iterations if it is recurrent."""
+    recurrent, rows = is_recurrent(folder), []
+    for num_steps in DEPTHS if recurrent else (1,):
+        for task in TASKS:
+            key = f"accuracy {name} {args.steps} r={num_steps} {task} {args.questions}"
+            found = kept(args.keep, key, partial(accuracies, folder, num_steps, task, args.questions))
+            rows.append({"model": name, "num_steps": num_steps if recurrent else None, "task": task, **found})
+            print(key, found["value"], flush=True)
+    return rows
 
 
 def train_dense(out: Path, run: list[str], steps: int) -> Path:
@@ -113,6 +130,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="training steps of the recurrent run")
     parser.add_argument("--batch", type=int, default=4, help="rows of a training step")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--questions", type=int, default=40, help="questions of each task; 0: only the loss")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--keep", default="build/healing", help="folder of data, runs and finished measurements")
     args = parser.parse_args()
@@ -128,7 +146,10 @@ def main() -> None:
     command("train", *run, "--init-from", start, "--out", healed, "--resume", "true")
     config = parse_options(TrainCommand, [*run, "--out", str(healed)]).run_config()
     more = equal_flops_steps(config, args.tokens)
-    folders = {"dense, before": MODEL, "recurrent, before": start, "recurrent, healed": healed}
+    export = root / f"healed-{args.steps}-export"
+    if not export.is_dir():
+        command("export", "--model", healed, "--out", export)
+    folders = {"dense, before": MODEL, "recurrent, before": start, "recurrent, healed": export}
     for name, steps in (("tokens", args.steps), ("FLOPs", more)):
         folders[f"dense, equal {name}"] = train_dense(root / f"dense-{name}-{steps}", run, steps)
     measured = {}
@@ -136,12 +157,15 @@ def main() -> None:
         measured[name] = kept(args.keep, f"loss {name} {args.steps}", partial(losses, folder, data, args.device))
     for name, by_depth in measured.items():
         print(name, {depth: round(loss, 4) for depth, loss in by_depth.items()}, flush=True)
+    rows = []
+    for name, folder in folders.items() if args.questions else ():
+        rows += task_accuracies(folder, name, args)
     settings = {
         "text": SOURCES, "steps": args.steps, "rows": args.batch, "tokens": args.tokens,
         "optimizer": config.optimizer.name, "trained_tokens": args.steps * args.batch * args.tokens,
-        "equal_flops_steps": more,
+        "equal_flops_steps": more, "questions": args.questions,
     }  # fmt: skip
-    write_result("healing", settings | {"loss": measured})
+    write_result("healing", settings | {"loss": measured, "accuracy": rows})
 
 
 if __name__ == "__main__":
