@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.common import RESULTS, write_result
 from recurrent_depth.data.tasks.state import TASKS
@@ -44,10 +45,11 @@ def trained() -> RecurrentDepthModel:
 
 
 @torch.inference_mode()
-def measure(model: RecurrentDepthModel, rule: ExitRule | None, num_steps: int, monotone: bool) -> dict[str, Any]:
-    """Accuracy and steps over all swaps, and by the number of swaps before."""
-    ids, labels = TASKS["shell_game"].rows(0, ROWS, LENGTH, seed=0, split=VALIDATION_SPLIT)
-    cache = RecurrentCache(model.config, ROWS, ids.shape[1], num_steps)
+def decode_rows(
+    model: RecurrentDepthModel, ids: Tensor, rule: ExitRule | None, num_steps: int, monotone: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return the logits [B, T, V] of rows [B, T] decoded in one pass, and the iterations of every token [B, T]."""
+    cache = RecurrentCache(model.config, len(ids), ids.shape[1], num_steps)
     (B, T), tokens = ids.shape, Tokens(model, cache)
     lanes, columns = [row for row in range(B) for _ in range(T)], [*range(T)] * B
     limits = [Stopping(num_steps, rule=rule, in_order=monotone)] * ids.numel()
@@ -55,8 +57,15 @@ def measure(model: RecurrentDepthModel, rule: ExitRule | None, num_steps: int, m
     while len(tokens.iterating):
         tokens.advance()
     done, logits = tokens.finish([*range(B)], every=True)
-    correct = (logits.argmax(-1).view(B, T) == labels)[:, 1 : LENGTH + 1].double()
-    steps = torch.tensor(done.steps).view(B, T)[:, 1 : LENGTH + 1].double()
+    return logits.view(B, T, -1), torch.tensor(done.steps).view(B, T)
+
+
+def measure(model: RecurrentDepthModel, rule: ExitRule | None, num_steps: int, monotone: bool) -> dict[str, Any]:
+    """Accuracy and steps over all swaps, and by the number of swaps before."""
+    ids, labels = TASKS["shell_game"].rows(0, ROWS, LENGTH, seed=0, split=VALIDATION_SPLIT)
+    logits, taken = decode_rows(model, ids, rule, num_steps, monotone)
+    correct = (logits.argmax(-1) == labels)[:, 1 : LENGTH + 1].double()
+    steps = taken[:, 1 : LENGTH + 1].double()
     return {
         "accuracy": correct.mean().item(),
         "mean_steps": steps.mean().item(),

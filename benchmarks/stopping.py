@@ -1,0 +1,154 @@
+"""Gates against rules: who decides best when a token stops? Backbones, thresholds, anchors (docs/stopping-study.md).
+
+    python -m benchmarks stopping [--tasks shell_game,...] [--seeds 0,1,2] [--workers 2] [--keep FOLDER]
+
+Per task and seed: trains the backbones with equal tokens, exit gates on some of them with their weights frozen, and
+measures every way of stopping at several mean numbers of iterations, with thresholds chosen on other rows. Every run
+and measurement is kept in FOLDER, and the same command continues after an interruption. Three to four hours of one CPU
+thread. Writes results/stopping.json and results/stopping.png.
+"""
+
+import argparse
+import multiprocessing
+import os
+import time
+from contextlib import redirect_stderr
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from benchmarks.common import kept, write_result
+from benchmarks.quickstart_seeds import CONFIGS
+from benchmarks.stopping_exits import measure
+from benchmarks.stopping_report import plot, summary, table
+from recurrent_depth.data.tasks.source import curriculum
+from recurrent_depth.data.tasks.state import TASKS
+from recurrent_depth.model.recurrence import sample_depth
+from recurrent_depth.parsing import parse_options
+from recurrent_depth.runs import load_run_model
+from recurrent_depth.training.config import RunConfig, TrainCommand
+from recurrent_depth.training.launch import train
+from recurrent_depth.training.objective import micro_step_flops
+
+STEPS, GATE_STEPS = 1200, 300
+JOINT = {"model.gate.input": "state_and_change", "model.gate.bias": -3}
+BACKBONES: dict[str, dict[str, Any]] = {
+    "A last": {},
+    "B every": {"objective.every.reads": 1000},  # all iterations
+    "C gated .05": {**JOINT, "objective.gated.beta": 0.05},
+    "C gated .1": {**JOINT, "objective.gated.beta": 0.1},
+    "D distilled": {"objective.self_distilled.decay_steps": STEPS},
+    "A last, FLOPs of B": {},
+}
+"""Objective of each backbone. All iterations carry gradient, so that every objective can read them all."""
+
+MATCHED = {"A last, FLOPs of B": "B every"}
+"""Backbones that train for as many steps as make the FLOPs of another one; they are only read at fixed depths."""
+
+LABELLED = {
+    f"gate {label}": {"model.gate.input": "state_and_change", "objective.labelled.label": label}
+    for label in ("backward", "forward", "accuracy")
+}
+GATES: dict[str, dict[str, dict[str, Any]]] = {
+    "A last": {
+        **LABELLED,
+        "gate forward, state only": {"model.gate.input": "state", "objective.labelled.label": "forward"},
+    },
+    "B every": LABELLED,
+    "C gated .05": LABELLED,  # from its own gate
+}
+"""Gates that are trained on frozen backbones."""
+
+
+def configuration(task: str, seed: int, out: Path, options: dict[str, Any]) -> RunConfig:
+    """Return the quickstart's recipe for a task, with gradient through all iterations."""
+    options = {
+        "data.task.name": task, "seed": seed, "out": out, "steps": STEPS, "model.mean-backprop-depth": "null",
+        "checkpoint.every": STEPS, "validation.every": STEPS, "optimizer.cooldown-steps": STEPS // 3, **options,
+    }  # fmt: skip
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return parse_options(TrainCommand, ["--config", str(CONFIGS / "shell-game.yaml"), *arguments]).run_config()
+
+
+def flops(config: RunConfig) -> int:
+    """Return the training FLOPs of a run with its own sampled depths."""
+    assert config.data.task is not None
+    return config.batch_size * sum(
+        micro_step_flops(
+            config,
+            1 + curriculum(config.data.task, step, config.steps, "train"),
+            sample_depth(config.model, seed=config.seed, step=step, micro_step=0),
+        )
+        for step in range(config.steps)
+    )
+
+
+def backbone(task: str, seed: int, name: str, keep: Path) -> RunConfig:
+    """Return the configuration of a backbone."""
+    out = keep / f"{task}-{seed}-{name}".replace(" ", "-").replace(",", "")
+    config = configuration(task, seed, out, BACKBONES[name])
+    if name not in MATCHED:
+        return config
+    steps = round(STEPS * flops(backbone(task, seed, MATCHED[name], keep)) / flops(config))
+    return configuration(task, seed, out, {"steps": steps, "optimizer.cooldown-steps": steps // 3})
+
+
+def gate(task: str, seed: int, on: RunConfig, name: str, options: dict[str, Any]) -> RunConfig:
+    """Return the configuration of a gate for a finished backbone."""
+    return configuration(task, seed, Path(f"{on.out}-{name}".replace(" ", "-").replace(",", "")), {
+        **options, "init-from": on.out, "trainable": "gate", "steps": GATE_STEPS, "model.gate.bias": -3,
+        "data.task.curriculum-fraction": 0, "data.task.mixed-lengths": "true", "optimizer.name": "adamw",
+        "optimizer.lr": 0.01, "optimizer.cooldown-steps": GATE_STEPS // 3,
+    })  # fmt: skip
+
+
+def run_job(job: tuple[str, int, str], keep: Path) -> dict[str, Any]:
+    """Train a backbone and its gates, and measure them."""
+    task, seed, name = job
+    began = time.process_time()
+    config = backbone(task, seed, name, keep)
+    with open(os.devnull, "w") as quiet, redirect_stderr(quiet):  # the progress of training
+        model = load_run_model(train(config, resume=True))
+        gates = {"own gate": model.transformer.gate} if model.transformer.gate is not None else {}
+        for label, options in GATES.get(name, {}).items():
+            run = train(gate(task, seed, config, label, options), resume=True)
+            gates[label] = load_run_model(run).transformer.gate
+    found = measure(model, TASKS[task], gates, rules=name not in MATCHED)
+    return {
+        "task": task, "seed": seed, "backbone": name, "steps": config.steps, "training_flops": flops(config),
+        "cpu_seconds": time.process_time() - began, **found,
+    }  # fmt: skip
+
+
+def kept_job(job: tuple[str, int, str], keep: Path) -> dict[str, Any]:
+    result: dict[str, Any] = kept(str(keep), "-".join(map(str, job)), partial(run_job, job, keep))
+    print(*job, f"{result['cpu_seconds']:.0f} s", flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--backbones", default=";".join(BACKBONES), help="names, between semicolons")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--keep", default="build/stopping", help="folder of runs and finished measurements")
+    args = parser.parse_args()
+    jobs = [
+        (task, int(seed), name)
+        for seed in args.seeds.split(",")
+        for task in args.tasks.split(",")
+        for name in args.backbones.split(";")
+    ]
+    with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
+        runs = pool.starmap(kept_job, [(job, Path(args.keep)) for job in jobs], chunksize=1)
+    payload = summary(runs)
+    print(table(payload))
+    write_result("stopping", payload)
+    plot(payload)
+
+
+if __name__ == "__main__":
+    main()
