@@ -4,10 +4,10 @@
 
 Needs `make real`. Prepares build/real/text with the model's tokenizer, converts the model to 10 + 10 + 10 layers, and
 trains with the options of configs/finetune/heal-1-text.yaml on a small scale: the recurrent model, the dense model with
-the same rows (equal tokens), and the dense model for as many steps as make equal FLOPs. Measures over core iterations,
-before and after: the loss on held-out rows, and the accuracy of `python -m benchmarks conversion` on the first
-questions of each task. Every part is a folder in FOLDER and continues after an interruption. Hours on a CPU. Writes
-results/healing.json.
+the same rows (equal tokens), and the dense model for as many steps as make equal FLOPs. Measures the loss on held-out
+rows over core iterations before and after, and the accuracy of the trained models on the first questions of each task
+(before: `python -m benchmarks conversion`). Every part is a folder in FOLDER and continues after an interruption. Hours
+on a CPU. Writes results/healing.json.
 """
 
 import argparse
@@ -149,16 +149,17 @@ def main() -> None:
     export = root / f"healed-{args.steps}-export"
     if not export.is_dir():
         command("export", "--model", healed, "--out", export)
-    folders = {"dense, before": MODEL, "recurrent, before": start, "recurrent, healed": export}
+    before = {"dense, before": MODEL, "recurrent, before": start}
+    trained = {"recurrent, healed": export}
     for name, steps in (("tokens", args.steps), ("FLOPs", more)):
-        folders[f"dense, equal {name}"] = train_dense(root / f"dense-{name}-{steps}", run, steps)
+        trained[f"dense, equal {name}"] = train_dense(root / f"dense-{name}-{steps}", run, steps)
     measured = {}
-    for name, folder in folders.items():
+    for name, folder in (before | trained).items():
         measured[name] = kept(args.keep, f"loss {name} {args.steps}", partial(losses, folder, data, args.device))
     for name, by_depth in measured.items():
         print(name, {depth: round(loss, 4) for depth, loss in by_depth.items()}, flush=True)
     rows = []
-    for name, folder in folders.items() if args.questions else ():
+    for name, folder in trained.items() if args.questions else ():
         rows += task_accuracies(folder, name, args)
     settings = {
         "text": SOURCES, "steps": args.steps, "rows": args.batch, "tokens": args.tokens,

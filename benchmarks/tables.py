@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import markdown, read_result
-from benchmarks.conversion_tables import conversion
+from benchmarks.conversion_tables import conversion, conversion_study, healing_accuracy, healing_loss
 from benchmarks.gpu_tables import entries, gpu_acceptance, gpu_decoding, gpu_roofline, gpu_summary, gpu_training
 
 ROOT = Path(__file__).parents[1]
@@ -341,6 +341,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "curriculum": lambda: import_module("benchmarks.curriculum").table(read_result("curriculum")),
     "selection": lambda: selection(read_result("selection")),
     "conversion": lambda: markdown(*conversion(read_result("conversion"))),
+    "healing loss": lambda: markdown(*healing_loss(read_result("healing"))),
+    "healing accuracy": lambda: markdown(*healing_accuracy(read_result("healing"), read_result("conversion"))),
+    "conversion study": lambda: markdown(*conversion_study(read_result("conversion_study"))),
     "serving": lambda: import_module("benchmarks.serving").table(read_result("serving")),
 }
 """What stands behind each mark."""

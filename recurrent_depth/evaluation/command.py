@@ -96,7 +96,7 @@ def _check_sections(config: EvalConfig) -> Any:
     if config.generated.tasks:
         from recurrent_depth.evaluation import generated
 
-        generated.check_tasks(config.generated.tasks)
+        generated.check_tasks("generated.tasks", config.generated.tasks)
     if groups := config.task_groups():
         from recurrent_depth.evaluation import lm_eval
 

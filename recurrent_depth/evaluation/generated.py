@@ -26,11 +26,11 @@ _CACHE_BUDGETS = {"cache-full": None, "cache-1": 1}
 _FIRST_LM_ROW = 1_000_000  # first row of the multiple-choice tasks, beyond those of evaluate_per_position
 
 
-def check_tasks(names: Sequence[str]) -> None:
-    """Raise unless every name is a generated task."""
+def check_tasks(option: str, names: Sequence[str]) -> None:
+    """Raise unless every name is a generated task; `option` is what gave them."""
     unknown = [name for name in names if name not in TASKS]
     if unknown:
-        raise ValueError(f"generated.tasks is {list(names)}; known tasks are {', '.join(sorted(TASKS))}")
+        raise ValueError(f"{option} names {', '.join(unknown)}; known tasks are {', '.join(sorted(TASKS))}")
 
 
 def check_model(name: str, tokenizer: Any, block_size: int, config: GeneratedConfig) -> None:

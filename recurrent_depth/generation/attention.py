@@ -1,4 +1,4 @@
-"""Attention over the cache. Only this file reads and writes cache entries during generation.
+"""Attention over the cache: writes the entries of each iteration, and reads those of earlier tokens.
 
 Tokens at the same iteration attend in blocks of lanes, over the cache in place where possible. The place of the cache
 that an iteration reads is given by `recurrent_depth.model.ops.read_place`; as long as no token of a shared cache has

@@ -38,10 +38,11 @@ def cache_bytes(
 class RecurrentCache:
     """The keys and values of a batch of lanes; written and read by `recurrent_depth.generation.attention`.
 
-    With a budget of b iterations, iteration i of the core writes place i mod b. A later token reads by the rule of
-    `recurrent_depth.model.ops.read_place`: the entry of the same iteration, or the last entry of a token that stopped
-    earlier. Without a budget each iteration has its own place, and decoding token by token equals one parallel pass;
-    `stop` then copies a token's last entry to the places it did not reach, so that places can be read directly.
+    With a budget of b iterations, iteration i of the core writes place i mod b, which thus holds the last iteration
+    written there. A later token reads by the rule of `recurrent_depth.model.ops.read_place`: the place of the same
+    iteration, or that of the last iteration of a token that stopped earlier. Without a budget each iteration has its
+    own place, and decoding token by token equals one parallel pass; `stop` then copies a token's last entry to the
+    places it did not reach, so that places can be read directly.
 
     Args:
         config: shape of the model.

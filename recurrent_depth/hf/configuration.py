@@ -43,7 +43,7 @@ _RELEASED_AS = ("n_kv_heads", "head_size", "embed_multiplier", "initial_state_st
 """Fields of `ModelConfig` that config.json stores as num_key_value_heads, head_dim and init_values, like the released
 ones."""
 
-_FAMILY = ("ln_f_before_coda", "qkv_bias", "qk_norm", "rotary_scaling", "gate")
+_FAMILY = ("ln_f_before_coda", "qkv_bias", "qk_norm", "rotary_scaling", "gate", "core_norm")
 """Fields of `ModelConfig` that config.json has only if they differ from Huginn's architecture."""
 
 

@@ -108,6 +108,7 @@ class ModelConfig:
         embed_multiplier: factor of the embeddings; null: sqrt(n_embd).
         initial_state_std: standard deviation of a random initial state; null: sqrt(2/5).
         gate: a learned exit gate; null: none.
+        core_norm: norm of the core blocks, as `norm`; null: that of the other blocks.
     """
 
     n_embd: int = 64
@@ -137,6 +138,7 @@ class ModelConfig:
     embed_multiplier: float | None = None
     initial_state_std: float | None = None
     gate: GateConfig | None = None
+    core_norm: Literal["rms", "layer"] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.rotary_scaling, dict):  # as config.json and checkpoint.json hold it

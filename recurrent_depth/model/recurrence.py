@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, D width, R iterations.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,7 +82,8 @@ class RecurrentCore(nn.Sequential):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(*(make_block(config) for _ in range(config.n_layers_in_recurrent_block)))
+        block = replace(config, norm=config.core_norm or config.norm)
+        super().__init__(*(make_block(block) for _ in range(config.n_layers_in_recurrent_block)))
         self.first_layer = config.n_layers_in_prelude + config.n_layers_in_coda  # layer indices before the core's
         self.ops = TORCH_OPS
         self.activation_checkpointing: Checkpointing = "none"

@@ -30,7 +30,8 @@ LAUNCH_FILE = "torchrun.txt"
 """Names the torchrun that began or resumed the run: its restarts resume, others need --resume true."""
 
 SAME_FUNCTION = (
-    "n_heads", "n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda", "norm", "norm_eps",
+    "n_heads", "n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda", "norm", "core_norm",
+    "norm_eps",
     "rope_base", "qk_bias", "tie_embeddings", "block", "ln_f_before_coda", "n_kv_heads", "head_size", "qkv_bias",
     "qk_norm", "rotary_scaling", "embed_multiplier",
 )  # fmt: skip

@@ -130,9 +130,11 @@ def test_hooks_see_every_module_of_a_block(model, ids):
         setattr(core, place, original)
 
 
-def test_configured_norm_is_used_everywhere(ids):
+@pytest.mark.parametrize("option", ["norm", "core_norm"])
+def test_configured_norm_is_used_in_all_blocks_or_in_core(ids, option):
     """The outputs equal those with a layer norm computed by hand; parameters keep their names."""
-    layer, rms = (RecurrentDepthModel(dataclasses.replace(CONFIG, norm=norm)).double() for norm in ("layer", "rms"))
+    config = dataclasses.replace(CONFIG, **{option: "layer"})
+    layer, rms = (RecurrentDepthModel(config).double() for config in (config, CONFIG))
     layer.initialise(0)
     rms.initialise(0)
     assert list(layer.state_dict()) == list(rms.state_dict())
@@ -148,10 +150,12 @@ def test_configured_norm_is_used_everywhere(ids):
             return h / (h.square().mean(-1, keepdim=True) + CONFIG.norm_eps).sqrt() * self.weight
 
     assert not torch.allclose(layer(ids, num_steps=3).logits, rms(ids, num_steps=3).logits)
-    for block in (*rms.transformer.prelude, *rms.transformer.core_block, *rms.transformer.coda):
+    others = (*rms.transformer.prelude, *rms.transformer.coda) if option == "norm" else ()
+    for block in (*rms.transformer.core_block, *others):
         for place in ("norm_1", "norm_2", "norm_3", "norm_4"):
             setattr(block, place, ByHand(getattr(block, place).weight))
-    rms.transformer.ln_f = ByHand(rms.transformer.ln_f.weight)
+    if option == "norm":
+        rms.transformer.ln_f = ByHand(rms.transformer.ln_f.weight)
     expected = rms(ids, num_steps=3).logits
     torch.testing.assert_close(layer(ids, num_steps=3).logits, expected, rtol=1e-12, atol=1e-12)
 

@@ -19,6 +19,7 @@ from recurrent_depth.analysis.predictions import SettledPrediction, token_chunks
 from recurrent_depth.analysis.studies.config import CategoriesStudy
 from recurrent_depth.analysis.studies.statistics import Correlation, rank_correlation
 from recurrent_depth.data.tasks.state import TASKS, VALIDATION_SPLIT, bucket_name
+from recurrent_depth.evaluation.generated import check_tasks
 from recurrent_depth.evaluation.table import markdown_table, natural, new_figure
 from recurrent_depth.files import write_text
 from recurrent_depth.generation.exits import ExitRule
@@ -105,6 +106,7 @@ def stops_of(
 @torch.no_grad()
 def _task_stops(study: CategoriesStudy, model: Any, tokenizer: Any, rules: Sequence[ExitRule]) -> list[Stops]:
     assert study.task is not None
+    check_tasks("categories.task", [study.task])
     task = TASKS[study.task]
     words = list(task.vocabulary)
     if tokenizer is None or tokenizer.convert_tokens_to_ids(words) != list(range(len(words))):

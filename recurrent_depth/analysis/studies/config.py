@@ -76,7 +76,7 @@ class CategoriesStudy:
     Args:
         model: run folder, checkpoint, export, Hugging Face folder or hub name.
         texts: JSON lines with the fields `text` and `category`; or give `task`.
-        task: shell_game, permutation_automaton or modular_arithmetic.
+        task: a generated task, for example shell_game; or give `texts`.
         rows: rows of the generated task, or most texts per category.
         length: instructions per row of the generated task.
         exits: exit rules; NAME=THRESHOLD changes the threshold, for example kl=0.001.
@@ -85,7 +85,7 @@ class CategoriesStudy:
 
     model: str
     texts: str | None = None
-    task: Literal["shell_game", "permutation_automaton", "modular_arithmetic"] | None = None
+    task: str | None = None
     rows: int = 128
     length: int = 16
     exits: list[str] = field(default_factory=lambda: ["state-change", "kl", "entropy", "argmax"])

@@ -19,7 +19,7 @@ from recurrent_depth.model.random import philox
 
 PAD = "<|pad|>"
 TRAINING_SPLIT, VALIDATION_SPLIT = 0, 1
-"""Names of the splits where rows are generated."""
+"""Numbers of the splits of generated rows."""
 
 BUCKETS = ((1, 2), (3, 4), (5, 8), (9, 12), (13, 16), (17, 24), (25, 32), (33, 48))
 """Instructions seen, first and last, of each difficulty bucket."""

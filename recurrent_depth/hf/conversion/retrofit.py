@@ -116,10 +116,12 @@ def write_retrofit(model: RecurrentDepthForCausalLM, folder: Path, max_shard_siz
     """
     c = model.model_config
     kinds = {("pre", "none"): False, ("branch", "full"): True}
-    if (c.block, c.qk_norm) not in kinds or c.qkv_bias or c.qk_bias or c.ln_f_before_coda or c.gate:
+    norms = {c.norm, c.core_norm or c.norm}
+    if (c.block, c.qk_norm) not in kinds or norms != {"rms"} or c.qkv_bias or c.qk_bias or c.ln_f_before_coda or c.gate:
         raise RetrofitError(
             "format: retrofit holds converted Llama, TinyLlama, SmolLM2 and OLMo-2 models only (no q, k, v biases, no "
-            "norms per head, no norm before the coda, no exit gate); export this model with --format huginn"
+            "norms per head, no layer norms, no norm before the coda, no exit gate); export this model with --format "
+            "huginn"
         )
     state = {name: _reordered(name, p, c, half_split) for name, p in model.state_dict().items() if name != "freqs_cis"}
     state["lm_head.weight"] = state["lm_head.weight"].clone()  # never tied there
