@@ -45,14 +45,15 @@ def trained() -> RecurrentDepthModel:
 
 
 @torch.inference_mode()
-def decode_rows(
-    model: RecurrentDepthModel, ids: Tensor, rule: ExitRule | None, num_steps: int, monotone: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Return the logits [B, T, V] of rows [B, T] decoded in one pass, and the iterations of every token [B, T]."""
-    cache = RecurrentCache(model.config, len(ids), ids.shape[1], num_steps)
-    (B, T), tokens = ids.shape, Tokens(model, cache)
+def decode_rows(model: RecurrentDepthModel, ids: Tensor, limits: list[Stopping]) -> tuple[Tensor, Tensor]:
+    """Return the logits [B, T, V] of rows [B, T] decoded in one pass, and the iterations of every token [B, T].
+
+    Args:
+        limits: when each token stops, B T of them, row by row.
+    """
+    (B, T), most = ids.shape, max(limit.most for limit in limits)
+    tokens = Tokens(model, RecurrentCache(model.config, B, T, most))
     lanes, columns = [row for row in range(B) for _ in range(T)], [*range(T)] * B
-    limits = [Stopping(num_steps, rule=rule, in_order=monotone)] * ids.numel()
     tokens.start(ids.flatten().tolist(), lanes, columns, [0] * ids.numel(), limits)
     while len(tokens.iterating):
         tokens.advance()
@@ -63,7 +64,8 @@ def decode_rows(
 def measure(model: RecurrentDepthModel, rule: ExitRule | None, num_steps: int, monotone: bool) -> dict[str, Any]:
     """Accuracy and steps over all swaps, and by the number of swaps before."""
     ids, labels = TASKS["shell_game"].rows(0, ROWS, LENGTH, seed=0, split=VALIDATION_SPLIT)
-    logits, taken = decode_rows(model, ids, rule, num_steps, monotone)
+    limits = [Stopping(num_steps, rule=rule, in_order=monotone)] * ids.numel()
+    logits, taken = decode_rows(model, ids, limits)
     correct = (logits.argmax(-1) == labels)[:, 1 : LENGTH + 1].double()
     steps = taken[:, 1 : LENGTH + 1].double()
     return {

@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from benchmarks.common import kept, write_result
 from benchmarks.quickstart_seeds import CONFIGS
-from benchmarks.stopping_exits import measure
+from benchmarks.stopping_exits import ALL_RULES, CAP, measure
 from benchmarks.stopping_report import plot, summary, table
 from recurrent_depth.data.tasks.source import curriculum
 from recurrent_depth.data.tasks.state import TASKS
@@ -32,7 +32,7 @@ from recurrent_depth.training.config import RunConfig, TrainCommand
 from recurrent_depth.training.launch import train
 from recurrent_depth.training.objective import micro_step_flops
 
-STEPS, GATE_STEPS = 1200, 300
+STEPS, GATE_STEPS = 1200, 500
 JOINT = {"model.gate.input": "state_and_change", "model.gate.bias": -3}
 BACKBONES: dict[str, dict[str, Any]] = {
     "A last": {},
@@ -47,19 +47,25 @@ BACKBONES: dict[str, dict[str, Any]] = {
 MATCHED = {"A last, FLOPs of B": "B every"}
 """Backbones that train for as many steps as make the FLOPs of another one; they are only read at fixed depths."""
 
-LABELLED = {
-    f"gate {label}": {"model.gate.input": "state_and_change", "objective.labelled.label": label}
-    for label in ("backward", "forward", "accuracy")
-}
+
+def labelled(label: str, reads: str = "state_and_change") -> dict[str, Any]:
+    return {"model.gate.input": reads, "objective.labelled.label": label}
+
+
 GATES: dict[str, dict[str, dict[str, Any]]] = {
     "A last": {
-        **LABELLED,
-        "gate forward, state only": {"model.gate.input": "state", "objective.labelled.label": "forward"},
+        "gate backward": labelled("backward"),
+        "gate forward": labelled("forward"),
+        "gate accuracy": labelled("accuracy"),
+        "gate forward, state only": labelled("forward", "state"),
     },
-    "B every": LABELLED,
-    "C gated .05": LABELLED,  # from its own gate
+    "B every": {"gate backward": labelled("backward"), "gate forward": labelled("forward")},
+    "C gated .05": {"gate backward": labelled("backward"), "gate forward": labelled("forward")},  # from its own gate
 }
 """Gates that are trained on frozen backbones."""
+
+COMPARED = ("A last", "C gated .05")
+"""Backbones on which every rule is measured, and every point also with the iterations of other rows."""
 
 
 def configuration(task: str, seed: int, out: Path, options: dict[str, Any]) -> RunConfig:
@@ -96,11 +102,12 @@ def backbone(task: str, seed: int, name: str, keep: Path) -> RunConfig:
 
 
 def gate(task: str, seed: int, on: RunConfig, name: str, options: dict[str, Any]) -> RunConfig:
-    """Return the configuration of a gate for a finished backbone."""
-    return configuration(task, seed, Path(f"{on.out}-{name}".replace(" ", "-").replace(",", "")), {
-        **options, "init-from": on.out, "trainable": "gate", "steps": GATE_STEPS, "model.gate.bias": -3,
+    """Return the configuration of a gate for a finished backbone, trained as it is used: from zeros, at every depth."""
+    return configuration(task, seed + 1000, Path(f"{on.out}-{name}".replace(" ", "-").replace(",", "")), {
+        **options, "init-from": on.out, "trainable": "gate", "steps": GATE_STEPS, "checkpoint.every": GATE_STEPS,
+        "model.sampling-scheme": "fixed", "model.mean-recurrence": CAP, "model.state-init": "zero",
         "data.task.curriculum-fraction": 0, "data.task.mixed-lengths": "true", "optimizer.name": "adamw",
-        "optimizer.lr": 0.01, "optimizer.cooldown-steps": GATE_STEPS // 3,
+        "optimizer.lr": 0.02, "optimizer.cooldown-steps": GATE_STEPS // 2,
     })  # fmt: skip
 
 
@@ -115,7 +122,8 @@ def run_job(job: tuple[str, int, str], keep: Path) -> dict[str, Any]:
         for label, options in GATES.get(name, {}).items():
             run = train(gate(task, seed, config, label, options), resume=True)
             gates[label] = load_run_model(run).transformer.gate
-    found = measure(model, TASKS[task], gates, rules=name not in MATCHED)
+    wanted = () if name in MATCHED else ALL_RULES if name in COMPARED else ("state-change", "kl")
+    found = measure(model, TASKS[task], gates, wanted, anchored=name in COMPARED)
     return {
         "task": task, "seed": seed, "backbone": name, "steps": config.steps, "training_flops": flops(config),
         "cpu_seconds": time.process_time() - began, **found,

@@ -1,8 +1,7 @@
-"""The measurements of `python -m benchmarks stopping`: fixed depths, and every way of stopping with its thresholds.
+"""The measurements of `python -m benchmarks stopping`: fixed depths, and every way of stopping within budgets.
 
-One held-out row is one unit: the answer after 4, 8, 12 or 16 instructions, a quarter of the rows each. Thresholds are
-chosen on other rows so that the answers of the units take a given mean number of iterations; then the decoder runs with
-them, in order (a token stops after the tokens before it).
+One held-out row is one unit: the answer after 4, 8, 12 or 16 instructions, a quarter of the rows each. All numbers come
+from the decoder, in which a token stops after the tokens before it, and a stopped token keeps its last keys and values.
 
 Shapes: B rows, T tokens, D width, V vocabulary, R iterations.
 """
@@ -11,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,19 +18,22 @@ from torch import Tensor
 from benchmarks.early_exit import decode_rows
 from recurrent_depth.data.tasks.state import VALIDATION_SPLIT, StateTask
 from recurrent_depth.generation.exits import RULES, ExitRule, GateExit, Read
+from recurrent_depth.generation.request import Stopping
 from recurrent_depth.model.flops import iteration_flops, read_flops
 from recurrent_depth.model.gate import Gate
 from recurrent_depth.model.transformer import GradientStates, RecurrentDepthModel
 
-CAP = 16
-"""Most iterations of a token; training draws a mean of nine."""
+FLOOR, CAP = 2, 16
+"""Fewest and most iterations of a token; training draws a mean of nine."""
 
-TARGETS = (4, 6, 8, 12)
-"""Mean iterations of an answer at which thresholds are chosen."""
+BUDGETS = (3, 4, 6, 8)
+"""Mean iterations of the tokens up to an answer, the answer included."""
 
 LENGTHS = (4, 8, 12, 16)
-ROWS = 768
+ROWS, CHOOSING_ROWS = 768, 256
 LONG, LONG_CAP = 24, 32
+SLACK = 0.005  # of accuracy, for "as accurate as all iterations"
+ALL_RULES = ("state-change", "kl", "entropy", "argmax", "margin", "second difference")
 READS = ("kl", "entropy", "argmax", "margin")
 """Rules that run coda and head at every iteration."""
 
@@ -65,123 +68,140 @@ class SecondDifference:
         return small & (memory[..., -1] > 0), torch.cat([change, small[..., None].to(change.dtype)], dim=-1)
 
 
+def spaced(first: float, last: float, count: int = 20) -> list[float]:
+    """Return powers of ten from 10^first to 10^last, at equal distances of the exponent."""
+    return [10**x for x in np.linspace(first, last, count)]
+
+
 def methods(width: int, gates: dict[str, Gate]) -> dict[str, list[ExitRule]]:
-    """Return the rule of every method at its thresholds, from those that stop early to those that stop late."""
-    falling = [10 ** (1 - n / 8) for n in range(80)]  # 10 to 1e-9
-    rising = [1 - 10 ** (-n / 12) for n in range(1, 84)]  # to 1 - 1e-7
-    found: dict[str, list[ExitRule]] = {name: [RULES[name](t) for t in falling] for name in RULES if name != "argmax"}
-    found["argmax"] = [RULES["argmax"](patience) for patience in range(2, CAP + 1)]
-    found["margin"] = [Margin(t) for t in rising]
-    found["second difference"] = [SecondDifference(t, width) for t in falling]
-    return found | {name: [GateExit(gate, t) for t in rising] for name, gate in gates.items()}
+    """Return the rule of every method at all its thresholds."""
+    probabilities = [1 / (1 + math.exp(-x)) for x in np.linspace(-8, 16, 24)]  # 0.0003 to 1 - 1e-7
+    return {
+        "state-change": [RULES["state-change"](t) for t in spaced(0.3, -3)],
+        "kl": [RULES["kl"](t) for t in spaced(1, -9)],
+        "entropy": [RULES["entropy"](t) for t in spaced(0.5, -7)],
+        "argmax": [RULES["argmax"](patience) for patience in range(2, CAP)],
+        "margin": [Margin(t) for t in probabilities],
+        "second difference": [SecondDifference(t, width) for t in spaced(0.5, -3)],
+        **{name: [GateExit(gate, t) for t in probabilities] for name, gate in gates.items()},
+    }
+
+
+class Rows:
+    """Held-out rows of a task and the columns of their answers."""
+
+    def __init__(self, task: StateTask, first: int, count: int) -> None:
+        self.ids, self.labels = task.rows(first, count, max(LENGTHS), seed=0, split=VALIDATION_SPLIT)
+        self.columns = torch.tensor([LENGTHS[row % len(LENGTHS)] for row in range(count)])
+
+    def answers(self, values: Tensor) -> Tensor:
+        """Return the values [..., B] of the answers among [..., B, T]."""
+        return values[..., torch.arange(len(self.ids)), self.columns]
+
+    def mean_iterations(self, steps: Tensor) -> float:
+        """Return the mean of iterations [B, T] over the tokens up to the answers."""
+        total = self.answers(steps.double().cumsum(1)).sum()
+        return (total / (self.columns + 1).sum()).item()
+
+    def stop(self, rule: ExitRule) -> list[Stopping]:
+        """Return when the tokens stop, for `decode_rows`."""
+        return [Stopping(CAP, FLOOR, rule)] * self.ids.numel()
+
+    def decode(self, model: RecurrentDepthModel, limits: list[Stopping]) -> tuple[Tensor, Tensor]:
+        """Return which answers are right [B], and the iterations of all tokens [B, T]."""
+        logits, steps = decode_rows(model, self.ids, limits)
+        return self.answers(logits.argmax(-1) == self.labels), steps
+
+    def shuffled(self, steps: Tensor) -> list[Stopping]:
+        """Return limits with the iterations of other rows of the same length: who stops no longer matters."""
+        taken, generator = steps.clone(), torch.Generator().manual_seed(0)
+        for length in LENGTHS:
+            rows = (self.columns == length).nonzero()[:, 0]
+            taken[rows] = steps[rows[torch.randperm(len(rows), generator=generator)]]
+        return [Stopping(count, FLOOR, in_order=False) for count in taken.flatten().tolist()]
 
 
 @torch.no_grad()
-def recorded(model: RecurrentDepthModel, ids: Tensor, labels: Tensor, num_steps: int) -> tuple[list[Tensor], Tensor]:
-    """Return the states before the first and after every iteration, R + 1 of [B, T, D], and the logits [R, B, T, V]."""
+def fixed_depths(model: RecurrentDepthModel, rows: Rows) -> dict[str, list[list[float]]]:
+    """Return after each iteration whether each answer is right, and its negative log-likelihood, [R, B]."""
     found: dict[str, Any] = {}
 
     def read(given: GradientStates) -> Tensor:
-        found["states"] = given.states
-        found["logits"] = torch.stack([F.linear(given.hidden(state), given.head) for state in given.states[1:]])
+        logits = torch.stack([F.linear(given.hidden(state), given.head) for state in given.states[1:]])
+        found["logits"] = rows.answers(logits.movedim(-1, 0)).movedim(0, -1)  # [R, B, V]
         return torch.zeros(())
 
-    model(ids, num_steps=num_steps, targets=labels, objective=read)
-    return found["states"], found["logits"]
+    model(rows.ids, num_steps=CAP, targets=rows.labels, objective=read)
+    logits, expected = found["logits"], rows.answers(rows.labels)
+    loss = F.cross_entropy(logits.movedim(-1, 1), expected.expand(CAP, -1), reduction="none")
+    right = (logits.argmax(-1) == expected).int()
+    return {"right": right.tolist(), "loss": [[float(f"{x:.4g}") for x in row] for row in loss.tolist()]}
 
 
 @torch.no_grad()
-def first_stop(rule: ExitRule, states: list[Tensor], logits: Tensor) -> Tensor:
-    """Return the iteration [B, T] at which a rule fires first, not before that of an earlier token; CAP if never."""
-    B, T, _ = states[0].shape
-    memory = torch.full((B, T, rule.remembers(logits.shape[-1])), torch.nan)
-    stop = torch.full((B, T), CAP)
-    for iteration in range(1, CAP):
-        read = logits[iteration - 1].clone
-        fired, memory = rule.converged(states[iteration - 1], states[iteration], read, memory)
-        stop = torch.where(fired & (stop == CAP), iteration, stop)
-    return stop.cummax(dim=1).values
+def long_accuracy(model: RecurrentDepthModel, task: StateTask) -> float:
+    """Return the accuracy on rows, and at a number of iterations, beyond those of training."""
+    ids, labels = task.rows(0, ROWS, LONG, seed=0, split=VALIDATION_SPLIT)
+    right = model(ids, num_steps=LONG_CAP).logits[:, -1].argmax(-1) == labels[:, -1]
+    return right.double().mean().item()
 
 
-def unit_columns(rows: int) -> Tensor:
-    """Return the column of each row's answer, [B]."""
-    return torch.tensor([LENGTHS[row % len(LENGTHS)] for row in range(rows)])
+def choose(model: RecurrentDepthModel, rows: Rows, rules: list[ExitRule], full: float) -> dict[str, tuple[int, float]]:
+    """Return the number of the threshold that is chosen for every budget, and for no loss, each with its accuracy.
 
-
-def at_units(values: Tensor) -> Tensor:
-    """Return the values [..., B] of the units among [..., B, T]."""
-    rows = values.shape[-2]
-    return values[..., torch.arange(rows), unit_columns(rows)]
-
-
-def choose(rules: list[ExitRule], states: list[Tensor], logits: Tensor) -> list[tuple[ExitRule, Tensor]]:
-    """Return for every target the rule whose answers take about so many iterations, and when its tokens stop [B, T]."""
-
-    def mean(index: int) -> float:
-        if index not in stops:
-            stops[index] = first_stop(rules[index], states, logits)
-        return at_units(stops[index]).double().mean().item()
-
-    stops: dict[int, Tensor] = {}
-    chosen = []
-    for target in TARGETS:
-        low, high = 0, len(rules) - 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if mean(middle) < target else (low, middle)
-        best = min((low, high), key=lambda index: abs(mean(index) - target))
-        chosen.append((rules[best], stops[best]))
+    For a budget: the most accurate within it. For `lossless`: the one with the fewest iterations among those with the
+    accuracy `full` of all iterations, less `SLACK`. A purpose that no threshold serves is absent.
+    """
+    found = []
+    for rule in rules:
+        right, steps = rows.decode(model, rows.stop(rule))
+        found.append((right.double().mean().item(), rows.mean_iterations(steps)))
+    chosen = {}
+    for budget in BUDGETS:
+        within = [n for n, (_, iterations) in enumerate(found) if iterations <= budget]
+        if within:
+            best = max(within, key=lambda n: (found[n][0], -found[n][1]))
+            chosen[str(budget)] = best, found[best][0]
+    accurate = [n for n, (accuracy, _) in enumerate(found) if accuracy >= full - SLACK]
+    if accurate:
+        best = min(accurate, key=lambda n: found[n][1])
+        chosen["lossless"] = best, found[best][0]
     return chosen
 
 
-def fixed_depths(logits: Tensor, labels: Tensor) -> dict[str, list[list[float]]]:
-    """Return whether the answer of each unit is right, and its negative log-likelihood, after each iteration [R, B]."""
-    answers, expected = at_units(logits.movedim(-1, 0)).movedim(0, -1), at_units(labels)
-    loss = F.cross_entropy(answers.movedim(-1, 1), expected.expand(len(answers), -1), reduction="none")
-    right = (answers.argmax(-1) == expected).int()
-    return {"right": right.tolist(), "loss": [[round(x, 4) for x in row] for row in loss.tolist()]}
+def measure(
+    model: RecurrentDepthModel, task: StateTask, gates: dict[str, Gate], wanted: tuple[str, ...], anchored: bool
+) -> dict[str, Any]:
+    """Return what is right by unit, and the iterations: at fixed depths, and by method with each chosen threshold.
+
+    Args:
+        wanted: rules to measure; all gates are.
+        anchored: measure every point also with the iterations of other rows (`Rows.shuffled`).
+    """
+    rows, others = Rows(task, 0, ROWS), Rows(task, ROWS, CHOOSING_ROWS)
+    points: list[dict[str, Any]] = []
+    full = sum(fixed_depths(model, others)["right"][-1]) / CHOOSING_ROWS
+    for name, rules in methods(model.config.n_embd, gates).items():
+        if name not in (*wanted, *gates):
+            continue
+        for purpose, (number, accuracy) in choose(model, others, rules, full).items():
+            rule = rules[number]
+            right, steps = rows.decode(model, rows.stop(rule))
+            iterations = rows.mean_iterations(steps)
+            point = {
+                "method": name, "purpose": purpose, "chosen_accuracy": accuracy, "iterations": iterations,
+                "threshold": float(getattr(rule, "threshold", getattr(rule, "patience", math.nan))),
+                "flops": iterations * flops_of_iteration(model, name), "right": right.int().tolist(),
+                "steps": rows.answers(steps).tolist(),
+            }  # fmt: skip
+            if anchored and purpose != "lossless":
+                point["shuffled_accuracy"] = rows.decode(model, rows.shuffled(steps))[0].double().mean().item()
+            points.append(point)
+    return {"fixed": fixed_depths(model, rows), "long_accuracy": long_accuracy(model, task), "points": points}
 
 
-def measure(model: RecurrentDepthModel, task: StateTask, gates: dict[str, Gate], *, rules: bool) -> dict[str, Any]:
-    """Return by unit what is right and how many iterations it took: at fixed depths, and for every rule and gate."""
-    seed = 0  # the rows are the same for all models
-    ids, labels = task.rows(0, ROWS, max(LENGTHS), seed=seed, split=VALIDATION_SPLIT)
-    other, expected = task.rows(ROWS, ROWS, max(LENGTHS), seed=seed, split=VALIDATION_SPLIT)
-    long, long_labels = task.rows(0, ROWS, LONG, seed=seed, split=VALIDATION_SPLIT)
-    with torch.no_grad():
-        beyond = model(long, num_steps=LONG_CAP).logits.argmax(-1)[:, -1] == long_labels[:, -1]
-    found: dict[str, Any] = {
-        "fixed": fixed_depths(recorded(model, ids, labels, CAP)[1], labels),
-        "long_accuracy": beyond.double().mean().item(),
-        "points": [],
-    }
-    if not rules:
-        return found
-    states, logits = recorded(model, other, expected, CAP)
-    for name, candidates in methods(model.config.n_embd, gates).items():
-        for target, (rule, stops) in zip(TARGETS, choose(candidates, states, logits), strict=True):
-            point = decoded(model, ids, labels, rule, name in READS)
-            seen = logits.gather(0, (stops - 1)[None, ..., None].expand(1, *logits.shape[1:]))[0]
-            found["points"].append(
-                {
-                    "method": name, "target": target,
-                    "threshold": float(getattr(rule, "threshold", getattr(rule, "patience", math.nan))),
-                    "chosen_accuracy": at_units((seen.argmax(-1) == expected).double()).mean().item(),
-                    "chosen_steps": at_units(stops.double()).mean().item(),
-                    **point,
-                }
-            )  # fmt: skip
-    return found
-
-
-def decoded(model: RecurrentDepthModel, ids: Tensor, labels: Tensor, rule: ExitRule, reads: bool) -> dict[str, Any]:
-    """Return by unit, from the decoder: whether it is right, its iterations, and the FLOPs of the core and of reads."""
-    logits, steps = decode_rows(model, ids, rule, CAP)
-    before = steps.double().cumsum(1)  # iterations of the tokens up to each one
-    length = ids.shape[1]
-    cost = (iteration_flops(model.config, length) + reads * read_flops(model.config, length)) / length
-    return {
-        "right": at_units((logits.argmax(-1) == labels).int()).tolist(),
-        "steps": at_units(steps).tolist(),
-        "flops": (at_units(before).mean() * cost).item(),
-    }
+def flops_of_iteration(model: RecurrentDepthModel, method: str) -> float:
+    """Return the FLOPs of one iteration of one token, with coda and head if the rule reads them."""
+    length = 1 + max(LENGTHS)
+    reads = read_flops(model.config, length) if method in READS else 0
+    return (iteration_flops(model.config, length) + reads) / length

@@ -1,6 +1,6 @@
 """Summary, contrasts, table and plot of `python -m benchmarks stopping` (definitions: docs/stopping-study.md).
 
-Shapes: P thresholds, B rows (units), R iterations.
+Shapes: B rows (units), R iterations.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,17 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest, spearmanr
 
-from benchmarks.common import RESULTS, markdown
-from benchmarks.stopping_exits import CAP, LENGTHS, LONG, LONG_CAP, ROWS, TARGETS
+from benchmarks.common import RESULTS, interval, markdown
+from benchmarks.stopping_exits import BUDGETS, CAP, FLOOR, LENGTHS, LONG, LONG_CAP, ROWS, SLACK
 
-Array = NDArray[np.float64]
+Array = NDArray[Any]
 Run = dict[str, Any]
 
-COMPARED = (CAP // 4, CAP // 2, 3 * CAP // 4)
-"""Mean iterations at which methods are compared: a quarter, a half and three quarters of the cap."""
-
-SLACK = 0.005  # of accuracy, for "as accurate as all iterations"
-RESAMPLES = 2000
 A, B, C = "A last", "B every", "C gated .05"
 
 
@@ -29,33 +24,38 @@ def is_gate(method: str) -> bool:
     return "gate" in method
 
 
-def joined(x: Any, y: Any, ends: Array) -> tuple[Array, Array]:
-    """Return a curve through points in order of x, from (1, accuracy of one iteration) to (cap, of all)."""
-    x, y = np.array([1.0, *x, CAP]), np.array([ends[0], *y, ends[-1]])
-    order = np.argsort(x, kind="stable")
-    return x[order], y[order]
-
-
-def curve(run: Run, method: str, rows: Any = slice(None)) -> tuple[Array, Array]:
-    """Return mean iterations and accuracy of a method, from one iteration to all; `fixed` is every number alike."""
-    fixed = np.array(run["fixed"]["right"])[:, rows].mean(1)  # [R]
+def right_within(run: Run, method: str, budget: int) -> Array:
+    """Return which answers [B] are right within a budget; at the floor if no threshold of the method keeps it."""
+    fixed = np.array(run["fixed"]["right"])
     if method == "fixed":
-        return np.arange(1.0, CAP + 1), fixed
-    points = [point for point in run["points"] if point["method"] == method]
-    steps, right = (np.array([point[name] for point in points])[:, rows].mean(1) for name in ("steps", "right"))
-    return joined(steps, right, fixed)
+        return fixed[budget - 1]
+    point = point_of(run, method, str(budget))
+    return fixed[FLOOR - 1] if point is None else np.array(point["right"])
 
 
-def score(run: Run, method: str, rows: Any = slice(None)) -> float:
-    """Return the accuracy of a method as a mean over `COMPARED`, interpolated between its thresholds."""
-    return float(np.interp(COMPARED, *curve(run, method, rows)).mean())
+def point_of(run: Run, method: str, purpose: str) -> dict[str, Any] | None:
+    return next((p for p in run["points"] if (p["method"], p["purpose"]) == (method, purpose)), None)
 
 
-def fewest_steps(run: Run, method: str) -> float:
-    """Return the smallest mean number of iterations with the accuracy of all iterations, less `SLACK`."""
-    x, y = curve(run, method)
-    grid = np.linspace(1, CAP, 301)
-    return float(grid[np.interp(grid, x, y) >= y[-1] - SLACK][0])
+def score(run: Run, method: str) -> float:
+    """Return the accuracy of a method, mean over the budgets."""
+    return float(np.mean([right_within(run, method, budget).mean() for budget in BUDGETS]))
+
+
+def chosen_score(run: Run, method: str) -> float:
+    """Return the same on the rows that chose the thresholds."""
+    floor = float(np.mean(run["fixed"]["right"][FLOOR - 1]))
+    points = [point_of(run, method, str(budget)) for budget in BUDGETS]
+    return float(np.mean([floor if point is None else point["chosen_accuracy"] for point in points]))
+
+
+def lossless(run: Run, method: str) -> float:
+    """Return the mean iterations with the accuracy of all iterations, less `SLACK`; all, if there is no threshold."""
+    if method == "fixed":
+        accuracy = np.array(run["fixed"]["right"]).mean(1)
+        return float(np.argmax(accuracy >= accuracy[-1] - SLACK) + 1)
+    point = point_of(run, method, "lossless")
+    return float(CAP) if point is None else point["iterations"]
 
 
 def needed(right: Array) -> Array:
@@ -64,8 +64,8 @@ def needed(right: Array) -> Array:
     return np.where(stays.any(0), stays.argmax(0) + 1, CAP)
 
 
-def oracles(run: Run) -> dict[str, tuple[float, float]]:
-    """Return (accuracy, mean iterations) of stopping with knowledge of the answer."""
+def oracles(run: Run) -> dict[str, list[float]]:
+    """Return [accuracy, mean iterations of an answer] of stopping with knowledge of the answer, nothing frozen."""
     right, loss = np.array(run["fixed"]["right"]).astype(bool), np.array(run["fixed"]["loss"])
     stops = {
         "first right answer": np.where(right.any(0), right.argmax(0) + 1, CAP),
@@ -73,97 +73,66 @@ def oracles(run: Run) -> dict[str, tuple[float, float]]:
         "lowest loss": loss.argmin(0) + 1,
     }
     return {
-        name: (right[stop - 1, np.arange(right.shape[1])].mean().item(), stop.mean().item())
+        name: [right[stop - 1, np.arange(right.shape[1])].mean().item(), stop.mean().item()]
         for name, stop in stops.items()
     }
 
 
 def point_summary(run: Run, point: dict[str, Any]) -> dict[str, float]:
     """Return what one threshold does to the answers of one run."""
-    fixed, steps = np.array(run["fixed"]["right"]), np.array(point["steps"])
-    right, full = np.array(point["right"]), np.array(run["fixed"]["right"])[-1]
-    histogram = np.bincount(steps, minlength=CAP + 1)[1:] / len(steps)
-    depth, length = needed(fixed.astype(bool)), np.arange(len(steps)) % len(LENGTHS)
-    ranks = [spearmanr(steps[chosen], depth[chosen]).statistic for chosen in _varying(steps, depth, length)]
+    fixed, steps, right = np.array(run["fixed"]["right"]), np.array(point["steps"]), np.array(point["right"])
+    depth, ever = needed(fixed.astype(bool)), fixed[-1] == 1
+    ranks = [spearmanr(steps[rows], depth[rows]).statistic for rows in _varying(steps, depth, ever)]
     return {
-        "mean_steps": steps.mean(), "accuracy": right.mean(), "flops": point["flops"],
-        "random_exit_accuracy": float(histogram @ fixed.mean(1)),  # the same histogram, any row at any depth
-        "turned_wrong": float(((full == 1) & (right == 0)).mean()),
-        "turned_right": float(((full == 0) & (right == 1)).mean()),
-        "at_one": float((steps == 1).mean()), "at_cap": float((steps == CAP).mean()),
+        "accuracy": right.mean(), "iterations": point["iterations"], "answer_iterations": steps.mean(),
+        "flops": point["flops"], "threshold": point["threshold"],
+        "shuffled_accuracy": point.get("shuffled_accuracy", float("nan")),
+        "turned_wrong": float((ever & (right == 0)).mean()), "turned_right": float((~ever & (right == 1)).mean()),
+        "at_floor": float((steps == FLOOR).mean()), "at_cap": float((steps == CAP).mean()),
         "rank_correlation_with_needed": float(np.mean(ranks)) if ranks else float("nan"),
     }  # fmt: skip
 
 
-def _varying(steps: Array, depth: Array, length: Array) -> Iterator[Array]:
-    """Yield the rows of each length in which both numbers vary."""
-    for value in range(len(LENGTHS)):
-        rows = length == value
+def _varying(steps: Array, depth: Array, ever: Array) -> Iterator[Array]:
+    """Yield the rows of each length that are right after all iterations, if both numbers vary among them."""
+    for number in range(len(LENGTHS)):
+        rows = ever & (np.arange(len(steps)) % len(LENGTHS) == number)
         if len(set(steps[rows])) > 1 and len(set(depth[rows])) > 1:
             yield rows
 
 
 def best(runs: list[Run], among: Callable[[str], bool]) -> str:
     """Return the method with the highest mean score over seeds on the rows that chose the thresholds."""
-    found: dict[str, list[float]] = {}
-    for run in runs:
-        ends = np.array(run["fixed"]["right"])[[0, -1]].mean(1)
-        for method in dict.fromkeys(point["method"] for point in run["points"]):
-            points = [point for point in run["points"] if point["method"] == method]
-            steps, accuracy = ([point[name] for point in points] for name in ("chosen_steps", "chosen_accuracy"))
-            found.setdefault(method, []).append(float(np.interp(COMPARED, *joined(steps, accuracy, ends)).mean()))
-    return max(filter(among, found), key=lambda method: np.mean(found[method]))
-
-
-def interval(differences: Callable[[int, Array], float], seeds: int) -> dict[str, Any]:
-    """Return the mean difference over seeds, and its 95% interval from resampled rows of resampled seeds."""
-    rng = np.random.default_rng(0)
-    everything = np.arange(ROWS)
-    values = [differences(seed, everything) for seed in range(seeds)]
-    drawn = []
-    for _ in range(RESAMPLES):
-        chosen = rng.integers(seeds, size=seeds)
-        drawn.append(np.mean([differences(int(seed), rng.integers(ROWS, size=ROWS)) for seed in chosen]))
-    return {
-        "difference": float(np.mean(values)), "by_seed": values,
-        "interval_95": np.quantile(drawn, (0.025, 0.975)).tolist(),
-    }  # fmt: skip
+    found = filter(among, dict.fromkeys(point["method"] for run in runs for point in run["points"]))
+    return max(found, key=lambda method: np.mean([chosen_score(run, method) for run in runs]))
 
 
 def contrasts(by: dict[tuple[str, str], list[Run]], task: str) -> list[dict[str, Any]]:
-    """Return the three contrasts of the study for one task."""
+    """Return the three contrasts of the study for one task: differences by seed, and their 95% interval."""
     on_a, on_b, on_c = by[task, A], by[task, B], by[task, C]
-    rule, learned = best(on_a, lambda m: not is_gate(m)), best(on_a, is_gate)
-    wins = _wins(on_a, rule, learned)
-    full_b, full_c = (np.array([run["fixed"]["right"][-1] for run in runs]) for runs in (on_b, on_c))
-    seeds = len(on_a)
-    return [
+    rule, learned = best(on_a, lambda method: not is_gate(method)), best(on_a, is_gate)
+    loss_b, loss_c = ([float(np.mean(run["fixed"]["loss"][-1])) for run in runs] for runs in (on_b, on_c))
+    found = {
+        "1: best rule - best gate, on A": [score(run, rule) - score(run, learned) for run in on_a],
+        "2: loss of B - loss of C, all iterations": [b - c for b, c in zip(loss_b, loss_c, strict=True)],
+        "3: own gate - state change, on C": [score(run, "own gate") - score(run, "state-change") for run in on_c],
+    }
+    rows: list[dict[str, Any]] = [
         {
-            "task": task, "contrast": "1: best rule - best gate, on A", "rule": rule, "gate": learned, **wins,
-            **interval(lambda s, rows: score(on_a[s], rule, rows) - score(on_a[s], learned, rows), seeds),
-        },
-        {
-            "task": task, "contrast": "2: C - B, all iterations",
-            **interval(lambda s, rows: float(full_c[s][rows].mean() - full_b[s][rows].mean()), seeds),
-        },
-        {
-            "task": task, "contrast": "3: own gate - state change, on C",
-            **interval(
-                lambda s, rows: score(on_c[s], "own gate", rows) - score(on_c[s], "state-change", rows), seeds
-            ),
-        },
+            "task": task, "contrast": name, "difference": float(np.mean(values)), "by_seed": values,
+            "interval_95": interval(values),
+        }
+        for name, values in found.items()
     ]  # fmt: skip
+    rows[0] |= {"rule": rule, "gate": learned, "mcnemar": [_mcnemar(run, rule, learned) for run in on_a]}
+    return rows
 
 
-def _wins(runs: list[Run], rule: str, learned: str) -> dict[str, Any]:
-    """Return McNemar's counts and exact p-value at half of the cap."""
-    only = [0, 0]
-    for run in runs:
-        at = {p["method"]: np.array(p["right"]) for p in run["points"] if p["target"] == CAP // 2}
-        only[0] += int(((at[rule] == 1) & (at[learned] == 0)).sum())
-        only[1] += int(((at[rule] == 0) & (at[learned] == 1)).sum())
-    p = binomtest(only[0], sum(only)).pvalue if sum(only) else 1.0
-    return {"only_rule_right": only[0], "only_gate_right": only[1], "mcnemar_p": float(p)}
+def _mcnemar(run: Run, rule: str, learned: str) -> dict[str, float]:
+    """Return the answers that only one of two methods gets right within a budget of 6, and the exact p-value."""
+    one, other = (right_within(run, method, 6) for method in (rule, learned))
+    only = int(((one == 1) & (other == 0)).sum()), int(((one == 0) & (other == 1)).sum())
+    return {"only_rule": only[0], "only_gate": only[1], "p": binomtest(only[0], sum(only)).pvalue if sum(only) else 1.0}
 
 
 def summary(runs: list[Run]) -> dict[str, Any]:
@@ -175,14 +144,13 @@ def summary(runs: list[Run]) -> dict[str, Any]:
     for (task, backbone), same in by.items():
         where = {"task": task, "backbone": backbone}
         backbones.append(where | _backbone(same))
-        for method in dict.fromkeys(["fixed", *(point["method"] for point in same[0]["points"])]):
+        for method in dict.fromkeys(["fixed", *(point["method"] for run in same for point in run["points"])]):
             rows.append(where | {"method": method} | _method(same, method))
     complete = [task for task in dict.fromkeys(t for t, _ in by) if all((task, name) in by for name in (A, B, C))]
     return {
-        "cap": CAP, "targets": TARGETS, "compared_at": COMPARED, "rows": ROWS, "lengths": LENGTHS,
-        "long": {"length": LONG, "num_steps": LONG_CAP}, "slack": SLACK,
-        "cpu_seconds": sum(run["cpu_seconds"] for run in runs), "seeds": sorted({run["seed"] for run in runs}),
-        "backbones": backbones, "methods": rows,
+        "floor": FLOOR, "cap": CAP, "budgets": BUDGETS, "rows": ROWS, "lengths": LENGTHS, "slack": SLACK,
+        "long": {"length": LONG, "num_steps": LONG_CAP}, "seeds": sorted({run["seed"] for run in runs}),
+        "cpu_seconds": sum(run["cpu_seconds"] for run in runs), "backbones": backbones, "methods": rows,
         "contrasts": [contrast for task in complete for contrast in contrasts(by, task)],
     }  # fmt: skip
 
@@ -193,7 +161,7 @@ def _backbone(runs: list[Run]) -> dict[str, Any]:
     return {
         "steps": runs[0]["steps"], "training_flops": [run["training_flops"] for run in runs],
         "accuracy": fixed.mean(0).round(4).tolist(), "all_iterations": fixed[:, -1].tolist(),
-        "loss": np.array([run["fixed"]["loss"] for run in runs]).mean((0, 2)).round(4).tolist(),
+        "loss": [float(f"{x:.4g}") for x in np.array([run["fixed"]["loss"] for run in runs]).mean((0, 2))],
         "long_accuracy": [run["long_accuracy"] for run in runs],
         "oracles": {name: np.mean([each[name] for each in found], axis=0).tolist() for name in found[0]},
     }  # fmt: skip
@@ -203,21 +171,19 @@ def _method(runs: list[Run], method: str) -> dict[str, Any]:
     scores = [score(run, method) for run in runs]
     result: dict[str, Any] = {
         "score": float(np.mean(scores)), "worst_seed": min(scores),
-        "fewest_steps": float(np.mean([fewest_steps(run, method) for run in runs])), "points": [],
+        "lossless_iterations": float(np.mean([lossless(run, method) for run in runs])), "points": [],
     }  # fmt: skip
-    for target in TARGETS if method != "fixed" else ():
-        found = [
-            point_summary(run, point)
-            for run in runs
-            for point in run["points"]
-            if (point["method"], point["target"]) == (method, target)
-        ]
-        result["points"].append({"target": target} | {key: float(np.mean([p[key] for p in found])) for key in found[0]})
+    for purpose in (*map(str, BUDGETS), "lossless"):
+        points = [(run, point_of(run, method, purpose)) for run in runs]
+        found = [point_summary(run, point) for run, point in points if point is not None]
+        if found:
+            means = {key: float(np.mean([values[key] for values in found])) for key in found[0]}
+            result["points"].append({"purpose": purpose, "seeds": len(found)} | means)
     return result
 
 
 def table(payload: dict[str, Any], backbone: str = A) -> str:
-    """Return the table of docs/stopping-study.md: methods of stopping on a backbone, by task."""
+    """Return the methods on a backbone by task: score (worst seed), the same shuffled, iterations without loss."""
     tasks = list(dict.fromkeys(row["task"] for row in payload["methods"]))
     cells = {(row["task"], row["method"]): row for row in payload["methods"] if row["backbone"] == backbone}
     lines = [
@@ -228,7 +194,30 @@ def table(payload: dict[str, Any], backbone: str = A) -> str:
 
 
 def _cell(row: dict[str, Any]) -> str:
-    return f"{100 * row['score']:.1f} ({100 * row['worst_seed']:.1f}), {row['fewest_steps']:.1f}"
+    return f"{100 * row['score']:.1f} ({100 * row['worst_seed']:.1f}), {row['lossless_iterations']:.1f}"
+
+
+def backbone_table(payload: dict[str, Any]) -> str:
+    """Return the backbones by task: accuracy at fixed depths, loss after all iterations, accuracy on longer rows."""
+    rows = [
+        [row["task"], row["backbone"], f"{np.mean(row['training_flops']) / 1e12:.1f}",
+         *(f"{100 * row['accuracy'][r - 1]:.1f}" for r in (1, *BUDGETS, CAP)), f"{row['loss'][-1]:.4f}",
+         f"{100 * np.mean(row['long_accuracy']):.1f}"]
+        for row in payload["backbones"]
+    ]  # fmt: skip
+    depths = [f"r = {r}" for r in (1, *BUDGETS, CAP)]
+    return markdown(["task", "backbone", "TFLOPs", *depths, f"loss at {CAP}", f"{LONG} instructions"], rows)
+
+
+def contrast_table(payload: dict[str, Any]) -> str:
+    """Return the contrasts by task; accuracies in points, losses in nats."""
+    rows = []
+    for row in payload["contrasts"]:
+        scale, digits = (1, 4) if "loss" in row["contrast"] else (100, 1)
+        shown = [f"{scale * x:+.{digits}f}" for x in (row["difference"], *row["interval_95"])]
+        which = f"{row['rule']}, {row['gate']}" if "rule" in row else ""
+        rows.append([row["task"], row["contrast"], which, shown[0], f"{shown[1]} to {shown[2]}"])
+    return markdown(["task", "contrast", "best", "difference", "95% interval"], rows)
 
 
 def plot(payload: dict[str, Any]) -> None:
@@ -247,13 +236,15 @@ def plot(payload: dict[str, Any]) -> None:
         axis, cell = axes[i][j], cells[task, backbone]
         axis.plot(range(1, CAP + 1), [100 * y for y in cell["accuracy"]], "k--", label="fixed")
         accuracy, steps = cell["oracles"]["needed depth"]
-        axis.plot([steps], [100 * accuracy], "k*", label="needed depth (oracle)")
+        axis.plot([steps], [100 * accuracy], "k*", label="needed depth of the answer (oracle)")
         for row in payload["methods"]:
             if (row["task"], row["backbone"]) == (task, backbone) and row["points"]:
-                x, y = ([point[key] for point in row["points"]] for key in ("mean_steps", "accuracy"))
-                style = "s-" if is_gate(row["method"]) else "o-"
-                axis.plot(x, [100 * value for value in y], style, label=row["method"], markersize=4, linewidth=1)
-        axis.set(title=f"{task}, {backbone}", xlabel="mean iterations of an answer", ylabel="accuracy, %")
+                points = sorted((point["iterations"], 100 * point["accuracy"]) for point in row["points"])
+                axis.plot(
+                    *zip(*points, strict=True), "s-" if is_gate(row["method"]) else "o-", label=row["method"],
+                    markersize=4, linewidth=1,
+                )  # fmt: skip
+        axis.set(title=f"{task}, {backbone}", xlabel="mean iterations of a token", ylabel="accuracy, %")
         axis.legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(RESULTS / "stopping.png", dpi=80)

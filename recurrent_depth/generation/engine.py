@@ -52,20 +52,17 @@ class Decoder:
         """
         self._check_initial_state()
         asked = Requests(self.model, prompts, options or Decoding(), requests, on_token)
+        mode, count = self.mode, len(prompts)
         with current_device(self.model.lm_head.weight.device):
-            return self._decode(asked, len(prompts))
-
-    def _decode(self, asked: Requests, count: int) -> Decoded:
-        mode = self.mode
-        if isinstance(mode, Captured):
-            return decode_captured(self.model, asked, self._token_for(asked))
-        if isinstance(mode, Speculation):
-            cache = self._cache_for(asked, count, asked.room + mode.tokens)
-            return decode_speculatively(self.model, asked, cache, mode)
-        if isinstance(mode, Wavefront):
-            return decode_wavefront(self.model, asked, self._cache_for(asked, count, asked.room), mode)
-        lanes = min(mode.lanes, count) if isinstance(mode, Refill) else count
-        return Batch(self.model, asked, self._cache_for(asked, lanes, asked.room), mode).run()
+            if isinstance(mode, Captured):
+                return decode_captured(self.model, asked, self._token_for(asked))
+            if isinstance(mode, Speculation):
+                cache = self._cache_for(asked, count, asked.room + mode.tokens)
+                return decode_speculatively(self.model, asked, cache, mode)
+            if isinstance(mode, Wavefront):
+                return decode_wavefront(self.model, asked, self._cache_for(asked, count, asked.room), mode)
+            lanes = min(mode.lanes, count) if isinstance(mode, Refill) else count
+            return Batch(self.model, asked, self._cache_for(asked, lanes, asked.room), mode).run()
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor, num_steps: int, cache_budget: int | None = None) -> Tensor:
