@@ -43,7 +43,7 @@ MODELS: dict[str, dict[str, Any] | None] = {
     "random 10+10+10": {"prelude": 10, "core": 10, "coda": 10, "init": "random"},
     "identity 8+12+8, last": {"prelude": 8, "core": 12, "coda": 8, "layers": "last"},
 }
-DEPTHS = {"dense": (1,), "input_only 10+10+10": (4,), "random 10+10+10": (4,), "identity 8+12+8, last": (1, 4)}
+DEPTHS = {"dense": (1,), "identity 8+12+8, last": (1, 4)}
 """Core iterations by model; the others have `ALL_DEPTHS`."""
 
 ALL_DEPTHS = (1, 2, 4, 8)
