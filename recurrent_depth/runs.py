@@ -5,7 +5,8 @@ RUN/metrics.jsonl                one line per log event
 RUN/tensorboard/                 event files, if TensorBoard is among the trackers; likewise wandb/ and wandb-id.txt
 RUN/exports/step-00000100/       Hugging Face folders, if `export` asks for them
 RUN/profile/steps-6-8.json       the trace of `profile`
-RUN/tokenizer.json               if the data have one
+RUN/tokenizer.json               if the data have one; beside it the settings of the folder of `init_from`, if it is
+                                 the same tokenizer: tokenizer_config.json, chat_template.jinja
 RUN/rewinds.json                 if the run was rewound after a loss spike
 RUN/.lock                        locked by the process that writes to the folder
 RUN/checkpoints/step-00000100/   one checkpoint:
@@ -35,6 +36,7 @@ from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel
 
 CHECKPOINT_FILE = "checkpoint.json"
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 MODEL, OPTIMIZER = "model", "optimizer"
 """Parts of a checkpoint, each a folder of safetensors files."""
 USE_OLDER = "move this checkpoint out of the run to use an older one"
@@ -183,6 +185,22 @@ def load_run_model(path: str | Path) -> RecurrentDepthModel:
     with torch.no_grad():
         read_part(checkpoint, MODEL, dict(model.named_parameters()), alone=True)
     return model.eval()
+
+
+def copy_tokenizer_settings(source: Path, folder: Path) -> None:
+    """Copy special tokens and chat template of `source` to `folder`, if both have the same tokenizer.json."""
+    here, there = (_json_or_none(path / "tokenizer.json") for path in (folder, source))
+    if here is not None and here == there:
+        for name in TOKENIZER_SETTINGS:
+            if (source / name).is_file():
+                shutil.copy(source / name, folder / name)
+
+
+def _json_or_none(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def run_tokenizer(path: str | Path) -> Path | None:

@@ -88,12 +88,17 @@ def wrap(model: RecurrentDepthModel) -> RecurrentDepthForCausalLM:
 
 
 def fast_tokenizer(file: Path | None) -> Any:
-    """Return the transformers tokenizer of a run's tokenizer.json, with its special tokens and chat template."""
+    """Return the transformers tokenizer of a run's tokenizer.json, with its special tokens and chat template.
+
+    These are read from the settings beside it, if there are any; else they are those of `recurrent-depth prepare`.
+    """
     if file is None:
         return None
+    message = f"{file} is not a tokenizer of the tokenizers library"
+    if (file.parent / "tokenizer_config.json").is_file():
+        return _explained(message, lambda: PreTrainedTokenizerFast.from_pretrained(file.parent))
     tokenizer: Any = _explained(
-        f"{file} is not a tokenizer of the tokenizers library",
-        lambda: PreTrainedTokenizerFast(tokenizer_file=str(file), clean_up_tokenization_spaces=False),
+        message, lambda: PreTrainedTokenizerFast(tokenizer_file=str(file), clean_up_tokenization_spaces=False)
     )
     known = tokenizer.get_vocab()
     names = {"bos_token": "<|begin_text|>", "eos_token": "<|end_text|>", "pad_token": "<|pad|>"}

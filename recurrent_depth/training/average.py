@@ -14,6 +14,7 @@ from recurrent_depth.runs import (
     MODEL,
     CheckpointError,
     checkpoints,
+    copy_tokenizer_settings,
     is_run,
     load_run_model,
     read_details,
@@ -79,3 +80,4 @@ def _copy_run_files(run: Path, folder: Path, out: Path) -> None:
     tokenizer = run_tokenizer(run)
     if tokenizer is not None:
         shutil.copy(tokenizer, folder / "tokenizer.json")
+        copy_tokenizer_settings(tokenizer.parent, folder)

@@ -267,6 +267,22 @@ def test_converted_model_trains_with_the_model_file_of_its_folder(converted, tmp
     assert relative(trained(ids, num_steps=2).logits, model(ids, num_steps=2).logits) < 1e-4
 
 
+def test_run_and_export_keep_template_and_end_of_text_of_converted_model(converted, tmp_path):
+    _, _, folder = converted("llama")
+    text, data, run = tmp_path / "text.jsonl", tmp_path / "data", tmp_path / "run"
+    text.write_text("".join(json.dumps({"text": f"{n} abcdefgh" * 10}) + "\n" for n in range(40)))
+    arguments = ["--tokenizer", str(folder / "tokenizer.json"), "--sequence-length", "16", "--out", str(data)]
+    assert main(["prepare", "--source", str(text), "--validation-share", "0.2", *arguments]) == 0
+    arguments = ["--model", str(folder / "model.yaml"), "--init-from", str(folder), "--data.packed.path", str(data)]
+    arguments += ["--steps", "1", "--optimizer.warmup-steps", "0", "--batch-size", "2", "--validation.rows", "2"]
+    assert main(["train", *arguments, "--runtime.device", "cpu", "--out", str(run)]) == 0
+    assert main(["export", "--model", str(run), "--out", str(tmp_path / "export")]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token) == ("</s>", "<s>", "<pad>")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "abc"}], tokenize=False) == "abc"
+    assert load_model(tmp_path / "export")[0].generation_config.eos_token_id == [2]
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_merged_lora_equals_the_adapted_model(converted):
