@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import recurrent_depth.hf  # noqa: F401 (registers the classes)
 from benchmarks.common import kept, write_result
+from recurrent_depth.devices import choose_device
 from recurrent_depth.hf.conversion.command import convert
 from recurrent_depth.options import ConvertConfig
 
@@ -63,9 +64,9 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def accuracies(folder: Path, num_steps: int, task: str, questions: int) -> dict[str, float]:
-    """Return accuracy and standard error of one task by stock lm-eval."""
-    model = load(folder)
+def accuracies(folder: Path, num_steps: int, task: str, questions: int, device: str = "cpu") -> dict[str, float]:
+    """Return the accuracy on one task by stock lm-eval, and which questions are answered right."""
+    model = load(folder).to(choose_device(device))
     model.config.num_steps = num_steps
     lm = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=8)
     tasks = TaskManager(include_path=str(REAL / "tasks"))

@@ -110,7 +110,7 @@ def task_accuracies(folder: Path, name: str, args: argparse.Namespace) -> list[d
     for num_steps in DEPTHS if recurrent else (1,):
         for task in TASKS:
             key = f"accuracy {name} {args.steps} r={num_steps} {task} {args.questions}"
-            found = kept(args.keep, key, partial(accuracies, folder, num_steps, task, args.questions))
+            found = kept(args.keep, key, partial(accuracies, folder, num_steps, task, args.questions, args.device))
             rows.append({"model": name, "num_steps": num_steps if recurrent else None, "task": task, **found})
             print(key, found["value"], flush=True)
     return rows
@@ -125,7 +125,7 @@ def train_dense(out: Path, run: list[str], steps: int) -> Path:
     return out / "model"
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60, help="training steps of the recurrent run")
     parser.add_argument("--batch", type=int, default=4, help="rows of a training step")
@@ -133,7 +133,11 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=40, help="questions of each task; 0: only the loss")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--keep", default="build/healing", help="folder of data, runs and finished measurements")
-    args = parser.parse_args()
+    return parser
+
+
+def heal(args: argparse.Namespace) -> dict[str, Any]:
+    """Run everything that is not kept yet; return the content of the result."""
     root = Path(args.keep)
     data, start, healed = root / "data", root / "converted", root / f"healed-{args.steps}"
     if not data.is_dir():
@@ -166,7 +170,11 @@ def main() -> None:
         "optimizer": config.optimizer.name, "trained_tokens": args.steps * args.batch * args.tokens,
         "equal_flops_steps": more, "questions": args.questions,
     }  # fmt: skip
-    write_result("healing", settings | {"loss": measured, "accuracy": rows})
+    return settings | {"loss": measured, "accuracy": rows}
+
+
+def main() -> None:
+    write_result("healing", heal(parser().parse_args()))
 
 
 if __name__ == "__main__":

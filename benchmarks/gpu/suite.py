@@ -35,6 +35,7 @@ STAGES = (
     StageInfo("decoding", "benchmarks.gpu.decoding", 5.0),
     StageInfo("roofline", "benchmarks.gpu.roofline", 1.5),
     StageInfo("recipes", "benchmarks.gpu.recipes", 5.0),
+    StageInfo("healing", "benchmarks.gpu.healing", 6.0),  # not measured; skipped without build/real
 )
 
 
