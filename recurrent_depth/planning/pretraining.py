@@ -270,7 +270,7 @@ def _mean_flops(job: Job, executed: bool) -> float:
         ) / draws  # fmt: skip
 
     run = job.run
-    flops = mean(run.model, 4096)
+    flops = mean(ramped(run.model, run.depth_ramp, run.steps), 4096)
     if run.depth_ramp is None:
         return flops
     last = min(run.depth_ramp.steps, run.steps)

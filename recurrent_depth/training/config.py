@@ -82,8 +82,8 @@ class DepthRampConfig:
         start: mean recurrence of the first training step, in iterations.
         steps: training steps until the full mean.
         shape: `linear`, or `one_minus_sqrt` (1 - sqrt(1 - t)), which stays at low depths for longer.
-        backprop: iterations with gradient grow too: they are at most the current mean. Without it, sampling never takes
-            a mean below model.mean_backprop_depth.
+        backprop: iterations with gradient grow too: they are at most the current mean, during the ramp and after it.
+            Without it, sampling never takes a mean below model.mean_backprop_depth.
     """
 
     start: int = 1

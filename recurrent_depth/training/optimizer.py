@@ -245,10 +245,10 @@ def _remaining(config: OptimizerConfig, step: int, total_steps: int) -> float:
 
 
 def ramped(model: ModelConfig, ramp: DepthRampConfig | None, step: int) -> ModelConfig:
-    """Return the model configuration with the mean recurrence of training step `step`."""
-    if ramp is None or step >= ramp.steps:
+    """Return the model configuration with the mean recurrence and backpropagation depth of training step `step`."""
+    if ramp is None:
         return model
-    done = step / ramp.steps
+    done = min(1, step / ramp.steps)
     if ramp.shape == "one_minus_sqrt":
         done = 1 - math.sqrt(1 - done)
     mean = round(ramp.start + (model.mean_recurrence - ramp.start) * done)

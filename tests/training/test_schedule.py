@@ -74,6 +74,10 @@ def test_depth_ramp_with_backprop_samples_depths_below_the_backpropagation_depth
     clamped = [sample_depth(ramped(model, without, 0), seed=0, step=step, micro_step=0) for step in range(400)]
     assert sum(n + k for n, k in clamped) / 400 == pytest.approx(9, rel=0.1)
     assert ramped(model, with_, 50).mean_backprop_depth == 8
+    shallow = ModelConfig(mean_recurrence=4, mean_backprop_depth=8)
+    after = [sample_depth(ramped(shallow, with_, 200), seed=0, step=step, micro_step=0) for step in range(400)]
+    assert max(k for _, k in after) == 4
+    assert sum(n + k for n, k in after) / 400 == pytest.approx(5, rel=0.1)
 
 
 def test_depth_ramp_that_decreases_is_refused(tmp_path):
