@@ -52,14 +52,14 @@ def command(*arguments: object) -> None:
 def recipe(args: argparse.Namespace, data: Path) -> list[str]:
     """Return the options of the recurrent run: the shipped recipe on a small scale."""
     name, lr = OPTIMIZERS["cuda" if choose_device(args.device).type == "cuda" else "cpu"]
-    options = {
+    changes = {
         "optimizer.name": name, "optimizer.lr": lr, "data.packed.path": data, "steps": args.steps,
         "batch-size": args.batch, "micro-steps": 1, "log-every": 1,
         "optimizer.warmup-steps": max(1, args.steps // 20), "depth-ramp.steps": args.steps * 3 // 4,
         "checkpoint.every": 10, "validation.rows": VALIDATION_ROWS, "validation.every": args.steps,
         "runtime.device": args.device, "runtime.threads": torch.get_num_threads(),
     }  # fmt: skip
-    return ["--config", str(CONFIG), *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+    return ["--config", str(CONFIG), *(part for name, value in changes.items() for part in (f"--{name}", str(value)))]
 
 
 def dense_flops(tokens: int) -> float:
@@ -125,14 +125,18 @@ def train_dense(out: Path, run: list[str], steps: int) -> Path:
     return out / "model"
 
 
-def parser() -> argparse.ArgumentParser:
+def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60, help="training steps of the recurrent run")
     parser.add_argument("--batch", type=int, default=4, help="rows of a training step")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a row")
     parser.add_argument("--questions", type=int, default=40, help="questions of each task; 0: only the loss")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--keep", default="build/healing", help="folder of data, runs and finished measurements")
+    parser.add_argument(
+        "--keep",
+        default="build/healing",
+        help="folder of data, runs and finished measurements; one for each size of a row and a batch",
+    )
     return parser
 
 
@@ -174,7 +178,7 @@ def heal(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    write_result("healing", heal(parser().parse_args()))
+    write_result("healing", heal(options().parse_args()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Gates against rules: who decides best when a token stops? Backbones, thresholds, anchors (docs/stopping-study.md).
+"""Compare exit gates with exit rules on the same models and rows (docs/stopping-study.md).
 
     python -m benchmarks stopping [--tasks shell_game,...] [--seeds 0,1,2] [--workers 2] [--keep FOLDER]
 
@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from benchmarks.common import kept, write_result
 from benchmarks.quickstart_seeds import CONFIGS
 from benchmarks.stopping_exits import ALL_RULES, CAP, measure
-from benchmarks.stopping_report import plot, summary, table
+from benchmarks.stopping_report import backbone_table, contrast_table, plot, summary, table
 from recurrent_depth.data.tasks.source import curriculum
 from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.model.recurrence import sample_depth
@@ -153,7 +153,7 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
         runs = pool.starmap(kept_job, [(job, Path(args.keep)) for job in jobs], chunksize=1)
     payload = summary(runs)
-    print(table(payload))
+    print(backbone_table(payload), table(payload), contrast_table(payload), sep="\n\n")
     write_result("stopping", payload)
     plot(payload)
 

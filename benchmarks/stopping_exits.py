@@ -1,7 +1,8 @@
 """The measurements of `python -m benchmarks stopping`: fixed depths, and every way of stopping within budgets.
 
-One held-out row is one unit: the answer after 4, 8, 12 or 16 instructions, a quarter of the rows each. All numbers come
-from the decoder, in which a token stops after the tokens before it, and a stopped token keeps its last keys and values.
+One held-out row is one unit: the answer after 4, 8, 12 or 16 instructions, a quarter of the rows each. Methods run in
+the decoder, where a token stops after the tokens before it, and a stopped token keeps its last keys and values; fixed
+depths are plain forward passes, which give the same answers as the decoder.
 
 Shapes: B rows, T tokens, D width, V vocabulary, R iterations.
 """
@@ -180,11 +181,11 @@ def measure(
     """
     rows, others = Rows(task, 0, ROWS), Rows(task, ROWS, CHOOSING_ROWS)
     points: list[dict[str, Any]] = []
-    full = sum(fixed_depths(model, others)["right"][-1]) / CHOOSING_ROWS
+    chosen_fixed = [sum(right) / CHOOSING_ROWS for right in fixed_depths(model, others)["right"]]
     for name, rules in methods(model.config.n_embd, gates).items():
         if name not in (*wanted, *gates):
             continue
-        for purpose, (number, accuracy) in choose(model, others, rules, full).items():
+        for purpose, (number, accuracy) in choose(model, others, rules, chosen_fixed[-1]).items():
             rule = rules[number]
             right, steps = rows.decode(model, rows.stop(rule))
             iterations = rows.mean_iterations(steps)
@@ -197,7 +198,10 @@ def measure(
             if anchored and purpose != "lossless":
                 point["shuffled_accuracy"] = rows.decode(model, rows.shuffled(steps))[0].double().mean().item()
             points.append(point)
-    return {"fixed": fixed_depths(model, rows), "long_accuracy": long_accuracy(model, task), "points": points}
+    return {
+        "fixed": fixed_depths(model, rows), "chosen_fixed": chosen_fixed, "points": points,
+        "long_accuracy": long_accuracy(model, task),
+    }  # fmt: skip
 
 
 def flops_of_iteration(model: RecurrentDepthModel, method: str) -> float:

@@ -44,7 +44,7 @@ def score(run: Run, method: str) -> float:
 
 def chosen_score(run: Run, method: str) -> float:
     """Return the same on the rows that chose the thresholds."""
-    floor = float(np.mean(run["fixed"]["right"][FLOOR - 1]))
+    floor = run["chosen_fixed"][FLOOR - 1]
     points = [point_of(run, method, str(budget)) for budget in BUDGETS]
     return float(np.mean([floor if point is None else point["chosen_accuracy"] for point in points]))
 
@@ -52,7 +52,7 @@ def chosen_score(run: Run, method: str) -> float:
 def lossless(run: Run, method: str) -> float:
     """Return the mean iterations with the accuracy of all iterations, less `SLACK`; all, if there is no threshold."""
     if method == "fixed":
-        accuracy = np.array(run["fixed"]["right"]).mean(1)
+        accuracy = np.array(run["chosen_fixed"])
         return float(np.argmax(accuracy >= accuracy[-1] - SLACK) + 1)
     point = point_of(run, method, "lossless")
     return float(CAP) if point is None else point["iterations"]
@@ -79,24 +79,28 @@ def oracles(run: Run) -> dict[str, list[float]]:
 
 
 def point_summary(run: Run, point: dict[str, Any]) -> dict[str, float]:
-    """Return what one threshold does to the answers of one run."""
+    """Return what one threshold does to the answers of one run; without what it has no value for."""
     fixed, steps, right = np.array(run["fixed"]["right"]), np.array(point["steps"]), np.array(point["right"])
-    depth, ever = needed(fixed.astype(bool)), fixed[-1] == 1
-    ranks = [spearmanr(steps[rows], depth[rows]).statistic for rows in _varying(steps, depth, ever)]
-    return {
+    depth, right_at_cap = needed(fixed.astype(bool)), fixed[-1] == 1
+    ranks = [spearmanr(steps[rows], depth[rows]).statistic for rows in _varying(steps, depth, right_at_cap)]
+    found = {
         "accuracy": right.mean(), "iterations": point["iterations"], "answer_iterations": steps.mean(),
         "flops": point["flops"], "threshold": point["threshold"],
-        "shuffled_accuracy": point.get("shuffled_accuracy", float("nan")),
-        "turned_wrong": float((ever & (right == 0)).mean()), "turned_right": float((~ever & (right == 1)).mean()),
+        "turned_wrong": float((right_at_cap & (right == 0)).mean()),
+        "turned_right": float((~right_at_cap & (right == 1)).mean()),
         "at_floor": float((steps == FLOOR).mean()), "at_cap": float((steps == CAP).mean()),
-        "rank_correlation_with_needed": float(np.mean(ranks)) if ranks else float("nan"),
     }  # fmt: skip
+    if "shuffled_accuracy" in point:
+        found["shuffled_accuracy"] = point["shuffled_accuracy"]
+    if ranks:
+        found["rank_correlation_with_needed"] = float(np.mean(ranks))
+    return found
 
 
-def _varying(steps: Array, depth: Array, ever: Array) -> Iterator[Array]:
+def _varying(steps: Array, depth: Array, right_at_cap: Array) -> Iterator[Array]:
     """Yield the rows of each length that are right after all iterations, if both numbers vary among them."""
     for number in range(len(LENGTHS)):
-        rows = ever & (np.arange(len(steps)) % len(LENGTHS) == number)
+        rows = right_at_cap & (np.arange(len(steps)) % len(LENGTHS) == number)
         if len(set(steps[rows])) > 1 and len(set(depth[rows])) > 1:
             yield rows
 
@@ -177,13 +181,14 @@ def _method(runs: list[Run], method: str) -> dict[str, Any]:
         points = [(run, point_of(run, method, purpose)) for run in runs]
         found = [point_summary(run, point) for run, point in points if point is not None]
         if found:
-            means = {key: float(np.mean([values[key] for values in found])) for key in found[0]}
+            shared = [key for key in found[0] if all(key in values for values in found)]
+            means = {key: float(np.mean([values[key] for values in found])) for key in shared}
             result["points"].append({"purpose": purpose, "seeds": len(found)} | means)
     return result
 
 
 def table(payload: dict[str, Any], backbone: str = A) -> str:
-    """Return the methods on a backbone by task: score (worst seed), the same shuffled, iterations without loss."""
+    """Return the methods on a backbone by task: score (worst seed), iterations without loss."""
     tasks = list(dict.fromkeys(row["task"] for row in payload["methods"]))
     cells = {(row["task"], row["method"]): row for row in payload["methods"] if row["backbone"] == backbone}
     lines = [

@@ -82,7 +82,7 @@ class ConvertConfig:
     init: Literal["identity", "input_only", "random"] = "identity"
     seed: int = 0
     mean_recurrence: int = 4
-    mean_backprop_depth: int | None = 8
+    mean_backprop_depth: int | None = 4
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_shard_size: str = "5GB"
 

@@ -1,4 +1,4 @@
-"""The tokens in the core. Decoding runs core iterations here alone; captured decoding has its own call (captured.py).
+"""The tokens in the core. All decoding modes except captured decoding run core iterations here.
 
 Tokens may have taken different numbers of iterations. The weights of the core are the same at every iteration, so
 tokens at different iterations are computed together; tokens that have stopped are not computed.

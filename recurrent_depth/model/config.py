@@ -233,7 +233,7 @@ SHAPES: dict[str, ModelConfig] = {
     ),
     "smollm2-135m-10-10-10": ModelConfig(
         n_embd=576, n_heads=9, intermediate_size=1536, n_layers_in_prelude=10, n_layers_in_recurrent_block=10,
-        n_layers_in_coda=10, vocab_size=49_152, block_size=8192, mean_recurrence=4, mean_backprop_depth=8,
+        n_layers_in_coda=10, vocab_size=49_152, block_size=8192, mean_recurrence=4, mean_backprop_depth=4,
         state_init="zero", norm_eps=1e-5, rope_base=100_000.0, qk_bias=False, block="pre", ln_f_before_coda=False,
         n_kv_heads=3, embed_multiplier=1.0, initial_state_std=0.0087039,
     ),

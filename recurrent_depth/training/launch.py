@@ -16,7 +16,14 @@ from recurrent_depth.files import output_folder, write_text
 from recurrent_depth.hub import check_folder_or_hub_name
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.transformer import RecurrentDepthModel, is_gate
-from recurrent_depth.runs import CheckpointError, checkpoints, copy_tokenizer_settings, is_run, load_run_model
+from recurrent_depth.runs import (
+    CheckpointError,
+    checkpoints,
+    copy_tokenizer_settings,
+    is_run,
+    load_run_model,
+    run_tokenizer,
+)
 from recurrent_depth.training.checkpoint import check_resume, read_resume_details, verify_all
 from recurrent_depth.training.config import RunConfig, TrainCommand, as_yaml
 from recurrent_depth.training.faults import check_ranks_agree, code_version, explained, flattened, flight_recorder
@@ -131,8 +138,9 @@ def _write_run_files(run: Path, config: RunConfig, trainer: Trainer, new: bool) 
     tokenizer = trainer.train_source.tokenizer_json()
     if tokenizer is not None:
         write_text(run / "tokenizer.json", tokenizer)
-        if config.init_from is not None:
-            copy_tokenizer_settings(Path(config.init_from), run)
+        source = None if config.init_from is None else run_tokenizer(config.init_from)
+        if source is not None:
+            copy_tokenizer_settings(source.parent, run)
 
 
 @torch.no_grad()
