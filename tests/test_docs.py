@@ -39,7 +39,7 @@ SAVED = {name for page in PAGES for name in re.findall(r"Save this as `(\w+\.py)
 LONGEST = 300
 REASONS = {
     "needs a GPU", "needs a cluster", "needs the network", "needs vLLM", "needs model servers", "is part of make ci",
-    "is not complete",
+    "is not complete", "takes hours",
 }  # fmt: skip
 """Why tests do not run a block."""
 
