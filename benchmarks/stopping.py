@@ -20,10 +20,10 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from benchmarks.common import kept, write_result
+from benchmarks.curriculum import tokens
 from benchmarks.quickstart_seeds import CONFIGS
 from benchmarks.stopping_exits import ALL_RULES, CAP, measure
 from benchmarks.stopping_report import backbone_table, contrast_table, plot, summary, table
-from recurrent_depth.data.tasks.source import curriculum
 from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.model.recurrence import sample_depth
 from recurrent_depth.parsing import parse_options
@@ -80,14 +80,9 @@ def configuration(task: str, seed: int, out: Path, options: dict[str, Any]) -> R
 
 def flops(config: RunConfig) -> int:
     """Return the training FLOPs of a run with its own sampled depths."""
-    assert config.data.task is not None
+    depths = (sample_depth(config.model, seed=config.seed, step=step, micro_step=0) for step in range(config.steps))
     return config.batch_size * sum(
-        micro_step_flops(
-            config,
-            1 + curriculum(config.data.task, step, config.steps, "train"),
-            sample_depth(config.model, seed=config.seed, step=step, micro_step=0),
-        )
-        for step in range(config.steps)
+        micro_step_flops(config, tokens(config, step), depth) for step, depth in enumerate(depths)
     )
 
 

@@ -38,9 +38,8 @@ LAUNCH_FILE = "torchrun.txt"
 
 SAME_FUNCTION = (
     "n_heads", "n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda", "norm", "core_norm",
-    "norm_eps",
-    "rope_base", "qk_bias", "tie_embeddings", "block", "ln_f_before_coda", "n_kv_heads", "head_size", "qkv_bias",
-    "qk_norm", "rotary_scaling", "embed_multiplier",
+    "norm_eps", "rope_base", "qk_bias", "tie_embeddings", "block", "ln_f_before_coda", "n_kv_heads", "head_size",
+    "qkv_bias", "qk_norm", "rotary_scaling", "embed_multiplier",
 )  # fmt: skip
 """Fields of the model that change what the weights compute, and that the shapes of the weights may not show."""
 

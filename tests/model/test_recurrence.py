@@ -133,8 +133,8 @@ def test_hooks_see_every_module_of_a_block(model, ids):
 @pytest.mark.parametrize("option", ["norm", "core_norm"])
 def test_configured_norm_is_used_in_all_blocks_or_in_core(ids, option):
     """The outputs equal those with a layer norm computed by hand; parameters keep their names."""
-    config = dataclasses.replace(CONFIG, **{option: "layer"})
-    layer, rms = (RecurrentDepthModel(config).double() for config in (config, CONFIG))
+    layer = RecurrentDepthModel(dataclasses.replace(CONFIG, **{option: "layer"})).double()
+    rms = RecurrentDepthModel(CONFIG).double()
     layer.initialise(0)
     rms.initialise(0)
     assert list(layer.state_dict()) == list(rms.state_dict())
