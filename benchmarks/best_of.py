@@ -18,7 +18,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.common import interval, kept, markdown, write_result
+from benchmarks.common import interval, kept, markdown, trained_run, write_result
 from benchmarks.quickstart_seeds import config_of, with_steps
 from recurrent_depth.data.tasks.state import TASKS, VALIDATION_SPLIT
 from recurrent_depth.generation.best_of import choose, decode_best_of
@@ -27,7 +27,6 @@ from recurrent_depth.generation.engine import Decoder
 from recurrent_depth.generation.request import Decoding
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.runs import load_run_model
-from recurrent_depth.training.launch import train
 
 MODELS = {"fully trained, 16 swaps": (1.0, 16), "a quarter of the steps, 6 swaps": (0.25, 6)}
 """Share of the training steps, and swaps of the games asked: those that the model gets partly right."""
@@ -44,7 +43,7 @@ def trained(part: float, seed: int, folder: Path) -> RecurrentDepthModel:
     config = config_of("shell-game")
     config = with_steps(config, round(part * config.steps), seed)
     out = folder / f"run-{config.steps}-{seed}"
-    return load_run_model(train(dataclasses.replace(config, out=str(out)), resume=True))
+    return load_run_model(trained_run(dataclasses.replace(config, out=str(out))))
 
 
 def games(swaps: int) -> tuple[list[list[int]], list[int]]:

@@ -13,6 +13,9 @@ import torch
 
 from recurrent_depth.extras import package_version
 from recurrent_depth.files import write_json
+from recurrent_depth.runs import find_checkpoint, step_of
+from recurrent_depth.training.config import RunConfig
+from recurrent_depth.training.launch import train
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -65,6 +68,14 @@ def kept(folder: str | None, name: str, compute: Callable[[], Any]) -> Any:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(value))
     return json.loads(path.read_text())
+
+
+def trained_run(config: RunConfig) -> Path:
+    """Start or continue a run and return its folder. A signal ends a run early; that stops the benchmark."""
+    run = train(config, resume=True)
+    if (step := step_of(find_checkpoint(run))) < config.steps:
+        raise SystemExit(f"{run} was stopped at training step {step} of {config.steps}; run the same command again")
+    return run
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.common import interval, kept, markdown, write_result
+from benchmarks.common import interval, kept, markdown, trained_run, write_result
 from benchmarks.quickstart_seeds import config_of, with_steps
 from recurrent_depth.data.tasks.source import curriculum
 from recurrent_depth.data.tasks.state import TASKS
@@ -28,7 +28,6 @@ from recurrent_depth.model.flops import mean_training_flops, training_flops
 from recurrent_depth.model.recurrence import sample_depth
 from recurrent_depth.runs import load_run_model
 from recurrent_depth.training.config import DepthRampConfig, RunConfig
-from recurrent_depth.training.launch import train
 from recurrent_depth.training.optimizer import ramped
 
 SHARE = 0.6  # of the training steps: where looped_nanochat measured its best loss
@@ -92,7 +91,7 @@ def train_and_evaluate(ramp: str, steps: int, seed: int) -> dict[str, Any]:
     config = config_for(ramp, steps, seed)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet:
         sys.stderr = quiet
-        model = load_run_model(train(dataclasses.replace(config, out=f"{folder}/run")))
+        model = load_run_model(trained_run(dataclasses.replace(config, out=f"{folder}/run")))
     accuracy: dict[str, dict[str, float]] = {str(r): {} for r in DEPTHS}
     for result in evaluate_per_position(model, ramp, TASKS["shell_game"], DEPTHS):
         accuracy[str(result.num_steps)][result.difficulty] = round(result.value, 4)

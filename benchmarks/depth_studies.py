@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from benchmarks.common import write_result
+from benchmarks.common import trained_run, write_result
 from recurrent_depth.analysis.convergence import parse_rule
 from recurrent_depth.analysis.studies.categories import correlations, stops_of
 from recurrent_depth.analysis.studies.statistics import rank_correlation
@@ -27,9 +27,8 @@ from recurrent_depth.data.tasks.state import TASKS, VALIDATION_SPLIT
 from recurrent_depth.evaluation.generated import evaluate_per_position
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.parsing import parse_options
-from recurrent_depth.runs import checkpoints, load_run_model
+from recurrent_depth.runs import load_run_model
 from recurrent_depth.training.config import TrainCommand
-from recurrent_depth.training.launch import train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "quickstart" / "shell-game.yaml"
 SEEDS, DEPTHS, TRAINED = (1, 2, 3), (2, 4, 16), 8
@@ -45,9 +44,7 @@ def trained(folder: Path, seed: int, depth: int) -> RecurrentDepthModel:
         "--config", str(CONFIG), "--out", str(run), "--seed", str(seed), "--model.mean-recurrence", str(depth),
         "--model.mean-backprop-depth", str(min(4, depth)),
     ]).run_config()  # fmt: skip
-    if not checkpoints(run) or int(checkpoints(run)[-1].name.removeprefix("step-")) < options.steps:
-        train(options)
-    return load_run_model(run)
+    return load_run_model(trained_run(options))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import RESULTS, write_result
+from benchmarks.common import RESULTS, trained_run, write_result
 from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation.generated import VALIDATION_SPLIT
 from recurrent_depth.generation.cache import RecurrentCache
@@ -25,7 +25,6 @@ from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.parsing import parse_options
 from recurrent_depth.runs import load_run_model
 from recurrent_depth.training.config import TrainCommand
-from recurrent_depth.training.launch import train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "quickstart" / "shell-game.yaml"
 CASES: list[tuple[str, float]] = [
@@ -40,7 +39,7 @@ MOST, LENGTH, ROWS = 32, 16, 512
 def trained() -> RecurrentDepthModel:
     with tempfile.TemporaryDirectory() as scratch:
         options = parse_options(TrainCommand, ["--config", str(CONFIG), "--out", f"{scratch}/run"])
-        train(options.run_config())
+        trained_run(options.run_config())
         return load_run_model(f"{scratch}/run")
 
 

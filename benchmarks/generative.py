@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.common import write_result
+from benchmarks.common import trained_run, write_result
 from recurrent_depth.data.tasks.report import REPORTS
 from recurrent_depth.data.tasks.source import TaskSource
 from recurrent_depth.evaluation.generated import VALIDATION_SPLIT
@@ -31,7 +31,6 @@ from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.parsing import parse_options
 from recurrent_depth.runs import load_run_model
 from recurrent_depth.training.config import TrainCommand
-from recurrent_depth.training.launch import train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "generative.yaml"
 TASK = REPORTS["rotation_report"]
@@ -95,7 +94,7 @@ def trained(**changes: Any) -> RecurrentDepthModel:
         arguments = ["--config", str(CONFIG), "--out", f"{scratch}/run"]
         for name, value in changes.items():
             arguments += [f"--{name}", str(value)]
-        train(parse_options(TrainCommand, arguments).run_config())
+        trained_run(parse_options(TrainCommand, arguments).run_config())
         return load_run_model(f"{scratch}/run")
 
 

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from benchmarks.common import RESULTS, interval, kept, write_result
+from benchmarks.common import RESULTS, interval, kept, trained_run, write_result
 from recurrent_depth.data.tasks.notes import note_id
 from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation.budget_metrics import Cell, axis_reports, best_within, cheapest_reaching, frontier
@@ -32,7 +32,6 @@ from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.parsing import parse_options
 from recurrent_depth.runs import load_run_model
 from recurrent_depth.training.config import TrainCommand
-from recurrent_depth.training.launch import train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "reasoning" / "inline-notes.yaml"
 TASK = TASKS["permutation_automaton"]
@@ -97,7 +96,7 @@ def over_seeds(runs: list[list[Cell]]) -> list[Cell]:
 def train_seed(seed: int) -> RecurrentDepthModel:
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--config", str(CONFIG), "--seed", str(seed), "--out", f"{folder}/run"]
-        return load_run_model(train(parse_options(TrainCommand, arguments).run_config()))
+        return load_run_model(trained_run(parse_options(TrainCommand, arguments).run_config()))
 
 
 def summary(cells: list[Cell], runs: list[list[Cell]]) -> dict[str, Any]:

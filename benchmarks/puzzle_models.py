@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.common import trained_run
 from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.data.tasks.puzzles import Puzzle, draw_puzzle, puzzle_tokenizer
 from recurrent_depth.evaluation.budgets import Examiner, Question
@@ -20,7 +21,6 @@ from recurrent_depth.reasoning.dataset import prepare_reasoning
 from recurrent_depth.reasoning.format import Formatter
 from recurrent_depth.runs import load_run_model
 from recurrent_depth.training.config import TrainCommand
-from recurrent_depth.training.launch import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 Row = dict[str, str]
@@ -29,7 +29,7 @@ Row = dict[str, str]
 def train_base(seed: int, out: Path) -> Path:
     """The base model of a seed: about three minutes of one core."""
     arguments = ["--config", str(CONFIGS / "pretrain" / "reasoning" / "puzzles.yaml")]
-    return train(parse_options(TrainCommand, [*arguments, "--seed", str(seed), "--out", str(out)]).run_config())
+    return trained_run(parse_options(TrainCommand, [*arguments, "--seed", str(seed), "--out", str(out)]).run_config())
 
 
 def options_of(description: str | None) -> argparse.Namespace:
@@ -82,7 +82,7 @@ def fine_tune(base: Path, rows: Sequence[Row], steps: int, seed: int, unlearned:
         config = parse_options(TrainCommand, arguments).run_config()
         optimizer = dataclasses.replace(config.optimizer, warmup_steps=steps // 20, cooldown_steps=steps // 2)
         data = DataConfig(packed=PackedDataConfig(str(folder / "data")))
-        return load_run_model(train(dataclasses.replace(config, steps=steps, optimizer=optimizer, data=data)))
+        return load_run_model(trained_run(dataclasses.replace(config, steps=steps, optimizer=optimizer, data=data)))
 
 
 def examiner(model: RecurrentDepthModel, puzzles: Sequence[Puzzle]) -> Examiner:

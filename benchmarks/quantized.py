@@ -19,14 +19,13 @@ import torch
 import torchao
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 
-from benchmarks.common import write_result
+from benchmarks.common import trained_run, write_result
 from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation.generated import VALIDATION_SPLIT
 from recurrent_depth.model.transformer import RecurrentDepthModel
 from recurrent_depth.parsing import parse_options
 from recurrent_depth.runs import load_run_model
 from recurrent_depth.training.config import TrainCommand
-from recurrent_depth.training.launch import train
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "pretrain" / "quickstart"
 DEPTHS = (1, 2, 4, 8, 12, 16, 32, 64)
@@ -40,7 +39,7 @@ SCHEMES: dict[str, Any] = {"float32": None, "int8": Int8WeightOnlyConfig()} | {
 def trained(seed: int) -> RecurrentDepthModel:
     with tempfile.TemporaryDirectory() as scratch:
         arguments = ["--config", str(CONFIGS / "shell-game.yaml"), "--seed", str(seed), "--out", f"{scratch}/run"]
-        return load_run_model(train(parse_options(TrainCommand, arguments).run_config()))
+        return load_run_model(trained_run(parse_options(TrainCommand, arguments).run_config()))
 
 
 @torch.inference_mode()

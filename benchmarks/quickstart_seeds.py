@@ -20,7 +20,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.common import kept, write_result
+from benchmarks.common import kept, trained_run, write_result
 from recurrent_depth.data.tasks.source import curriculum
 from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation.generated import evaluate_per_position
@@ -29,7 +29,6 @@ from recurrent_depth.model.recurrence import sample_depth
 from recurrent_depth.parsing import parse_options
 from recurrent_depth.runs import load_run_model
 from recurrent_depth.training.config import RunConfig, TrainCommand
-from recurrent_depth.training.launch import train
 from recurrent_depth.training.parallel import start_processes
 from recurrent_depth.training.trainer import Trainer
 
@@ -97,7 +96,7 @@ def train_and_evaluate(job: dict[str, Any]) -> dict[str, Any]:
     config = with_steps(config_of(job["model"]), job["steps"], job["seed"])
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet:
         sys.stderr = quiet
-        run = train(dataclasses.replace(config, out=f"{folder}/run"))
+        run = trained_run(dataclasses.replace(config, out=f"{folder}/run"))
         model = load_run_model(run)
     depths = DEPTHS if job["model"] == "shell-game" else [1]
     results = evaluate_per_position(model, job["model"], TASKS["shell_game"], depths)

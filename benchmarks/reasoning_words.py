@@ -25,7 +25,7 @@ import pyarrow as pa
 import reasoning_gym
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from benchmarks.common import kept, write_result
+from benchmarks.common import kept, trained_run, write_result
 from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.data.preparation.rows import row_schema, write_parquet
 from recurrent_depth.data.tokenizer import load_tokenizer
@@ -45,7 +45,6 @@ from recurrent_depth.training.config import (
     RuntimeConfig,
     ValidationConfig,
 )
-from recurrent_depth.training.launch import train
 
 TASKS: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_digits": 1, "max_digits": 2, "max_terms": 5},
@@ -191,7 +190,7 @@ def main() -> None:
         for name in ["recurrent"] if options.trial else SHAPES:
             steps = equal_flops_steps(name, options.steps)
             key = f"{name}-{steps}-{seed}".replace(" ", "-")
-            model = load_run_model(train(run_config(name, seed, steps, data, root / key, options.device), resume=True))
+            model = load_run_model(trained_run(run_config(name, seed, steps, data, root / key, options.device)))
             result: dict[str, Any] = {"model": name, "seed": seed, "steps": steps, "parameters": model.num_parameters}
             result["accuracy"] = {
                 str(r): kept(options.keep, f"{key}-{r}", partial(accuracy, model, tokenizer, r, tasks))

@@ -19,7 +19,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.common import kept, write_result
+from benchmarks.common import kept, trained_run, write_result
 from benchmarks.curriculum import tokens
 from benchmarks.quickstart_seeds import CONFIGS
 from benchmarks.stopping_exits import ALL_RULES, CAP, measure
@@ -29,7 +29,6 @@ from recurrent_depth.model.recurrence import sample_depth
 from recurrent_depth.parsing import parse_options
 from recurrent_depth.runs import load_run_model
 from recurrent_depth.training.config import RunConfig, TrainCommand
-from recurrent_depth.training.launch import train
 from recurrent_depth.training.objective import micro_step_flops
 
 STEPS, GATE_STEPS = 1200, 500
@@ -112,10 +111,10 @@ def run_job(job: tuple[str, int, str], keep: Path) -> dict[str, Any]:
     began = time.process_time()
     config = backbone(task, seed, name, keep)
     with open(os.devnull, "w") as quiet, redirect_stderr(quiet):  # the progress of training
-        model = load_run_model(train(config, resume=True))
+        model = load_run_model(trained_run(config))
         gates = {"own gate": model.transformer.gate} if model.transformer.gate is not None else {}
         for label, options in GATES.get(name, {}).items():
-            run = train(gate(task, seed, config, label, options), resume=True)
+            run = trained_run(gate(task, seed, config, label, options))
             gates[label] = load_run_model(run).transformer.gate
     wanted = () if name in MATCHED else ALL_RULES if name in COMPARED else ("state-change", "kl")
     found = measure(model, TASKS[task], gates, wanted, anchored=name in COMPARED)

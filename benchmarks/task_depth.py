@@ -17,13 +17,12 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.common import write_result
+from benchmarks.common import trained_run, write_result
 from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.evaluation.generated import evaluate_per_position
 from recurrent_depth.parsing import parse_options
 from recurrent_depth.runs import load_run_model
 from recurrent_depth.training.config import TrainCommand
-from recurrent_depth.training.launch import train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "quickstart" / "shell-game.yaml"
 DEPTHS = [1, 2, 4, 8, 16, 32]
@@ -37,7 +36,7 @@ def run_job(job: tuple[str, int, int]) -> dict[str, Any]:
     config = parse_options(TrainCommand, arguments).run_config()
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet:
         sys.stderr = quiet
-        model = load_run_model(train(dataclasses.replace(config, out=f"{folder}/run")))
+        model = load_run_model(trained_run(dataclasses.replace(config, out=f"{folder}/run")))
     results = evaluate_per_position(model, task, TASKS[task], DEPTHS)
     accuracy: dict[str, dict[str, float]] = {f"r{r}": {} for r in DEPTHS}
     for result in results:
