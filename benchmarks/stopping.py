@@ -124,8 +124,12 @@ def run_job(job: tuple[str, int, str], keep: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def file_name(job: tuple[str, int, str]) -> str:
+    return "-".join(map(str, job))
+
+
 def kept_job(job: tuple[str, int, str], keep: Path) -> dict[str, Any]:
-    result: dict[str, Any] = kept(str(keep), "-".join(map(str, job)), partial(run_job, job, keep))
+    result: dict[str, Any] = kept(str(keep), file_name(job), partial(run_job, job, keep))
     print(*job, f"{result['cpu_seconds']:.0f} s", flush=True)
     return result
 
@@ -137,6 +141,7 @@ def main() -> None:
     parser.add_argument("--backbones", default=";".join(BACKBONES), help="names, between semicolons")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--keep", default="build/stopping", help="folder of runs and finished measurements")
+    parser.add_argument("--report", action="store_true", help="write the results of what is finished; train nothing")
     args = parser.parse_args()
     jobs = [
         (task, int(seed), name)
@@ -144,6 +149,8 @@ def main() -> None:
         for task in args.tasks.split(",")
         for name in args.backbones.split(";")
     ]
+    if args.report:
+        jobs = [job for job in jobs if (Path(args.keep) / f"{file_name(job)}.json").is_file()]
     with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
         runs = pool.starmap(kept_job, [(job, Path(args.keep)) for job in jobs], chunksize=1)
     payload = summary(runs)

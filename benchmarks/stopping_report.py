@@ -163,7 +163,8 @@ def _backbone(runs: list[Run]) -> dict[str, Any]:
     fixed = np.array([run["fixed"]["right"] for run in runs]).mean(2)  # [seeds, R]
     found = [oracles(run) for run in runs]
     return {
-        "steps": runs[0]["steps"], "training_flops": [run["training_flops"] for run in runs],
+        "seeds": [run["seed"] for run in runs], "steps": runs[0]["steps"],
+        "training_flops": [run["training_flops"] for run in runs],
         "accuracy": fixed.mean(0).round(4).tolist(), "all_iterations": fixed[:, -1].tolist(),
         "loss": [float(f"{x:.4g}") for x in np.array([run["fixed"]["loss"] for run in runs]).mean((0, 2))],
         "long_accuracy": [run["long_accuracy"] for run in runs],
@@ -205,13 +206,13 @@ def _cell(row: dict[str, Any]) -> str:
 def backbone_table(payload: dict[str, Any]) -> str:
     """Return the backbones by task: accuracy at fixed depths, loss after all iterations, accuracy on longer rows."""
     rows = [
-        [row["task"], row["backbone"], f"{np.mean(row['training_flops']) / 1e12:.1f}",
+        [row["task"], row["backbone"], str(len(row["seeds"])), f"{np.mean(row['training_flops']) / 1e12:.1f}",
          *(f"{100 * row['accuracy'][r - 1]:.1f}" for r in (1, *BUDGETS, CAP)), f"{row['loss'][-1]:.4f}",
          f"{100 * np.mean(row['long_accuracy']):.1f}"]
         for row in payload["backbones"]
     ]  # fmt: skip
     depths = [f"r = {r}" for r in (1, *BUDGETS, CAP)]
-    return markdown(["task", "backbone", "TFLOPs", *depths, f"loss at {CAP}", f"{LONG} instructions"], rows)
+    return markdown(["task", "backbone", "seeds", "TFLOPs", *depths, f"loss at {CAP}", f"{LONG} instructions"], rows)
 
 
 def contrast_table(payload: dict[str, Any]) -> str:
