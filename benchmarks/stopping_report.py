@@ -215,6 +215,23 @@ def backbone_table(payload: dict[str, Any]) -> str:
     return markdown(["task", "backbone", "seeds", "TFLOPs", *depths, f"loss at {CAP}", f"{LONG} instructions"], rows)
 
 
+def shuffled_table(payload: dict[str, Any], budget: int = 6) -> str:
+    """Return the methods of A within a budget: accuracy, and accuracy with the iterations of other rows, by task."""
+    rows = [row for row in payload["methods"] if row["backbone"] == A and row["method"] != "fixed"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    cells = {
+        (row["task"], row["method"]): f"{100 * point['accuracy']:.1f}, {100 * point['shuffled_accuracy']:.1f}"
+        for row in rows
+        for point in row["points"]
+        if point["purpose"] == str(budget)
+    }
+    methods = dict.fromkeys(row["method"] for row in rows)
+    return markdown(
+        [f"{A}, within {budget}", *tasks],
+        [[method, *(cells.get((task, method), "") for task in tasks)] for method in methods],
+    )
+
+
 def contrast_table(payload: dict[str, Any]) -> str:
     """Return the contrasts by task; accuracies in points, losses in nats."""
     rows = []

@@ -6,6 +6,7 @@ what the results say.
 
 import re
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -315,6 +316,17 @@ def trained_depths(payload: dict[str, Any]) -> str:
     return markdown(["trained at", *(f"r = {r}" for r in steps)], rows)
 
 
+def _stopping(name: str) -> str:
+    """Return a table of the study of stopping."""
+    report = import_module("benchmarks.stopping_report")
+    payload = read_result("stopping")
+    tables: dict[str, Callable[[dict[str, Any]], str]] = {
+        "backbones": report.backbone_table, "shuffled": report.shuffled_table, "contrasts": report.contrast_table,
+        **{letter: partial(report.table, backbone=getattr(report, letter)) for letter in "ABC"},
+    }  # fmt: skip
+    return tables[name](payload)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quickstart": lambda: quickstart(read_result("quickstart_seeds")),
     "early exit": lambda: early_exit(read_result("early_exit")["rows"]),
@@ -344,6 +356,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "healing loss": lambda: markdown(*healing_loss(read_result("healing"))),
     "healing accuracy": lambda: markdown(*healing_accuracy(read_result("healing"), read_result("conversion"))),
     "conversion study": lambda: markdown(*conversion_study(read_result("conversion_study"))),
+    **{f"stopping {name}": partial(_stopping, name) for name in ("backbones", "A", "B", "C", "shuffled", "contrasts")},
     "serving": lambda: import_module("benchmarks.serving").table(read_result("serving")),
 }
 """What stands behind each mark."""
