@@ -66,7 +66,7 @@ def kept(folder: str | None, name: str, compute: Callable[[], Any]) -> Any:
     if not path.is_file():
         value = compute()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(value))
+        write_json(path, value, indent=None)
     return json.loads(path.read_text())
 
 

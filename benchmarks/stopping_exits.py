@@ -8,12 +8,15 @@ Shapes: B rows, T tokens, D width, V vocabulary, R iterations.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import expit
 from torch import Tensor
 
 from benchmarks.early_exit import decode_rows
@@ -33,6 +36,7 @@ BUDGETS = (3, 4, 6, 8)
 LENGTHS = (4, 8, 12, 16)
 ROWS, CHOOSING_ROWS = 768, 256
 LONG, LONG_CAP = 24, 32
+GRID, HALVINGS = 8, 4
 SLACK = 0.005  # of accuracy, for "as accurate as all iterations"
 ALL_RULES = ("state-change", "kl", "entropy", "argmax", "margin", "second difference")
 READS = ("kl", "entropy", "argmax", "margin")
@@ -69,23 +73,30 @@ class SecondDifference:
         return small & (memory[..., -1] > 0), torch.cat([change, small[..., None].to(change.dtype)], dim=-1)
 
 
-def spaced(first: float, last: float, count: int = 20) -> list[float]:
-    """Return powers of ten from 10^first to 10^last, at equal distances of the exponent."""
-    return [10**x for x in np.linspace(first, last, count)]
+@dataclass(frozen=True)
+class Method:
+    """A way to stop: its rule by strictness, a number from the loosest to the strictest."""
+
+    rule: Callable[[float], ExitRule]
+    loosest: float
+    strictest: float
 
 
-def methods(width: int, gates: dict[str, Gate]) -> dict[str, list[ExitRule]]:
-    """Return the rule of every method at all its thresholds."""
-    probabilities = [1 / (1 + math.exp(-x)) for x in np.linspace(-8, 16, 24)]  # 0.0003 to 1 - 1e-7
+def methods(width: int, gates: dict[str, Gate]) -> dict[str, Method]:
+    """Return the methods: powers of ten, logits of probabilities, and whole numbers."""
     return {
-        "state-change": [RULES["state-change"](t) for t in spaced(0.3, -3)],
-        "kl": [RULES["kl"](t) for t in spaced(1, -9)],
-        "entropy": [RULES["entropy"](t) for t in spaced(0.5, -7)],
-        "argmax": [RULES["argmax"](patience) for patience in range(2, CAP)],
-        "margin": [Margin(t) for t in probabilities],
-        "second difference": [SecondDifference(t, width) for t in spaced(0.5, -3)],
-        **{name: [GateExit(gate, t) for t in probabilities] for name, gate in gates.items()},
+        "state-change": Method(lambda x: RULES["state-change"](10**-x), -0.3, 3),
+        "kl": Method(lambda x: RULES["kl"](10**-x), -1, 9),
+        "entropy": Method(lambda x: RULES["entropy"](10**-x), -0.5, 7),
+        "argmax": Method(lambda x: RULES["argmax"](round(x)), 2, CAP - 1),
+        "margin": Method(lambda x: Margin(expit(x)), -8, 16),
+        "second difference": Method(lambda x: SecondDifference(10**-x, width), -0.5, 3),
+        **{name: Method(partial(_gate_exit, gate), -8, 34) for name, gate in gates.items()},
     }
+
+
+def _gate_exit(gate: Gate, x: float) -> ExitRule:
+    return GateExit(gate, expit(x))
 
 
 class Rows:
@@ -114,7 +125,7 @@ class Rows:
         return self.answers(logits.argmax(-1) == self.labels), steps
 
     def shuffled(self, steps: Tensor) -> list[Stopping]:
-        """Return limits with the iterations of other rows of the same length: who stops no longer matters."""
+        """Return limits with the iterations of a random row of the same length, token by token."""
         taken, generator = steps.clone(), torch.Generator().manual_seed(0)
         for length in LENGTHS:
             rows = (self.columns == length).nonzero()[:, 0]
@@ -147,27 +158,49 @@ def long_accuracy(model: RecurrentDepthModel, task: StateTask) -> float:
     return right.double().mean().item()
 
 
-def choose(model: RecurrentDepthModel, rows: Rows, rules: list[ExitRule], full: float) -> dict[str, tuple[int, float]]:
-    """Return the number of the threshold that is chosen for every budget, and for no loss, each with its accuracy.
+@dataclass(frozen=True)
+class Chosen:
+    """A strictness, and what it gives on the rows that choose."""
+
+    strictness: float
+    accuracy: float
+    iterations: float
+
+
+def choose(model: RecurrentDepthModel, rows: Rows, method: Method, full: float) -> dict[str, Chosen]:
+    """Return the strictness that is chosen for every budget, and for no loss.
 
     For a budget: the most accurate within it. For `lossless`: the one with the fewest iterations among those with the
-    accuracy `full` of all iterations, less `SLACK`. A purpose that no threshold serves is absent.
+    accuracy `full` of all iterations, less `SLACK`. A purpose that none serves is absent. Those tried are `GRID` at
+    equal distances, and `HALVINGS` more for each purpose, between the last that is too loose or fits and the next.
     """
-    found = []
-    for rule in rules:
-        right, steps = rows.decode(model, rows.stop(rule))
-        found.append((right.double().mean().item(), rows.mean_iterations(steps)))
+    tried: dict[float, Chosen] = {}
+
+    def attempt(x: float) -> None:
+        right, steps = rows.decode(model, rows.stop(method.rule(x)))
+        tried[x] = Chosen(x, right.double().mean().item(), rows.mean_iterations(steps))
+
+    for x in np.linspace(method.loosest, method.strictest, GRID).tolist():
+        attempt(x)
     chosen = {}
     for budget in BUDGETS:
-        within = [n for n, (_, iterations) in enumerate(found) if iterations <= budget]
-        if within:
-            best = max(within, key=lambda n: (found[n][0], -found[n][1]))
-            chosen[str(budget)] = best, found[best][0]
-    accurate = [n for n, (accuracy, _) in enumerate(found) if accuracy >= full - SLACK]
-    if accurate:
-        best = min(accurate, key=lambda n: found[n][1])
-        chosen["lossless"] = best, found[best][0]
+        refine(tried, attempt, lambda found, most=budget: found.iterations > most)
+        if within := [found for found in tried.values() if found.iterations <= budget]:
+            chosen[str(budget)] = max(within, key=lambda found: (found.accuracy, -found.iterations))
+    refine(tried, attempt, lambda found: found.accuracy >= full - SLACK)
+    if accurate := [found for found in tried.values() if found.accuracy >= full - SLACK]:
+        chosen["lossless"] = min(accurate, key=lambda found: found.iterations)
     return chosen
+
+
+def refine(tried: dict[float, Chosen], attempt: Callable[[float], None], strict: Callable[[Chosen], bool]) -> None:
+    """Halve the interval between the loosest strictness that is `strict` and the one before it, a few times."""
+    for _ in range(HALVINGS):
+        enough = [x for x, found in tried.items() if strict(found)]
+        below = [x for x in tried if enough and x < min(enough)]
+        if not below:
+            return
+        attempt((max(below) + min(enough)) / 2)
 
 
 def measure(
@@ -182,15 +215,15 @@ def measure(
     rows, others = Rows(task, 0, ROWS), Rows(task, ROWS, CHOOSING_ROWS)
     points: list[dict[str, Any]] = []
     chosen_fixed = [sum(right) / CHOOSING_ROWS for right in fixed_depths(model, others)["right"]]
-    for name, rules in methods(model.config.n_embd, gates).items():
+    for name, method in methods(model.config.n_embd, gates).items():
         if name not in (*wanted, *gates):
             continue
-        for purpose, (number, accuracy) in choose(model, others, rules, chosen_fixed[-1]).items():
-            rule = rules[number]
+        for purpose, chosen in choose(model, others, method, chosen_fixed[-1]).items():
+            rule = method.rule(chosen.strictness)
             right, steps = rows.decode(model, rows.stop(rule))
             iterations = rows.mean_iterations(steps)
             point = {
-                "method": name, "purpose": purpose, "chosen_accuracy": accuracy, "iterations": iterations,
+                "method": name, "purpose": purpose, "chosen_accuracy": chosen.accuracy, "iterations": iterations,
                 "threshold": float(getattr(rule, "threshold", getattr(rule, "patience", math.nan))),
                 "flops": iterations * flops_of_iteration(model, name), "right": right.int().tolist(),
                 "steps": rows.answers(steps).tolist(),

@@ -49,13 +49,18 @@ def chosen_score(run: Run, method: str) -> float:
     return float(np.mean([floor if point is None else point["chosen_accuracy"] for point in points]))
 
 
-def lossless(run: Run, method: str) -> float:
-    """Return the mean iterations with the accuracy of all iterations, less `SLACK`; all, if there is no threshold."""
+def lossless(run: Run, method: str) -> tuple[float, float]:
+    """Return the mean iterations without loss, and the measured change of accuracy: chosen on other rows.
+
+    All iterations if there is no such threshold.
+    """
+    fixed = np.array(run["fixed"]["right"]).mean(1)
     if method == "fixed":
         accuracy = np.array(run["chosen_fixed"])
-        return float(np.argmax(accuracy >= accuracy[-1] - SLACK) + 1)
+        steps = int(np.argmax(accuracy >= accuracy[-1] - SLACK)) + 1
+        return float(steps), float(fixed[steps - 1] - fixed[-1])
     point = point_of(run, method, "lossless")
-    return float(CAP) if point is None else point["iterations"]
+    return (float(CAP), 0.0) if point is None else (point["iterations"], float(np.mean(point["right"]) - fixed[-1]))
 
 
 def needed(right: Array) -> Array:
@@ -65,7 +70,10 @@ def needed(right: Array) -> Array:
 
 
 def oracles(run: Run) -> dict[str, list[float]]:
-    """Return [accuracy, mean iterations of an answer] of stopping with knowledge of the answer, nothing frozen."""
+    """Return [accuracy, mean iterations of an answer] of stopping with knowledge of the answer, nothing frozen.
+
+    As for all methods, at least `FLOOR` iterations.
+    """
     right, loss = np.array(run["fixed"]["right"]).astype(bool), np.array(run["fixed"]["loss"])
     stops = {
         "first right answer": np.where(right.any(0), right.argmax(0) + 1, CAP),
@@ -74,7 +82,7 @@ def oracles(run: Run) -> dict[str, list[float]]:
     }
     return {
         name: [right[stop - 1, np.arange(right.shape[1])].mean().item(), stop.mean().item()]
-        for name, stop in stops.items()
+        for name, stop in ((name, np.maximum(stop, FLOOR)) for name, stop in stops.items())
     }
 
 
@@ -112,8 +120,14 @@ def best(runs: list[Run], among: Callable[[str], bool]) -> str:
 
 
 def contrasts(by: dict[tuple[str, str], list[Run]], task: str) -> list[dict[str, Any]]:
-    """Return the three contrasts of the study for one task: differences by seed, and their 95% interval."""
-    on_a, on_b, on_c = by[task, A], by[task, B], by[task, C]
+    """Return the three contrasts of the study for one task: differences by seed, and their 95% interval.
+
+    Of the seeds whose three backbones are measured; empty with fewer than two.
+    """
+    seeds = sorted(set.intersection(*({run["seed"] for run in by.get((task, name), [])} for name in (A, B, C))))
+    if len(seeds) < 2:
+        return []
+    on_a, on_b, on_c = ([run for seed in seeds for run in by[task, name] if run["seed"] == seed] for name in (A, B, C))
     rule, learned = best(on_a, lambda method: not is_gate(method)), best(on_a, is_gate)
     loss_b, loss_c = ([float(np.mean(run["fixed"]["loss"][-1])) for run in runs] for runs in (on_b, on_c))
     found = {
@@ -123,7 +137,7 @@ def contrasts(by: dict[tuple[str, str], list[Run]], task: str) -> list[dict[str,
     }
     rows: list[dict[str, Any]] = [
         {
-            "task": task, "contrast": name, "difference": float(np.mean(values)), "by_seed": values,
+            "task": task, "contrast": name, "seeds": seeds, "difference": float(np.mean(values)), "by_seed": values,
             "interval_95": interval(values),
         }
         for name, values in found.items()
@@ -150,12 +164,12 @@ def summary(runs: list[Run]) -> dict[str, Any]:
         backbones.append(where | _backbone(same))
         for method in dict.fromkeys(["fixed", *(point["method"] for run in same for point in run["points"])]):
             rows.append(where | {"method": method} | _method(same, method))
-    complete = [task for task in dict.fromkeys(t for t, _ in by) if all((task, name) in by for name in (A, B, C))]
     return {
         "floor": FLOOR, "cap": CAP, "budgets": BUDGETS, "rows": ROWS, "lengths": LENGTHS, "slack": SLACK,
         "long": {"length": LONG, "num_steps": LONG_CAP}, "seeds": sorted({run["seed"] for run in runs}),
-        "cpu_seconds": sum(run["cpu_seconds"] for run in runs), "backbones": backbones, "methods": rows,
-        "contrasts": [contrast for task in complete for contrast in contrasts(by, task)],
+        "training_seconds": sum(run["training_seconds"] for run in runs),
+        "measuring_seconds": sum(run["measuring_seconds"] for run in runs), "backbones": backbones, "methods": rows,
+        "contrasts": [row for task in dict.fromkeys(task for task, _ in by) for row in contrasts(by, task)],
     }  # fmt: skip
 
 
@@ -163,7 +177,7 @@ def _backbone(runs: list[Run]) -> dict[str, Any]:
     fixed = np.array([run["fixed"]["right"] for run in runs]).mean(2)  # [seeds, R]
     found = [oracles(run) for run in runs]
     return {
-        "seeds": [run["seed"] for run in runs], "steps": runs[0]["steps"],
+        "seeds": [run["seed"] for run in runs], "steps": [run["steps"] for run in runs],
         "training_flops": [run["training_flops"] for run in runs],
         "accuracy": fixed.mean(0).round(4).tolist(), "all_iterations": fixed[:, -1].tolist(),
         "loss": [float(f"{x:.4g}") for x in np.array([run["fixed"]["loss"] for run in runs]).mean((0, 2))],
@@ -176,7 +190,8 @@ def _method(runs: list[Run], method: str) -> dict[str, Any]:
     scores = [score(run, method) for run in runs]
     result: dict[str, Any] = {
         "score": float(np.mean(scores)), "worst_seed": min(scores),
-        "lossless_iterations": float(np.mean([lossless(run, method) for run in runs])), "points": [],
+        "lossless_iterations": float(np.mean([lossless(run, method)[0] for run in runs])),
+        "lossless_change": float(np.mean([lossless(run, method)[1] for run in runs])), "points": [],
     }  # fmt: skip
     for purpose in (*map(str, BUDGETS), "lossless"):
         points = [(run, point_of(run, method, purpose)) for run in runs]
@@ -189,7 +204,7 @@ def _method(runs: list[Run], method: str) -> dict[str, Any]:
 
 
 def table(payload: dict[str, Any], backbone: str = A) -> str:
-    """Return the methods on a backbone by task: score (worst seed), iterations without loss."""
+    """Return the methods on a backbone by task: score (worst seed), iterations without loss (change of accuracy)."""
     tasks = list(dict.fromkeys(row["task"] for row in payload["methods"]))
     cells = {(row["task"], row["method"]): row for row in payload["methods"] if row["backbone"] == backbone}
     lines = [
@@ -200,7 +215,8 @@ def table(payload: dict[str, Any], backbone: str = A) -> str:
 
 
 def _cell(row: dict[str, Any]) -> str:
-    return f"{100 * row['score']:.1f} ({100 * row['worst_seed']:.1f}), {row['lossless_iterations']:.1f}"
+    score, worst, change = (100 * row[key] for key in ("score", "worst_seed", "lossless_change"))
+    return f"{score:.1f} ({worst:.1f}), {row['lossless_iterations']:.1f} ({change:+.1f})"
 
 
 def backbone_table(payload: dict[str, Any]) -> str:
@@ -244,28 +260,27 @@ def contrast_table(payload: dict[str, Any]) -> str:
 
 
 def plot(payload: dict[str, Any]) -> None:
-    """Write results/stopping.png: accuracy over mean iterations, by task, on backbones A and C."""
+    """Write results/stopping.png: accuracy over mean iterations, by task, on backbones A, B and C."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     tasks = list(dict.fromkeys(row["task"] for row in payload["methods"]))
-    figure, axes = plt.subplots(2, len(tasks), figsize=(4.5 * len(tasks), 7), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(3, len(tasks), figsize=(4.5 * len(tasks), 10.5), squeeze=False, sharex=True)
     cells = {(row["task"], row["backbone"]): row for row in payload["backbones"]}
-    for (i, backbone), (j, task) in product(enumerate((A, C)), enumerate(tasks)):
+    for (i, backbone), (j, task) in product(enumerate((A, B, C)), enumerate(tasks)):
         if (task, backbone) not in cells:
             continue
         axis, cell = axes[i][j], cells[task, backbone]
         axis.plot(range(1, CAP + 1), [100 * y for y in cell["accuracy"]], "k--", label="fixed")
-        accuracy, steps = cell["oracles"]["needed depth"]
-        axis.plot([steps], [100 * accuracy], "k*", label="needed depth of the answer (oracle)")
         for row in payload["methods"]:
-            if (row["task"], row["backbone"]) == (task, backbone) and row["points"]:
-                points = sorted((point["iterations"], 100 * point["accuracy"]) for point in row["points"])
+            points = [point for point in row["points"] if point["seeds"] == len(cell["seeds"])]
+            if (row["task"], row["backbone"]) == (task, backbone) and points:
+                points = sorted(points, key=lambda point: point["iterations"])
                 axis.plot(
-                    *zip(*points, strict=True), "s-" if is_gate(row["method"]) else "o-", label=row["method"],
-                    markersize=4, linewidth=1,
+                    [point["iterations"] for point in points], [100 * point["accuracy"] for point in points],
+                    "s-" if is_gate(row["method"]) else "o-", label=row["method"], markersize=4, linewidth=1,
                 )  # fmt: skip
         axis.set(title=f"{task}, {backbone}", xlabel="mean iterations of a token", ylabel="accuracy, %")
         axis.legend(fontsize=6)

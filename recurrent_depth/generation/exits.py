@@ -131,7 +131,7 @@ class GateExit:
 
     def converged(self, before: Tensor, after: Tensor, read: Read, memory: Tensor) -> tuple[Tensor, Tensor]:
         going = torch.where(memory.isnan(), 1.0, memory)[..., 0] * torch.sigmoid(-self.gate(before, after))
-        return 1 - going >= self.threshold, going[..., None]
+        return going <= 1 - self.threshold, going[..., None]  # exact for thresholds close to 1 too
 
 
 RULES: dict[str, Callable[..., ExitRule]] = {
