@@ -5,8 +5,8 @@
 
 Examples are a question and its answer in words, as the package writes them, with a tokenizer trained on them. Three
 models see the same rows: the recurrent one; one of the same layers, each run once, trained for as many steps ("equal
-parameters"); and one of as many different layers as the recurrent one runs at its mean depth, trained with its FLOPs
-("equal FLOPs"). lm-eval generates answers to held-out questions, graded by the package. Data, runs (from their
+parameters"); and one of as many different layers as the recurrent one runs on average, trained with its FLOPs ("equal
+FLOPs"). lm-eval generates answers to held-out questions, graded by the package. Data, runs (from their
 checkpoints) and measurements are kept in FOLDER, and the same command continues after an interruption. Hours of CPU
 for each model; --device cuda trains on a GPU. --trial is the recurrent model alone, to see which tasks can be learned;
 --models and --seeds share the work between processes. Writes results/reasoning_words.json.
@@ -23,7 +23,7 @@ from typing import Any, Literal
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from benchmarks.common import kept, trained_run, write_result
-from benchmarks.reasoning_words_tasks import LONGEST, PREFIX, TASKS, VOCABULARY, prepare
+from benchmarks.reasoning_words_tasks import HELD_OUT, LONGEST, PREFIX, TASKS, VOCABULARY, prepare
 from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.evaluation.command import evaluate
 from recurrent_depth.evaluation.config import EvalConfig, LmEvalConfig
@@ -46,12 +46,15 @@ SHAPE = ModelConfig(
     n_embd=128, n_heads=4, intermediate_size=384, n_layers_in_recurrent_block=2, vocab_size=VOCABULARY, block_size=512,
     mean_recurrence=8, mean_backprop_depth=4,
 )  # fmt: skip
-_ONCE: dict[str, Any] = {"mean_recurrence": 1, "mean_backprop_depth": None, "sampling_scheme": "fixed"}
+_ONCE: dict[str, Any] = {
+    "mean_recurrence": 1, "mean_backprop_depth": None, "sampling_scheme": "fixed", "state_init": "zero",
+}  # fmt: skip
 SHAPES = {
     "recurrent": SHAPE,
     "equal parameters": dataclasses.replace(SHAPE, **_ONCE),
-    "equal FLOPs": dataclasses.replace(SHAPE, **_ONCE, n_layers_in_recurrent_block=2 * SHAPE.mean_recurrence),
+    "equal FLOPs": dataclasses.replace(SHAPE, **_ONCE, n_layers_in_recurrent_block=2 * (SHAPE.mean_recurrence + 1)),
 }
+"""The drawn depths have a mean of `mean_recurrence` + 1."""
 
 
 def steps_of(model: str, steps: int) -> int:
@@ -88,9 +91,26 @@ def accuracy(run: Path, tasks: Sequence[str], depths: Sequence[int], shots: int)
     return found
 
 
-def saturates_at(by_depth: dict[str, float], within: float = 0.02) -> int:
-    """Return the smallest number of core iterations whose accuracy is within two points of the best."""
-    return min(int(r) for r, value in by_depth.items() if value >= max(by_depth.values()) - within)
+def depth_needed(results: list[dict[str, Any]], task: str, commonest: float) -> dict[str, Any]:
+    """Return the mean accuracies of a task, and the first r within two points of the best.
+
+    A task counts as learned if the best is above the share of the commonest answer by more than three standard errors.
+    """
+    seeds = [run["accuracy"][task] for run in results if run["model"] == "recurrent"]
+    by_depth = {r: sum(accuracy[r] for accuracy in seeds) / len(seeds) for r in seeds[0]}
+    best = max(by_depth.values())
+    error = (best * (1 - best) / (HELD_OUT * len(seeds))) ** 0.5
+    learned = best > commonest + 3 * error
+    fixed = {
+        name: [run["accuracy"][task]["1"] for run in results if run["model"] == name]
+        for name in SHAPES
+        if name != "recurrent"
+    }
+    return {
+        "accuracy": by_depth, "commonest_answer": commonest, "learned": learned,
+        "saturates_at": min(int(r) for r, value in by_depth.items() if value >= best - 0.02) if learned else None,
+        **{name: sum(values) / len(values) for name, values in fixed.items()},
+    }  # fmt: skip
 
 
 def measure(model: str, seed: int, steps: int, tasks: Sequence[str], root: Path, device: Any) -> dict[str, Any]:
@@ -125,22 +145,25 @@ def main() -> None:
     parser.add_argument("--keep", default="build/reasoning-words", help="folder of data, runs and measurements")
     options = parser.parse_args()
     tasks, seeds, root = options.tasks.split(","), [int(seed) for seed in options.seeds.split(",")], Path(options.keep)
-    counts = kept(options.keep, "examples", partial(prepare, root / "data", tasks))
+    models = ["recurrent"] if options.trial else options.models.split(",")
+    seeds = seeds[:1] if options.trial else seeds
+    counts = prepare(root / "data", tasks)
     results = []
-    for seed in seeds[:1] if options.trial else seeds:
-        for name in ["recurrent"] if options.trial else options.models.split(","):
+    for seed in seeds:
+        for name in models:
             results.append(measure(name, seed, options.steps, tasks, root, options.device))
             show(results[-1])
-    if not options.trial:
-        write_result("reasoning_words", {"tasks": TASKS, "examples": counts, "runs": results})
+    if models == list(SHAPES) and len(seeds) > 1:
+        found = {task: depth_needed(results, task, counts[task]["commonest_answer"]) for task in tasks}
+        write_result("reasoning_words", {"tasks": TASKS, "examples": counts, "needs": found, "runs": results})
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the accuracy by task, and where it saturates."""
+    """Print the accuracy by task and number of core iterations."""
     print(f"{result['model']}, seed {result['seed']}, {result['steps']} training steps")
     for task, by_depth in result["accuracy"].items():
         cells = " ".join(f"{100 * value:5.1f}" for value in by_depth.values())
-        print(f"  {task:<22} {cells}   saturates at r = {saturates_at(by_depth)}", flush=True)
+        print(f"  {task:<22} {cells}", flush=True)
     for shots, by_depth in result.get("fewshot", {}).items():
         print(f"  {FEWSHOT_TASK}, {shots} shots   ", " ".join(f"{100 * value:5.1f}" for value in by_depth.values()))
 

@@ -9,7 +9,10 @@ and the rows of a mixture hold one example after the other, as a prompt with exa
 """
 
 import json
-from collections.abc import Sequence
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +22,14 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from recurrent_depth.data.preparation.rows import row_schema, write_parquet
-from recurrent_depth.files import atomic_folder
+from recurrent_depth.files import atomic_folder, write_json
 from recurrent_depth.model.loss import IGNORE_INDEX
-from recurrent_depth.reasoning.dataset import Tokens, lay_out
+from recurrent_depth.reasoning.dataset import FineTuningRow, Tokens, lay_out
 
 TASKS: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_digits": 1, "max_digits": 1, "max_terms": 5},
     "basic_arithmetic": {"min_terms": 2, "max_terms": 3, "max_digits": 1},
-    "gcd": {"max_value": 100},
+    "gcd": {"max_value": 200},
     "count_bits": {"max_n": 10_000},
     "spell_backward": {"max_word_len": 6},
     "letter_counting": {"max_words": 6},
@@ -39,7 +42,13 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 """Options of each task, by name in the package."""
 
-EXAMPLES, HELD_OUT, SHOTS = 20_000, 200, 64
+_CONTENT: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "gcd": lambda entry: sorted(entry["metadata"]["numbers"]),
+    "simple_equations": lambda entry: entry["metadata"]["equation"].replace(entry["metadata"]["variable"], "x"),
+}
+"""What makes two questions of a task the same; of the others the text, in lower case."""
+
+EXAMPLES, HELD_OUT, SHOTS = 20_000, 256, 64
 """Training examples and held-out questions of a task; training examples that few-shot prompts take theirs from."""
 
 LONGEST, ANSWER = 255, 32  # tokens of a row; of an answer at most
@@ -76,24 +85,38 @@ def tokens_of(tokenizer: Tokenizer, entry: dict[str, Any]) -> Tokens:
     return Tokens([*prompt, *reply], [*[IGNORE_INDEX] * (len(prompt) - 1), *reply, IGNORE_INDEX])
 
 
-def prepare(out: Path, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Write rows, tokenizer and lm-eval tasks; return the counts of each task's examples."""
-    examples = {task: entries(task, "train") for task in tasks}
+def content(task: str, entry: dict[str, Any]) -> str:
+    """Return a text that is the same for two questions that ask the same."""
+    return str(_CONTENT.get(task, lambda e: e["question"].lower())(entry))
+
+
+def prepare(out: Path, tasks: Sequence[str]) -> dict[str, Any]:
+    """Write rows, tokenizer and lm-eval tasks, unless they are there; return counts of each task's examples."""
+    counts_file = out / "examples.json"
+    if not counts_file.is_file():
+        _prepare(out, tasks)
+    counts: dict[str, Any] = json.loads(counts_file.read_text())
+    if list(counts) != list(tasks):
+        raise SystemExit(f"{out} holds rows of {', '.join(counts)}; give another folder for other tasks")
+    return counts
+
+
+def _prepare(out: Path, tasks: Sequence[str]) -> None:
+    drawn = {task: entries(task, "train") for task in tasks}
     held_out = {task: entries(task, "validation") for task in tasks}
+    asked = {task: {content(task, entry) for entry in held_out[task]} for task in tasks}
+    examples = {task: [e for e in drawn[task] if content(task, e) not in asked[task]] for task in tasks}
     texts = [text for members in examples.values() for e in members[:1000] for text in (e["question"], e["answer"])]
-    tokenizer, counts, every = train_word_tokenizer(texts), {}, []
-    for task, members in examples.items():
-        asked = {entry["question"] for entry in held_out[task]}
-        new = [entry for entry in members if entry["question"] not in asked]
-        fitting = [row for row in (tokens_of(tokenizer, entry) for entry in new) if len(row.ids) <= LONGEST + 1]
-        lengths = [len(row.ids) for row in fitting]
+    tokenizer, counts = train_word_tokenizer(texts), {}
+    tokens = {task: [tokens_of(tokenizer, entry) for entry in members] for task, members in examples.items()}
+    for task in tasks:
+        commonest = Counter(entry["answer"] for entry in held_out[task]).most_common(1)[0][1]
         counts[task] = {
-            "drawn": len(members), "not_held_out": len(new), "fitting": len(fitting),
-            "mean_tokens": sum(lengths) / len(lengths),
+            "drawn": len(drawn[task]), "not_held_out": len(examples[task]), "held_out": HELD_OUT,
+            "mean_tokens": sum(len(each.ids) for each in tokens[task]) / len(tokens[task]),
+            "commonest_answer": commonest / HELD_OUT,
         }  # fmt: skip
-        every += fitting
-        examples[task] = new
-    rows = lay_out(every, LONGEST + 1, SPECIAL.index(PAD), pack=True)
+    rows = mixed_rows([each for members in tokens.values() for each in members])
     schema = row_schema(VOCABULARY, labels=True)
     with atomic_folder(out) as folder:
         tokenizer.save(str(folder / "tokenizer.json"))
@@ -102,7 +125,20 @@ def prepare(out: Path, tasks: Sequence[str]) -> dict[str, dict[str, float]]:
             columns = {column: [getattr(row, column) for row in part] for column in schema.names}
             write_parquet(pa.table(columns, schema=schema), folder / split / "part-00000.parquet")
         write_tasks(folder / "tasks", out / "tasks", {t: (examples[t][:SHOTS], held_out[t]) for t in tasks})
-    return counts
+        write_json(folder / "examples.json", counts)
+
+
+def mixed_rows(examples: list[Tokens]) -> list[FineTuningRow]:
+    """Return rows that hold whole examples in a random order, one after the other."""
+    order, rows = random.Random(0).sample(examples, len(examples)), [Tokens([], [])]
+    for each in order:
+        if len(each.ids) > LONGEST + 1:
+            continue
+        if len(rows[-1].ids) + len(each.ids) > LONGEST + 1:
+            rows.append(Tokens([], []))
+        rows[-1].ids.extend(each.ids)
+        rows[-1].labels.extend(each.labels)
+    return lay_out(rows, LONGEST + 1, SPECIAL.index(PAD), pack=False)
 
 
 def write_tasks(folder: Path, final: Path, rows: dict[str, tuple[list[Any], list[Any]]]) -> None:
@@ -119,7 +155,7 @@ def write_tasks(folder: Path, final: Path, rows: dict[str, tuple[list[Any], list
         description = {
             "task": PREFIX + task, "dataset_path": "json", "dataset_name": None,
             "dataset_kwargs": {"data_files": files}, "fewshot_split": "train", "test_split": "test",
-            "output_type": "generate_until", "num_fewshot": 0,
+            "output_type": "generate_until",
             "doc_to_text": "{{question}}" + DELIMITER, "doc_to_target": "{{answer}}",
             "target_delimiter": " ", "fewshot_delimiter": END,
             "generation_kwargs": {"until": [END], "do_sample": False, "max_gen_toks": ANSWER}, "metric_list": metrics,
@@ -138,6 +174,10 @@ def _document(entry: dict[str, Any]) -> dict[str, str]:
 def grade(document: dict[str, str], written: list[str]) -> dict[str, float]:
     """Return whether an answer is right, and its score, by the verifier of the package; lm-eval calls this."""
     entry = json.loads(document["entry"])
-    verifier = reasoning_gym.get_score_answer_fn(entry["metadata"]["source_dataset"])
-    score = float(verifier(written[0].strip(), entry))
+    score = float(_verifier(entry["metadata"]["source_dataset"])(written[0].strip(), entry))
     return {"right": float(score >= 1), "score": score}
+
+
+@cache
+def _verifier(task: str) -> Callable[[str, dict[str, Any]], float]:
+    return reasoning_gym.get_score_answer_fn(task)

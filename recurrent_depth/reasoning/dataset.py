@@ -1,6 +1,7 @@
 """`recurrent-depth prepare-reasoning`: packed rows for fine-tuning from examples, with the loss on the reply alone."""
 
 import hashlib
+import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -109,7 +110,8 @@ class FineTuningRow:
 def lay_out(examples: Sequence[Tokens], length: int, pad: int, *, pack: bool) -> list[FineTuningRow]:
     """Return rows of `length` tokens that hold whole examples, and padding (id `pad`) at the end.
 
-    With `pack`, the longest examples come first, each in the first row with room; without, each has its own row.
+    With `pack`, examples are placed from the longest to the shortest, each in the first row with room, and the rows
+    are shuffled: training reads one group of rows after the other. Without, each example has its own row.
     """
     bins: list[list[Tokens]] = []
     room: list[int] = []
@@ -123,6 +125,8 @@ def lay_out(examples: Sequence[Tokens], length: int, pad: int, *, pack: bool) ->
             place = len(bins) - 1
         bins[place].append(tokens)
         room[place] -= size
+    if pack:
+        random.Random(0).shuffle(bins)
     return [_row(members, length, pad) for members in bins]
 
 

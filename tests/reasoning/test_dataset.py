@@ -2,6 +2,7 @@
 
 import errno
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -57,6 +58,13 @@ def test_reasoning_packing_keeps_examples_whole(sizes, length):
                 assert ([*labels, -100])[: len(ids)] == [100 + ids[0]] * (len(ids) - 1) + [-100]
     assert sorted(found) == list(enumerate(sizes))
     assert sum(sizes) > length * (len(rows) - 1) / 2
+
+
+def test_packed_reasoning_rows_are_not_sorted_by_length():
+    examples = [Tokens([1] * size, [1] * size) for size in range(2, 64) for _ in range(20)]
+    longest = [max(np.diff([*row.doc_starts, 64])) for row in lay_out(examples, 64, pad=7, pack=True)]
+    half = len(longest) // 2
+    assert abs(np.mean(longest[:half]) - np.mean(longest[half:])) < 5  # sorted: 30
 
 
 def test_packed_reasoning_loss_equals_sum_over_examples(tmp_path):
