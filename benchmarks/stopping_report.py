@@ -74,15 +74,16 @@ def oracles(run: Run) -> dict[str, list[float]]:
 
     As for all methods, at least `FLOOR` iterations.
     """
-    right, loss = np.array(run["fixed"]["right"]).astype(bool), np.array(run["fixed"]["loss"])
+    later = {key: np.array(run["fixed"][key])[FLOOR - 1 :] for key in ("right", "loss")}
+    right = later["right"].astype(bool)
     stops = {
-        "first right answer": np.where(right.any(0), right.argmax(0) + 1, CAP),
-        "needed depth": needed(right),
-        "lowest loss": loss.argmin(0) + 1,
+        "first right answer": np.where(right.any(0), right.argmax(0), CAP - FLOOR),
+        "needed depth": np.minimum(needed(right) - 1, CAP - FLOOR),
+        "lowest loss": later["loss"].argmin(0),
     }
     return {
-        name: [right[stop - 1, np.arange(right.shape[1])].mean().item(), stop.mean().item()]
-        for name, stop in ((name, np.maximum(stop, FLOOR)) for name, stop in stops.items())
+        name: [right[stop, np.arange(right.shape[1])].mean().item(), FLOOR + stop.mean().item()]
+        for name, stop in stops.items()
     }
 
 
