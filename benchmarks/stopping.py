@@ -4,7 +4,7 @@
 
 Per task and seed: trains the backbones with equal tokens, exit gates on some of them with their weights frozen, and
 measures every way of stopping at several mean numbers of iterations, with thresholds chosen on other rows. Every run
-and measurement is kept in FOLDER, and the same command continues after an interruption. Three to four hours of one CPU
+and measurement is kept in FOLDER, and the same command continues after an interruption. About five hours of one CPU
 thread. Writes results/stopping.json and results/stopping.png.
 """
 

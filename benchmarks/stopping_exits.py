@@ -182,12 +182,13 @@ def choose(model: RecurrentDepthModel, rows: Rows, method: Method, full: float) 
 
     for x in np.linspace(method.loosest, method.strictest, GRID).tolist():
         attempt(x)
-    chosen = {}
     for budget in BUDGETS:
         refine(tried, attempt, lambda found, most=budget: found.iterations > most)
+    refine(tried, attempt, lambda found: found.accuracy >= full - SLACK)
+    chosen = {}
+    for budget in BUDGETS:
         if within := [found for found in tried.values() if found.iterations <= budget]:
             chosen[str(budget)] = max(within, key=lambda found: (found.accuracy, -found.iterations))
-    refine(tried, attempt, lambda found: found.accuracy >= full - SLACK)
     if accurate := [found for found in tried.values() if found.accuracy >= full - SLACK]:
         chosen["lossless"] = min(accurate, key=lambda found: found.iterations)
     return chosen
