@@ -53,6 +53,17 @@ def exits_of_first_token(model, token, threshold):
     return R
 
 
+def test_gate_exit_tells_thresholds_close_to_one_apart():
+    """With lambda = 1/2 everywhere a token has gone on with probability 2^-t; float32 has no 1 - 2^-30."""
+    model = gated_model().float()
+    torch.nn.init.zeros_(model.transformer.gate.weight)
+    torch.nn.init.zeros_(model.transformer.gate.bias)
+    for t in (20, 30, 40):
+        rule = GateExit(model.transformer.gate, 1 - 2.0**-t)
+        found = decode(model, [[5]], Decoding(max_new_tokens=1, num_steps=64, exit=rule))
+        assert found.steps == [[t]]
+
+
 @pytest.mark.parametrize("threshold", [0.3, 0.6, 0.9, 1.0])
 def test_gate_exit_stops_at_the_cumulative_probability(model, threshold):
     prompts = [[token] for token in range(0, 50, 3)]
