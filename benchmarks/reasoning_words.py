@@ -155,7 +155,10 @@ def main() -> None:
             show(results[-1])
     if models == list(SHAPES) and len(seeds) > 1:
         found = {task: depth_needed(results, task, counts[task]["commonest_answer"]) for task in tasks}
-        write_result("reasoning_words", {"tasks": TASKS, "examples": counts, "needs": found, "runs": results})
+        options_of_tasks = {task: TASKS[task] for task in tasks}
+        write_result(
+            "reasoning_words", {"tasks": options_of_tasks, "examples": counts, "needs": found, "runs": results}
+        )
 
 
 def show(result: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Compare exit gates with exit rules on the same models and rows (docs/stopping-study.md).
 
-    python -m benchmarks stopping [--tasks shell_game,...] [--seeds 0,1,2] [--workers 2] [--keep FOLDER]
+    python -m benchmarks stopping [--tasks shell_game,...] [--seeds 0,1,2] [--workers 2] [--keep FOLDER] [--report]
 
 Per task and seed: trains the backbones with equal tokens, exit gates on some of them with their weights frozen, and
 measures every way of stopping at several mean numbers of iterations, with thresholds chosen on other rows. Every run

@@ -171,8 +171,8 @@ def choose(model: RecurrentDepthModel, rows: Rows, method: Method, full: float) 
     """Return the strictness that is chosen for every budget, and for no loss.
 
     For a budget: the most accurate within it. For `lossless`: the one with the fewest iterations among those with the
-    accuracy `full` of all iterations, less `SLACK`. A purpose that none serves is absent. Those tried are `GRID` at
-    equal distances, and `HALVINGS` more for each purpose, between the last that is too loose or fits and the next.
+    accuracy `full` of all iterations, less `SLACK`. A purpose that none serves is absent. `GRID` at equal distances
+    are tried, and `HALVINGS` more for each purpose (`refine`).
     """
     tried: dict[float, Chosen] = {}
 
