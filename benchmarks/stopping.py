@@ -45,7 +45,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 """Objective of each backbone. All iterations carry gradient, so that every objective can read them all."""
 
 MATCHED = {"A last, FLOPs of B": "B every"}
-"""Backbones that train for as many steps as make the FLOPs of another one; they are only read at fixed depths."""
+"""Backbones that train for as many steps as make the FLOPs of another one."""
 
 
 def labelled(label: str, reads: str = "state_and_change") -> dict[str, Any]:
@@ -117,7 +117,7 @@ def run_job(job: tuple[str, int, str], keep: Path) -> dict[str, Any]:
     own = {"own gate": model.transformer.gate} if model.transformer.gate is not None else {}
     gates = own | trained
     began = time.process_time()
-    wanted = () if name in MATCHED else ALL_RULES if name in COMPARED else ("state-change", "kl")
+    wanted = ALL_RULES if name in COMPARED else ("state-change", "kl")
     found = measure(model, TASKS[task], gates, wanted, anchored=name in COMPARED)
     return {
         "task": task, "seed": seed, "backbone": name, "steps": config.steps, "training_flops": flops(config),
