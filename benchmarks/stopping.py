@@ -1,6 +1,8 @@
 """Compare exit gates with exit rules on the same models and rows (docs/stopping-study.md).
 
-    python -m benchmarks stopping [--tasks shell_game,...] [--seeds 0,1,2] [--workers 2] [--keep FOLDER] [--report]
+    python -m benchmarks stopping [--tasks shell_game,...] [--seeds 0,1,2] [--workers 2] [--keep FOLDER]
+
+--backbones measures some of them, and --add keeps the results of the others; --report writes what is finished.
 
 Per task and seed: trains the backbones with equal tokens, exit gates on some of them with their weights frozen, and
 measures every way of stopping at several mean numbers of iterations, with thresholds chosen on other rows. Every run
@@ -19,11 +21,11 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.common import kept, trained_run, write_result
+from benchmarks.common import kept, read_result, trained_run, write_result
 from benchmarks.curriculum import tokens
 from benchmarks.quickstart_seeds import CONFIGS
 from benchmarks.stopping_exits import ALL_RULES, CAP, measure
-from benchmarks.stopping_report import backbone_table, contrast_table, plot, summary, table
+from benchmarks.stopping_report import backbone_table, contrast_table, plot, summary, table, with_earlier
 from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.model.recurrence import sample_depth
 from recurrent_depth.parsing import parse_options
@@ -144,6 +146,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--keep", default="build/stopping", help="folder of runs and finished measurements")
     parser.add_argument("--report", action="store_true", help="write the results of what is finished; train nothing")
+    parser.add_argument("--add", action="store_true", help="keep the rows that only results/stopping.json has")
     args = parser.parse_args()
     jobs = [
         (task, int(seed), name)
@@ -156,6 +159,8 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
         runs = pool.starmap(kept_job, [(job, Path(args.keep)) for job in jobs], chunksize=1)
     payload = summary(runs)
+    if args.add:
+        payload = with_earlier(payload, read_result("stopping"))
     print(backbone_table(payload), table(payload), contrast_table(payload), sep="\n\n")
     write_result("stopping", payload)
     plot(payload)

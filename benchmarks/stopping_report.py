@@ -174,6 +174,20 @@ def summary(runs: list[Run]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def with_earlier(payload: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Return a summary with the backbones, methods and contrasts that only an earlier summary has.
+
+    The seconds are those of both.
+    """
+    joined = dict(payload)
+    for part, names in (("backbones", ["backbone"]), ("methods", ["backbone", "method"]), ("contrasts", ["contrast"])):
+        rows = {tuple(row[name] for name in ("task", *names)): row for row in earlier[part] + payload[part]}
+        joined[part] = list(rows.values())
+    for part in ("training_seconds", "measuring_seconds"):
+        joined[part] = earlier[part] + payload[part]
+    return joined
+
+
 def _backbone(runs: list[Run]) -> dict[str, Any]:
     fixed = np.array([run["fixed"]["right"] for run in runs]).mean(2)  # [seeds, R]
     found = [oracles(run) for run in runs]
