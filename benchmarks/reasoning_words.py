@@ -1,15 +1,18 @@
 """Which reasoning tasks in words need depth? One model of 1M parameters on a mixture of reasoning-gym tasks.
 
     pip install reasoning-gym==0.1.25
-    python -m benchmarks reasoning_words [--seeds 0,1,2] [--steps 1500] [--keep FOLDER]
+    python -m benchmarks reasoning_words [--seeds 0,1,2] [--steps 1400] [--keep FOLDER]
 
 Examples are a question and its answer in words, as the package writes them, with a tokenizer trained on them. Three
 models see the same rows: the recurrent one; one of the same layers, each run once, trained for as many steps ("equal
 parameters"); and one of as many different layers as the recurrent one runs on average, trained with its FLOPs ("equal
 FLOPs"). lm-eval generates answers to held-out questions, graded by the package. Data, runs (from their
-checkpoints) and measurements are kept in FOLDER, and the same command continues after an interruption. Hours of CPU
-for each model; --device cuda trains on a GPU. --trial is the recurrent model alone, to see which tasks can be learned;
---models and --seeds share the work between processes. Writes results/reasoning_words.json.
+checkpoints) and measurements are kept in FOLDER, and the same command continues after an interruption. About half an
+hour of CPU for each model; --device cuda trains on a GPU. --models and --seeds share the work between processes.
+Writes results/reasoning_words.json.
+
+--trial is the recurrent model alone on more tasks, to see which can be learned (--steps 500 --batch-size 16). Writes
+results/reasoning_words_trial.json.
 """
 
 import argparse
@@ -23,12 +26,13 @@ from typing import Any, Literal
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from benchmarks.common import kept, trained_run, write_result
-from benchmarks.reasoning_words_tasks import HELD_OUT, LONGEST, PREFIX, TASKS, VOCABULARY, prepare
+from benchmarks.reasoning_words_tasks import HELD_OUT, LONGEST, PREFIX, TASKS, TRIED, VOCABULARY, Options, prepare
 from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.evaluation.command import evaluate
 from recurrent_depth.evaluation.config import EvalConfig, LmEvalConfig
 from recurrent_depth.model.config import ModelConfig
 from recurrent_depth.model.flops import mean_training_flops
+from recurrent_depth.quickstart import read_cost
 from recurrent_depth.runs import load_run_model
 from recurrent_depth.training.config import (
     CheckpointConfig,
@@ -40,7 +44,6 @@ from recurrent_depth.training.config import (
 
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)
 FEWSHOT_TASK, FEWSHOT, FEWSHOT_DEPTHS = "chain_sum", (1, 2, 4), (1, 2, 4, 8, 16, 32)
-BATCH = 16
 
 SHAPE = ModelConfig(
     n_embd=128, n_heads=4, intermediate_size=384, n_layers_in_recurrent_block=2, vocab_size=VOCABULARY, block_size=512,
@@ -57,24 +60,34 @@ SHAPES = {
 """The drawn depths have a mean of `mean_recurrence` + 1."""
 
 
-def steps_of(model: str, steps: int) -> int:
-    """Return the training steps of a model if the recurrent one trains for `steps`."""
-    if model != "equal FLOPs":
-        return steps
-    return round(steps * mean_training_flops(SHAPE, LONGEST) / mean_training_flops(SHAPES[model], LONGEST))
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What the models of a study share: tasks with their options, training steps and rows, folder, device."""
 
+    tasks: Options
+    steps: int  # of the recurrent model
+    batch_size: int
+    root: Path
+    device: Literal["cpu", "cuda"]
 
-def run_config(model: str, seed: int, steps: int, data: Path, out: Path, device: Literal["cpu", "cuda"]) -> RunConfig:
-    return RunConfig(
-        out=str(out), data=DataConfig(packed=PackedDataConfig(str(data))), model=SHAPES[model], steps=steps,
-        batch_size=BATCH, seed=seed, log_every=50, trackers=(),
-        optimizer=OptimizerConfig(
-            name="muon", lr=5e-3, weight_decay=0.0, warmup_steps=min(100, steps // 10), cooldown_steps=steps // 2
-        ),
-        runtime=RuntimeConfig(device=device, threads=1),
-        checkpoint=CheckpointConfig(every=250),
-        validation=ValidationConfig(every=500, rows=32, num_steps=(1, 8)),
-    )  # fmt: skip
+    def steps_of(self, model: str) -> int:
+        """Return the training steps of a model."""
+        if model != "equal FLOPs":
+            return self.steps
+        return round(self.steps * mean_training_flops(SHAPE, LONGEST) / mean_training_flops(SHAPES[model], LONGEST))
+
+    def run_config(self, model: str, seed: int, out: Path) -> RunConfig:
+        steps = self.steps_of(model)
+        return RunConfig(
+            out=str(out), data=DataConfig(packed=PackedDataConfig(str(self.root / "data"))), model=SHAPES[model],
+            steps=steps, batch_size=self.batch_size, seed=seed, log_every=50, trackers=(),
+            optimizer=OptimizerConfig(
+                name="muon", lr=5e-3, weight_decay=0.0, warmup_steps=min(100, steps // 10), cooldown_steps=steps // 2
+            ),
+            runtime=RuntimeConfig(device=self.device, threads=1),
+            checkpoint=CheckpointConfig(every=250),
+            validation=ValidationConfig(every=500, rows=32, num_steps=(1, 8)),
+        )  # fmt: skip
 
 
 def accuracy(run: Path, tasks: Sequence[str], depths: Sequence[int], shots: int) -> dict[str, dict[str, float]]:
@@ -109,19 +122,20 @@ def depth_needed(results: list[dict[str, Any]], task: str, commonest: float) -> 
     return {
         "accuracy": by_depth, "commonest_answer": commonest, "learned": learned,
         "saturates_at": min(int(r) for r, value in by_depth.items() if value >= best - 0.02) if learned else None,
-        **{name: sum(values) / len(values) for name, values in fixed.items()},
+        **{name: sum(values) / len(values) for name, values in fixed.items() if values},
     }  # fmt: skip
 
 
-def measure(model: str, seed: int, steps: int, tasks: Sequence[str], root: Path, device: Any) -> dict[str, Any]:
+def measure(study: Study, model: str, seed: int) -> dict[str, Any]:
     """Train a model and return its accuracies, and those of the recurrent one with examples in the prompt."""
-    steps = steps_of(model, steps)
+    steps, root, tasks = study.steps_of(model), study.root, list(study.tasks)
     run = root / f"{model}-{steps}-{seed}".replace(" ", "-")
-    trained_run(run_config(model, seed, steps, root / "data", run, device))
+    trained_run(study.run_config(model, seed, run))
     depths = DEPTHS if model == "recurrent" else (1,)
     result: dict[str, Any] = {
         "model": model, "seed": seed, "steps": steps, "parameters": load_run_model(run).num_parameters,
-        "training_flops": steps * BATCH * mean_training_flops(SHAPES[model], LONGEST),
+        "training_flops": steps * study.batch_size * mean_training_flops(SHAPES[model], LONGEST),
+        "training_seconds": read_cost(run)[1],
         "accuracy": kept(str(root), f"{run.name}-accuracy", partial(accuracy, run, tasks, depths, 0)),
     }  # fmt: skip
     if model == "recurrent" and FEWSHOT_TASK in tasks:
@@ -136,29 +150,30 @@ def measure(model: str, seed: int, steps: int, tasks: Sequence[str], root: Path,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--models", default=",".join(SHAPES))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of the recurrent model")
+    parser.add_argument("--steps", type=int, default=1400, help="training steps of the recurrent model")
+    parser.add_argument("--batch-size", type=int, default=8, help=f"rows of {LONGEST} tokens per training step")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where models are trained")
-    parser.add_argument("--trial", action="store_true", help="the recurrent model of the first seed alone; no result")
+    parser.add_argument("--trial", action="store_true", help="the recurrent model of the first seed, on more tasks")
     parser.add_argument("--keep", default="build/reasoning-words", help="folder of data, runs and measurements")
     options = parser.parse_args()
-    tasks, seeds, root = options.tasks.split(","), [int(seed) for seed in options.seeds.split(",")], Path(options.keep)
-    models = ["recurrent"] if options.trial else options.models.split(",")
-    seeds = seeds[:1] if options.trial else seeds
+    models, seeds = options.models.split(","), [int(seed) for seed in options.seeds.split(",")]
+    if options.trial:
+        models, seeds = ["recurrent"], seeds[:1]
+    tasks, root = TRIED if options.trial else TASKS, Path(options.keep) / ("trial" if options.trial else "study")
+    study = Study(tasks, options.steps, options.batch_size, root, options.device)
     counts = prepare(root / "data", tasks)
     results = []
     for seed in seeds:
         for name in models:
-            results.append(measure(name, seed, options.steps, tasks, root, options.device))
+            results.append(measure(study, name, seed))
             show(results[-1])
-    if models == list(SHAPES) and len(seeds) > 1:
-        found = {task: depth_needed(results, task, counts[task]["commonest_answer"]) for task in tasks}
-        options_of_tasks = {task: TASKS[task] for task in tasks}
-        write_result(
-            "reasoning_words", {"tasks": options_of_tasks, "examples": counts, "needs": found, "runs": results}
-        )
+    if options.trial or (models == list(SHAPES) and len(seeds) > 1):
+        needs = {task: depth_needed(results, task, counts[task]["commonest_answer"]) for task in tasks}
+        write_result("reasoning_words_trial" if options.trial else "reasoning_words", {
+            "tasks": tasks, "batch_size": study.batch_size, "examples": counts, "needs": needs, "runs": results,
+        })  # fmt: skip
 
 
 def show(result: dict[str, Any]) -> None:
