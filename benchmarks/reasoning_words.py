@@ -21,11 +21,12 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.common import kept, trained_run, write_result
+from benchmarks.common import interval, kept, trained_run, write_result
 from benchmarks.reasoning_words_tasks import HELD_OUT, LONGEST, PREFIX, TASKS, TRIED, VOCABULARY, Options, prepare
 from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.evaluation.command import evaluate
@@ -43,6 +44,7 @@ from recurrent_depth.training.config import (
 )
 
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)
+READ_AT = "8"  # the mean number of iterations in training is 9
 FEWSHOT_TASK, FEWSHOT, FEWSHOT_DEPTHS = "chain_sum", (1, 2, 4), (1, 2, 4, 8, 16, 32)
 
 SHAPE = ModelConfig(
@@ -105,25 +107,34 @@ def accuracy(run: Path, tasks: Sequence[str], depths: Sequence[int], shots: int)
 
 
 def depth_needed(results: list[dict[str, Any]], task: str, commonest: float) -> dict[str, Any]:
-    """Return the mean accuracies of a task, and the first r within two points of the best.
+    """Return the mean accuracies of a task, the first r within two points of the best, and differences at r = 8.
 
     A task counts as learned if the best is above the share of the commonest answer by more than three standard errors.
+    Differences are paired by seed.
     """
-    seeds = [run["accuracy"][task] for run in results if run["model"] == "recurrent"]
-    by_depth = {r: sum(accuracy[r] for accuracy in seeds) / len(seeds) for r in seeds[0]}
+    by_model: dict[str, list[dict[str, float]]] = {}
+    for run in results:
+        by_model.setdefault(run["model"], []).append(run["accuracy"][task])
+    seeds = by_model.pop("recurrent")
+    by_depth = {r: fmean(accuracy[r] for accuracy in seeds) for r in seeds[0]}
     best = max(by_depth.values())
     error = (best * (1 - best) / (HELD_OUT * len(seeds))) ** 0.5
     learned = best > commonest + 3 * error
-    fixed = {
-        name: [run["accuracy"][task]["1"] for run in results if run["model"] == name]
-        for name in SHAPES
-        if name != "recurrent"
-    }
+    others = {"r = 1": seeds, **by_model}
     return {
         "accuracy": by_depth, "commonest_answer": commonest, "learned": learned,
         "saturates_at": min(int(r) for r, value in by_depth.items() if value >= best - 0.02) if learned else None,
-        **{name: sum(values) / len(values) for name, values in fixed.items() if values},
+        **{model: fmean(accuracy["1"] for accuracy in found) for model, found in by_model.items()},
+        "differences": {
+            name: difference([one[READ_AT] - two["1"] for one, two in zip(seeds, found, strict=True)])
+            for name, found in others.items()
+        },
     }  # fmt: skip
+
+
+def difference(by_seed: list[float]) -> dict[str, Any]:
+    """Return the mean of the differences by seed, and its 95% interval if there are several."""
+    return {"mean": fmean(by_seed), "interval_95": interval(by_seed) if len(by_seed) > 1 else None}
 
 
 def measure(study: Study, model: str, seed: int) -> dict[str, Any]:
