@@ -246,6 +246,23 @@ def backbone_table(payload: dict[str, Any]) -> str:
     return markdown(["task", "backbone", "seeds", "TFLOPs", *depths, f"loss at {CAP}", f"{LONG} instructions"], rows)
 
 
+def objective_table(payload: dict[str, Any], method: str = "state-change") -> str:
+    """Return the backbones by training FLOPs: score of a method (of a fixed number of iterations) by task."""
+    tasks = list(dict.fromkeys(row["task"] for row in payload["methods"]))
+    scores = {(row["task"], row["backbone"], row["method"]): 100 * row["score"] for row in payload["methods"]}
+    flops: dict[str, list[float]] = {}
+    for row in payload["backbones"]:
+        flops.setdefault(row["backbone"], []).extend(row["training_flops"])
+    rows = [
+        [
+            name, f"{np.mean(counts) / 1e12:.1f}",
+            *(f"{scores[task, name, method]:.1f} ({scores[task, name, 'fixed']:.1f})" for task in tasks),
+        ]
+        for name, counts in sorted(flops.items(), key=lambda item: np.mean(item[1]))
+    ]  # fmt: skip
+    return markdown([f"{method} (fixed)", "TFLOPs", *tasks], rows)
+
+
 def shuffled_table(payload: dict[str, Any], budget: int = 6) -> str:
     """Return the methods of A within a budget: accuracy, and accuracy with the iterations of other rows, by task."""
     rows = [row for row in payload["methods"] if row["backbone"] == A and row["method"] != "fixed"]
