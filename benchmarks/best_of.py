@@ -12,7 +12,8 @@ continues after an interruption. About ten minutes of one CPU thread. Writes res
 import argparse
 import dataclasses
 import os
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ DEPTHS = (2, 4, 6, 8)
 PLAIN_DEPTHS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 GAMES, BATCH = 512, 64
 
+Load = Callable[[], RecurrentDepthModel]
+"""Trains or loads a model when it is first needed."""
+
 
 def trained(part: float, seed: int, folder: Path) -> RecurrentDepthModel:
     """Return the quickstart's model with a share of its training steps; its run is kept in `folder`."""
@@ -52,9 +56,9 @@ def games(swaps: int) -> tuple[list[list[int]], list[int]]:
     return ids.tolist(), labels[:, -1].tolist()
 
 
-def plain(model: RecurrentDepthModel, swaps: int) -> list[dict[str, Any]]:
+def plain(load: Load, swaps: int) -> list[dict[str, Any]]:
     """Return accuracy and FLOPs per game of plain decoding by core iterations."""
-    prompts, right = games(swaps)
+    model, (prompts, right) = load(), games(swaps)
     found = []
     for r in PLAIN_DEPTHS:
         result = Decoder(model).generate(prompts, Decoding(max_new_tokens=1, num_steps=r))
@@ -62,10 +66,10 @@ def plain(model: RecurrentDepthModel, swaps: int) -> list[dict[str, Any]]:
     return found
 
 
-def best_of(model: RecurrentDepthModel, swaps: int, num_steps: int) -> list[dict[str, Any]]:
+def best_of(load: Load, swaps: int, num_steps: int) -> list[dict[str, Any]]:
     """Return accuracy and FLOPs per game by rule and number of samples."""
     prompts, right = games(swaps)
-    decoder, most, flops = Decoder(model), max(SAMPLES), 0
+    decoder, most, flops = Decoder(load()), max(SAMPLES), 0
     picked: dict[tuple[str, int], list[list[int]]] = {}
     for first in range(0, GAMES, BATCH):
         part = prompts[first : first + BATCH]
@@ -142,12 +146,12 @@ def main() -> None:
     runs = []
     for seed in map(int, options.seeds.split(",")):
         for name, (part, swaps) in MODELS.items():
-            model = trained(part, seed, Path(options.keep))
+            load = cache(partial(trained, part, seed, Path(options.keep)))
             key = f"{part:g}-{swaps}-{seed}"
             run: dict[str, Any] = {"model": name, "seed": seed, "best_of": []}
-            run["plain"] = kept(options.keep, f"plain-{key}", partial(plain, model, swaps))
+            run["plain"] = kept(options.keep, f"plain-{key}", partial(plain, load, swaps))
             for r in DEPTHS:
-                run["best_of"] += kept(options.keep, f"best-of-{key}-{r}", partial(best_of, model, swaps, r))
+                run["best_of"] += kept(options.keep, f"best-of-{key}-{r}", partial(best_of, load, swaps, r))
             runs.append(run)
             print(name, seed, "done", flush=True)
     payload = {"games": GAMES, "summary": summary(runs), "runs": runs}

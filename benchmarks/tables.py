@@ -402,7 +402,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "healing loss": lambda: markdown(*healing_loss(read_result("healing"))),
     "healing accuracy": lambda: markdown(*healing_accuracy(read_result("healing"), read_result("conversion"))),
     "conversion study": lambda: markdown(*conversion_study(read_result("conversion_study"))),
-    **{f"stopping {name}": partial(_stopping, name) for name in ("backbones", "objectives", "A", "B", "C", "shuffled", "contrasts")},
+    **{
+        f"stopping {name}": partial(_stopping, name)
+        for name in ("backbones", "objectives", "A", "B", "C", "shuffled", "contrasts")
+    },
     "words": lambda: words(read_result("reasoning_words")),
     "words differences": lambda: words_differences(read_result("reasoning_words")),
     "words fewshot": lambda: words_fewshot(read_result("reasoning_words")),
