@@ -8,8 +8,8 @@ models see the same rows: the recurrent one; one of the same layers, each run on
 parameters"); and one of as many different layers as the recurrent one runs on average, trained with its FLOPs ("equal
 FLOPs"). lm-eval generates answers to held-out questions, graded by the package. Data, runs (from their
 checkpoints) and measurements are kept in FOLDER, and the same command continues after an interruption. About half an
-hour of CPU for each model; --device cuda trains on a GPU. --models and --seeds share the work between processes.
-Writes results/reasoning_words.json.
+hour of CPU for each model; --device cuda trains on a GPU. --models and --seeds share the work between processes;
+with all models and several seeds it writes results/reasoning_words.json.
 
 --trial is the recurrent model alone on more tasks, to see which can be learned (--steps 500 --batch-size 16). Writes
 results/reasoning_words_trial.json.
@@ -113,8 +113,8 @@ def accuracy(run: Path, tasks: Sequence[str], depths: Sequence[int], shots: int)
 def depth_needed(results: list[dict[str, Any]], task: str, commonest: float) -> dict[str, Any]:
     """Return the mean accuracies of a task, the first r within two points of the best, and differences at r = 8.
 
-    A task counts as learned if the best is above the share of the commonest answer by more than three standard errors.
-    Differences are paired by seed.
+    A task counts as learned if the best is above the share of the most common answer by more than three standard errors
+    of one seed: all seeds answer the same questions. Differences are paired by seed.
     """
     by_model: dict[str, list[dict[str, float]]] = {}
     for run in results:
@@ -122,7 +122,7 @@ def depth_needed(results: list[dict[str, Any]], task: str, commonest: float) -> 
     seeds = by_model.pop("recurrent")
     by_depth = {r: fmean(accuracy[r] for accuracy in seeds) for r in seeds[0]}
     best = max(by_depth.values())
-    error = (best * (1 - best) / (HELD_OUT * len(seeds))) ** 0.5
+    error = (best * (1 - best) / HELD_OUT) ** 0.5
     learned = best > commonest + 3 * error
     others = {"r = 1": seeds, **by_model}
     return {
@@ -176,7 +176,8 @@ def main() -> None:
     models, seeds = options.models.split(","), [int(seed) for seed in options.seeds.split(",")]
     if options.trial:
         models, seeds = ["recurrent"], seeds[:1]
-    tasks, root = TRIED if options.trial else TASKS, Path(options.keep) / ("trial" if options.trial else "study")
+    tasks, root = TRIED if options.trial else TASKS, Path(options.keep)
+    root = root / f"{'trial' if options.trial else 'study'}-{options.batch_size}"
     study = Study(tasks, options.steps, options.batch_size, root, options.device)
     counts = prepare(root / "data", tasks)
     results = []

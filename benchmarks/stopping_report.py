@@ -175,14 +175,13 @@ def summary(runs: list[Run]) -> dict[str, Any]:
 
 
 def with_earlier(payload: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
-    """Return a summary with the backbones, methods and contrasts that only an earlier summary has.
-
-    The seconds are those of both.
-    """
+    """Return a summary with the backbones and contrasts that only an earlier summary has; the seconds are of both."""
+    if differing := [key for key in ("budgets", "rows", "cap", "seeds") if payload[key] != earlier[key]]:
+        raise SystemExit(f"the earlier result has other {', '.join(differing)}; measure all backbones again")
     joined = dict(payload)
-    for part, names in (("backbones", ["backbone"]), ("methods", ["backbone", "method"]), ("contrasts", ["contrast"])):
-        rows = {tuple(row[name] for name in ("task", *names)): row for row in earlier[part] + payload[part]}
-        joined[part] = list(rows.values())
+    for part, name in (("backbones", "backbone"), ("methods", "backbone"), ("contrasts", "contrast")):
+        measured = {(row["task"], row[name]) for row in payload[part]}
+        joined[part] = [row for row in earlier[part] if (row["task"], row[name]) not in measured] + payload[part]
     for part in ("training_seconds", "measuring_seconds"):
         joined[part] = earlier[part] + payload[part]
     return joined
@@ -236,11 +235,12 @@ def _cell(row: dict[str, Any]) -> str:
 
 def backbone_table(payload: dict[str, Any]) -> str:
     """Return the backbones by task: accuracy at fixed depths, loss after all iterations, accuracy on longer rows."""
+    tasks = list(dict.fromkeys(row["task"] for row in payload["backbones"]))
     rows = [
         [row["task"], row["backbone"], str(len(row["seeds"])), f"{np.mean(row['training_flops']) / 1e12:.1f}",
          *(f"{100 * row['accuracy'][r - 1]:.1f}" for r in (1, *BUDGETS, CAP)), f"{row['loss'][-1]:.4f}",
          f"{100 * np.mean(row['long_accuracy']):.1f}"]
-        for row in payload["backbones"]
+        for row in sorted(payload["backbones"], key=lambda row: tasks.index(row["task"]))
     ]  # fmt: skip
     depths = [f"r = {r}" for r in (1, *BUDGETS, CAP)]
     return markdown(["task", "backbone", "seeds", "TFLOPs", *depths, f"loss at {CAP}", f"{LONG} instructions"], rows)

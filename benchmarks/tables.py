@@ -330,11 +330,11 @@ def words(payload: dict[str, Any]) -> str:
         ]
         for task, found in payload["needs"].items()
     ]  # fmt: skip
-    return markdown(["task", "commonest answer", *(f"r = {r}" for r in depths), *controls, "saturates at r ="], rows)
+    return markdown(["task", "most common answer", *(f"r = {r}" for r in depths), *controls, "saturates at r ="], rows)
 
 
 def words_differences(payload: dict[str, Any]) -> str:
-    """Return what the recurrent model at r = 8 has more than itself at r = 1 and than its controls, in points."""
+    """Return the accuracy of the recurrent model at r = 8 minus that at r = 1 and minus those of the controls."""
     rows = [
         [task, *(_points(each["mean"], each["interval_95"]) for each in found["differences"].values())]
         for task, found in payload["needs"].items()
