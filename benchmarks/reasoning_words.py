@@ -153,7 +153,7 @@ def measure(study: Study, model: str, seed: int) -> dict[str, Any]:
         "training_seconds": read_cost(run)[1],
         "accuracy": kept(str(root), f"{run.name}-accuracy", partial(accuracy, run, tasks, depths, 0)),
     }  # fmt: skip
-    if model == "recurrent" and FEWSHOT_TASK in tasks:
+    if model == "recurrent":
         result["fewshot"] = {
             str(shots): kept(
                 str(root), f"{run.name}-{shots}-shots", partial(accuracy, run, [FEWSHOT_TASK], FEWSHOT_DEPTHS, shots)

@@ -246,8 +246,8 @@ def backbone_table(payload: dict[str, Any]) -> str:
     return markdown(["task", "backbone", "seeds", "TFLOPs", *depths, f"loss at {CAP}", f"{LONG} instructions"], rows)
 
 
-def objective_table(payload: dict[str, Any], method: str = "state-change") -> str:
-    """Return the backbones by training FLOPs: score of a method (of a fixed number of iterations) by task."""
+def objective_table(payload: dict[str, Any]) -> str:
+    """Return the backbones by training FLOPs: score of the state change (of a fixed number of iterations) by task."""
     tasks = list(dict.fromkeys(row["task"] for row in payload["methods"]))
     scores = {(row["task"], row["backbone"], row["method"]): 100 * row["score"] for row in payload["methods"]}
     flops: dict[str, list[float]] = {}
@@ -256,11 +256,11 @@ def objective_table(payload: dict[str, Any], method: str = "state-change") -> st
     rows = [
         [
             name, f"{np.mean(counts) / 1e12:.1f}",
-            *(f"{scores[task, name, method]:.1f} ({scores[task, name, 'fixed']:.1f})" for task in tasks),
+            *(f"{scores[task, name, 'state-change']:.1f} ({scores[task, name, 'fixed']:.1f})" for task in tasks),
         ]
         for name, counts in sorted(flops.items(), key=lambda item: np.mean(item[1]))
     ]  # fmt: skip
-    return markdown([f"{method} (fixed)", "TFLOPs", *tasks], rows)
+    return markdown(["state-change (fixed)", "TFLOPs", *tasks], rows)
 
 
 def shuffled_table(payload: dict[str, Any], budget: int = 6) -> str:
