@@ -39,9 +39,9 @@ kernels-check: setup
 	$(BIN)/python scripts/check_kernels.py
 	! $(BIN)/python scripts/check_kernels.py --planted --arch sm_80 gfx942
 
-# The page of `analyze` in a headless Chromium, which must be installed: apt-get install chromium chromium-driver
+# The page of `analyze` in a headless Chromium; skipped without it: apt-get install chromium chromium-driver
 page: setup
-	$(BIN)/pytest -m page tests/analysis
+	$(BIN)/pytest -m page -rs tests/analysis
 
 # The documentation as a site in build/site, which opens from disk. Warnings, such as broken links, are errors.
 docs: $(VENV)/.recurrent-depth-docs
