@@ -78,6 +78,13 @@ def expected_loss(given: GradientStates, beta: float) -> Tensor:
     return _valid_sum(given, (log_p.exp() * (losses + beta * (math.log(len(log_p)) + log_p))).sum(0))
 
 
+def exit_iteration(given: GradientStates) -> Tensor:
+    """Return sum_t t p_t, the mean iteration after which the gate stops a token (see `expected_loss`)."""
+    p = exit_log_probabilities(_gate_logits(given)).exp()  # [K, B, T]
+    iterations = torch.arange(1, len(p) + 1, device=p.device)
+    return _valid_sum(given, torch.einsum("kbt,k->bt", p, iterations.to(p.dtype)))
+
+
 def self_distilled_loss(given: GradientStates, earlier: list[int], data_weight: float) -> Tensor:
     """Return CE(last) + w CE(earlier) + (1 - w) CE(p(last), earlier); the last distribution p is not differentiated.
 

@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from recurrent_depth.data.loader import open_source
 from recurrent_depth.model.config import GateConfig
 from recurrent_depth.model.gate import exit_log_probabilities
 from recurrent_depth.model.transformer import RecurrentDepthModel
@@ -21,6 +22,7 @@ from recurrent_depth.training.config import (
     RuntimeConfig,
     ValidationConfig,
 )
+from recurrent_depth.training.health import validate
 from recurrent_depth.training.launch import train
 from recurrent_depth.training.objective import gradient_steps, micro_step_flops, objective_of
 from recurrent_depth.training.objective_config import (
@@ -30,7 +32,7 @@ from recurrent_depth.training.objective_config import (
     ObjectiveConfig,
     SelfDistilledConfig,
 )
-from support import assert_equal_runs, lively_model, losses, run_ranks, small_run
+from support import ONE_RANK, assert_equal_runs, lively_model, losses, run_ranks, small_run
 
 V, T, IGNORED = 50, 9, -100
 OBJECTIVES = {
@@ -119,6 +121,23 @@ def test_expected_loss_equals_brute_force(model, depth, chunk):
 
     found = loss_of(model, OBJECTIVES["gated"], depth, chunk=chunk)
     assert found.item() == pytest.approx(token_by_token(model, depth, one_token), rel=1e-10)
+
+
+def test_validation_records_the_mean_iteration_of_exit(model, tmp_path):
+    config = small_run(tmp_path, model=model.config, validation=ValidationConfig(rows=3, num_steps=(1,)))
+    source = open_source(config.data, "validation", config.seed, config.steps)
+    rows = source.batch(0, 3, 0)
+    with torch.no_grad():
+        states = [model(rows.input_ids, num_steps=r).state for r in range(1, model.config.mean_recurrence + 1)]
+    stops = stop_probabilities(model.transformer.gate, [torch.zeros_like(states[0]), *states])
+    total = count = 0.0
+    for b, t in (rows.targets != IGNORED).nonzero().tolist():
+        left, count = 1.0, count + 1
+        for iteration, stop in enumerate(stops[:, b, t].tolist(), start=1):
+            p = left if iteration == len(stops) else left * stop
+            left, total = left - p, total + p * iteration
+    found = validate(model, source, config.validation, 2, ONE_RANK)
+    assert found["exit_num_steps"] == pytest.approx(total / count, rel=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [None, 4])
