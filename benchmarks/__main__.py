@@ -5,16 +5,18 @@ import importlib
 import sys
 from pathlib import Path
 
-HELPERS = ("__init__", "__main__", "common", "puzzle_models")
-
 
 def names() -> dict[str, str]:
-    """Return the first line of every benchmark's docstring, by name."""
+    """Return the first line of every benchmark's docstring, by name: the files here that define or import `main`."""
     folder = Path(__file__).parent
-    files = {path.stem: path for path in folder.glob("*.py") if path.stem not in HELPERS}
+    files = {path.stem: path for path in folder.glob("*.py") if path.name != "__main__.py"}
     files |= {path.parent.name: path for path in folder.glob("*/__init__.py")}
-    texts = {name: ast.get_docstring(ast.parse(path.read_text())) or "" for name, path in sorted(files.items())}
-    return {name: text.splitlines()[0] for name, text in texts.items()}
+    found = {}
+    for name, path in sorted(files.items()):
+        module = ast.parse(path.read_text())
+        if any(isinstance(node, ast.FunctionDef | ast.alias) and node.name == "main" for node in ast.walk(module)):
+            found[name] = (ast.get_docstring(module) or "").splitlines()[0]
+    return found
 
 
 def main() -> None:
