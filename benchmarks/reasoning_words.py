@@ -9,10 +9,11 @@ parameters"); and one of as many different layers as the recurrent one runs on a
 FLOPs"). lm-eval generates answers to held-out questions, graded by the package. Data, runs (from their
 checkpoints) and measurements are kept in FOLDER, and the same command continues after an interruption. About half an
 hour of CPU for each model; --device cuda trains on a GPU. --models and --seeds share the work between processes;
-with all models and several seeds it writes results/reasoning_words.json.
+with all models and several seeds it writes results/reasoning_words.json and .png.
 
 --trial is the recurrent model alone on more tasks, to see which can be learned (--steps 500 --batch-size 16). Writes
-results/reasoning_words_trial.json.
+results/reasoning_words_trial.json. --rates trains every model with other learning rates, one seed. Writes
+results/reasoning_words_rates.json.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from typing import Any, Literal
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from benchmarks.common import interval, kept, trained_run, write_result
+from benchmarks.reasoning_words_report import plot
 from benchmarks.reasoning_words_tasks import HELD_OUT, LONGEST, PREFIX, TASKS, TRIED, VOCABULARY, Options, prepare
 from recurrent_depth.data.config import DataConfig, PackedDataConfig
 from recurrent_depth.evaluation.command import evaluate
@@ -62,7 +64,8 @@ SHAPES = {
 """The drawn depths have a mean of `mean_recurrence` + 1."""
 
 LEARNING_RATE = {"recurrent": 5e-3, "equal parameters": 5e-3, "equal FLOPs": 2e-3}
-"""With 5e-3 the loss of "equal FLOPs" (22 layers) rose from 1.2 at training step 100 to 3.5 at step 400."""
+OTHER_RATES = {"recurrent": (2e-3, 1e-2), "equal parameters": (2e-3, 1e-2), "equal FLOPs": (1e-3, 5e-3)}
+"""The neighbours of each rate among 1e-3, 2e-3, 5e-3 and 1e-2, for --rates."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +84,15 @@ class Study:
             return self.steps
         return round(self.steps * mean_training_flops(SHAPE, LONGEST) / mean_training_flops(SHAPES[model], LONGEST))
 
-    def run_config(self, model: str, seed: int, out: Path) -> RunConfig:
+    def run_config(self, model: str, seed: int, lr: float | None = None) -> RunConfig:
+        """Return the configuration of a run, by default with the model's learning rate."""
         steps = self.steps_of(model)
+        name = f"{model}-{steps}-{seed}{'' if lr is None else f'-lr-{lr}'}".replace(" ", "-")
         return RunConfig(
-            out=str(out), data=DataConfig(packed=PackedDataConfig(str(self.root / "data"))), model=SHAPES[model],
-            steps=steps, batch_size=self.batch_size, seed=seed, log_every=50, trackers=(),
+            out=str(self.root / name), data=DataConfig(packed=PackedDataConfig(str(self.root / "data"))),
+            model=SHAPES[model], steps=steps, batch_size=self.batch_size, seed=seed, log_every=50, trackers=(),
             optimizer=OptimizerConfig(
-                name="muon", lr=LEARNING_RATE[model], weight_decay=0.0, warmup_steps=min(100, steps // 10),
+                name="muon", lr=lr or LEARNING_RATE[model], weight_decay=0.0, warmup_steps=min(100, steps // 10),
                 cooldown_steps=steps // 2,
             ),
             runtime=RuntimeConfig(device=self.device, threads=1),
@@ -144,8 +149,7 @@ def difference(by_seed: list[float]) -> dict[str, Any]:
 def measure(study: Study, model: str, seed: int) -> dict[str, Any]:
     """Train a model and return its accuracies, and those of the recurrent one with examples in the prompt."""
     steps, root, tasks = study.steps_of(model), study.root, list(study.tasks)
-    run = root / f"{model}-{steps}-{seed}".replace(" ", "-")
-    trained_run(study.run_config(model, seed, run))
+    run = trained_run(study.run_config(model, seed))
     depths = DEPTHS if model == "recurrent" else (1,)
     result: dict[str, Any] = {
         "model": model, "seed": seed, "steps": steps, "parameters": load_run_model(run).num_parameters,
@@ -163,6 +167,21 @@ def measure(study: Study, model: str, seed: int) -> dict[str, Any]:
     return result
 
 
+def measure_rates(study: Study, model: str, seed: int) -> list[dict[str, Any]]:
+    """Train a model with other learning rates and return its accuracies at r = 8, or at r = 1 if it has no loop."""
+    results = []
+    for lr in OTHER_RATES[model]:
+        run = trained_run(study.run_config(model, seed, lr))
+        depth = int(READ_AT) if model == "recurrent" else 1
+        found = kept(str(study.root), f"{run.name}-accuracy", partial(accuracy, run, list(study.tasks), (depth,), 0))
+        results.append({
+            "model": model, "lr": lr, "seed": seed, "steps": study.steps_of(model),
+            "training_seconds": read_cost(run)[1], "accuracy": found,
+        })  # fmt: skip
+        show(results[-1])
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(SHAPES))
@@ -170,7 +189,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1400, help="training steps of the recurrent model")
     parser.add_argument("--batch-size", type=int, default=8, help=f"rows of {LONGEST} tokens per training step")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where models are trained")
-    parser.add_argument("--trial", action="store_true", help="the recurrent model of the first seed, on more tasks")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--trial", action="store_true", help="the recurrent model of the first seed, on more tasks")
+    kind.add_argument("--rates", action="store_true", help="other learning rates, with the first seed")
     parser.add_argument("--keep", default="build/reasoning-words", help="folder of data, runs and measurements")
     options = parser.parse_args()
     models, seeds = options.models.split(","), [int(seed) for seed in options.seeds.split(",")]
@@ -180,6 +201,11 @@ def main() -> None:
     root = root / f"{'trial' if options.trial else 'study'}-{options.batch_size}"
     study = Study(tasks, options.steps, options.batch_size, root, options.device)
     counts = prepare(root / "data", tasks)
+    if options.rates:
+        found = [run for name in models for run in measure_rates(study, name, seeds[0])]
+        if models == list(SHAPES):
+            write_result("reasoning_words_rates", {"batch_size": study.batch_size, "runs": found})
+        return
     results = []
     for seed in seeds:
         for name in models:
@@ -187,9 +213,10 @@ def main() -> None:
             show(results[-1])
     if options.trial or (models == list(SHAPES) and len(seeds) > 1):
         needs = {task: depth_needed(results, task, counts[task]["commonest_answer"]) for task in tasks}
-        write_result("reasoning_words_trial" if options.trial else "reasoning_words", {
-            "tasks": tasks, "batch_size": study.batch_size, "examples": counts, "needs": needs, "runs": results,
-        })  # fmt: skip
+        payload = {"tasks": tasks, "batch_size": study.batch_size, "examples": counts, "needs": needs, "runs": results}
+        write_result("reasoning_words_trial" if options.trial else "reasoning_words", payload)
+        if not options.trial:
+            plot(payload)
 
 
 def show(result: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
-"""The tables of docs/words.md."""
+"""The tables and the figure of docs/words.md."""
 
 from statistics import fmean
 from typing import Any
 
-from benchmarks.common import markdown
+from benchmarks.common import RESULTS, markdown
 
 
 def words(payload: dict[str, Any]) -> str:
@@ -48,3 +48,40 @@ def words_fewshot(payload: dict[str, Any]) -> str:
         for shots, by_seed in found.items()
     ]
     return markdown(["examples in the prompt", *(f"r = {r}" for r in depths)], rows)
+
+
+def words_rates(rates: dict[str, Any], study: dict[str, Any]) -> str:
+    """Return the accuracies of the first seed by model and learning rate."""
+    tried = [(run["model"], run["lr"], run["accuracy"]) for run in rates["runs"]]
+    tried += [(run["model"], run["lr"], run["accuracy"]) for run in study["runs"] if run["seed"] == 0]
+    rows = []
+    for model, lr, accuracy in sorted(tried, key=lambda row: row[:2]):
+        values = [100 * (by_depth["8"] if model == "recurrent" else by_depth["1"]) for by_depth in accuracy.values()]
+        rows.append([model, f"{lr:g}", f"{fmean(values):.1f}", *(f"{value:.1f}" for value in values)])
+    return markdown(["model", "learning rate", "mean", *study["tasks"]], rows)
+
+
+def plot(study: dict[str, Any]) -> None:
+    """Write results/reasoning_words.png: by task, accuracy over iterations (thin: seeds) beside the controls."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(3, 3, figsize=(11, 8.5), sharex=True, layout="constrained")
+    for axis, (task, found) in zip(axes.flat, study["needs"].items(), strict=True):
+        for run in study["runs"]:
+            if run["model"] == "recurrent":
+                depths = [int(r) for r in run["accuracy"][task]]
+                axis.plot(depths, [100 * y for y in run["accuracy"][task].values()], "C0-", linewidth=0.7, alpha=0.6)
+        axis.plot(depths, [100 * y for y in found["accuracy"].values()], "C0o-", markersize=4, label="recurrent")
+        for model, style in (("equal parameters", "C1--"), ("equal FLOPs", "C2-.")):
+            axis.axhline(100 * found[model], color=style[:2], linestyle=style[2:], label=model)
+        axis.axhline(100 * found["commonest_answer"], color="grey", linestyle=":", label="most common answer")
+        axis.set(title=task, ylim=(0, 103))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(depths, [str(r) for r in depths])
+    axes[0, 0].legend(fontsize=8)
+    figure.supxlabel("iterations r")
+    figure.supylabel("accuracy, %")
+    figure.savefig(RESULTS / "reasoning_words.png", dpi=80)
