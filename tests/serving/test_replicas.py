@@ -54,7 +54,7 @@ class Balancer:
 def test_killed_replica_costs_only_the_requests_in_flight(chat_folder):
     replicas = [start_process(chat_folder) for _ in range(2)]
     balancer = Balancer([url for _, url in replicas])
-    done, killed = threading.Semaphore(0), threading.Event()
+    done, killed, gone = threading.Semaphore(0), threading.Event(), threading.Event()
 
     def client(number):
         """Send requests one after another; return their texts, and how many had to be sent again."""
@@ -68,6 +68,7 @@ def test_killed_replica_costs_only_the_requests_in_flight(chat_folder):
                     break
                 except (OSError, http.client.HTTPException):
                     assert killed.is_set()
+                    assert gone.wait(30)  # a dying process still accepts connections
                     repeated += 1
             done.release()
         return texts, repeated
@@ -79,6 +80,8 @@ def test_killed_replica_costs_only_the_requests_in_flight(chat_folder):
                 done.acquire()
             killed.set()
             replicas[0][0].kill()
+            replicas[0][0].wait()
+            gone.set()
             found = [job.result() for job in jobs]
         assert sum(repeated for _, repeated in found) <= CLIENTS
         for number, (texts, _) in enumerate(found):
