@@ -1,4 +1,6 @@
-"""Fixtures with folders of small chat models."""
+"""Fixtures with folders of small chat models, and Ctrl-C for child processes."""
+
+import signal
 
 import pytest
 import torch
@@ -12,6 +14,12 @@ from recurrent_depth.model.transformer import RecurrentDepthModel
 from support import ANSWER, QUESTION
 
 TEXT = "the quick brown fox jumps over the lazy dog. how many apples are there? there are 7 apples. "
+
+
+def pytest_configure():
+    """Let child processes take Ctrl-C: a shell's background jobs, and what they start, ignore it."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
