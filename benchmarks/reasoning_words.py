@@ -204,7 +204,8 @@ def main() -> None:
     if options.rates:
         found = [run for name in models for run in measure_rates(study, name, seeds[0])]
         if models == list(SHAPES):
-            write_result("reasoning_words_rates", {"batch_size": study.batch_size, "runs": found})
+            payload = {"batch_size": study.batch_size, "study_rates": LEARNING_RATE, "runs": found}
+            write_result("reasoning_words_rates", payload)
         return
     results = []
     for seed in seeds:
@@ -213,10 +214,10 @@ def main() -> None:
             show(results[-1])
     if options.trial or (models == list(SHAPES) and len(seeds) > 1):
         needs = {task: depth_needed(results, task, counts[task]["commonest_answer"]) for task in tasks}
-        payload = {"tasks": tasks, "batch_size": study.batch_size, "examples": counts, "needs": needs, "runs": results}
-        write_result("reasoning_words_trial" if options.trial else "reasoning_words", payload)
+        result = {"tasks": tasks, "batch_size": study.batch_size, "examples": counts, "needs": needs, "runs": results}
+        write_result("reasoning_words_trial" if options.trial else "reasoning_words", result)
         if not options.trial:
-            plot(payload)
+            plot(result)
 
 
 def show(result: dict[str, Any]) -> None:

@@ -50,13 +50,15 @@ def words_fewshot(payload: dict[str, Any]) -> str:
     return markdown(["examples in the prompt", *(f"r = {r}" for r in depths)], rows)
 
 
-def words_rates(rates: dict[str, Any], study: dict[str, Any]) -> str:
-    """Return the accuracies of the first seed by model and learning rate."""
-    tried = [(run["model"], run["lr"], run["accuracy"]) for run in rates["runs"]]
-    tried += [(run["model"], run["lr"], run["accuracy"]) for run in study["runs"] if run["seed"] == 0]
+def words_rates(searched: dict[str, Any], study: dict[str, Any]) -> str:
+    """Return the accuracies by model and learning rate, with those of the study's run of the same seed."""
+    found = [(run["model"], run["lr"], run["accuracy"]) for run in searched["runs"]]
+    seed = searched["runs"][0]["seed"]
+    rates = searched["study_rates"]
+    found += [(run["model"], rates[run["model"]], run["accuracy"]) for run in study["runs"] if run["seed"] == seed]
     rows = []
-    for model, lr, accuracy in sorted(tried, key=lambda row: row[:2]):
-        values = [100 * (by_depth["8"] if model == "recurrent" else by_depth["1"]) for by_depth in accuracy.values()]
+    for model, lr, accuracy in sorted(found, key=lambda row: row[:2]):
+        values = [100 * by_depth["8" if model == "recurrent" else "1"] for by_depth in accuracy.values()]
         rows.append([model, f"{lr:g}", f"{fmean(values):.1f}", *(f"{value:.1f}" for value in values)])
     return markdown(["model", "learning rate", "mean", *study["tasks"]], rows)
 
@@ -75,8 +77,8 @@ def plot(study: dict[str, Any]) -> None:
                 depths = [int(r) for r in run["accuracy"][task]]
                 axis.plot(depths, [100 * y for y in run["accuracy"][task].values()], "C0-", linewidth=0.7, alpha=0.6)
         axis.plot(depths, [100 * y for y in found["accuracy"].values()], "C0o-", markersize=4, label="recurrent")
-        for model, style in (("equal parameters", "C1--"), ("equal FLOPs", "C2-.")):
-            axis.axhline(100 * found[model], color=style[:2], linestyle=style[2:], label=model)
+        for model, color, line in (("equal parameters", "C1", "--"), ("equal FLOPs", "C2", "-.")):
+            axis.axhline(100 * found[model], color=color, linestyle=line, label=model)
         axis.axhline(100 * found["commonest_answer"], color="grey", linestyle=":", label="most common answer")
         axis.set(title=task, ylim=(0, 103))
         axis.set_xscale("log", base=2)

@@ -3,10 +3,10 @@
     python -m benchmarks stopping_calibration [--tasks shell_game,...] [--seeds 0,1,2] [--workers 2] [--keep FOLDER]
 
 Trains the backbone A of `python -m benchmarks stopping` and its gates in the same FOLDER, so that finished ones are not
-trained again, and reads held-out rows at every iteration. About three quarters of an hour of one CPU thread. Writes
-results/stopping_calibration.json.
+trained again, and reads held-out rows at every iteration. About three quarters of an hour of one CPU thread. With all
+tasks and several seeds it writes results/stopping_calibration.json.
 
-Shapes: B rows, T tokens, R iterations, V vocabulary.
+Shapes: N tokens, R iterations.
 """
 
 import argparse
@@ -14,14 +14,13 @@ import multiprocessing
 import os
 from contextlib import redirect_stderr
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from scipy.stats import rankdata
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from benchmarks.common import kept, markdown, trained_run, write_result
@@ -31,78 +30,84 @@ from recurrent_depth.data.tasks.state import TASKS
 from recurrent_depth.model.loss import IGNORE_INDEX
 from recurrent_depth.model.transformer import GradientStates, RecurrentDepthModel
 from recurrent_depth.runs import load_run_model
-from recurrent_depth.training.objective import LABELS, MARGIN
+from recurrent_depth.training.config import RunConfig
+from recurrent_depth.training.objective import gate_labels, gate_logits
 
 BACKBONE = "A last"
-READ = ("backward", "forward", "accuracy")
-"""Labels of the gates that are read; all gates read the state and its change."""
+MEASURED = ("gate backward", "gate forward", "gate accuracy")
+"""Gates on it, named by their labels; all take the state and its change."""
 
 BINS = 10
 SPANS = {"1-4": (1, 4), "5-8": (5, 8), "9-16": (9, CAP)}
-"""Iterations in separate figures: in the late ones nearly every label says stop."""
+"""Iterations with separate metrics: in the late ones nearly every label says stop."""
 
-FIGURES = ("label", "probability", "calibration_error", "rank_accuracy")
-"""Means of label and probability, and `calibration_error` and `rank_accuracy`."""
+METRICS = ("label", "probability", "calibration_error", "auroc")
+"""Mean label, mean probability, expected calibration error, area under the ROC curve."""
 
 
-def calibration_error(predicted: Tensor, label: Tensor) -> float:
-    """Return the expected calibration error of probabilities [N]: |mean - mean label| in ten bins, by their size."""
-    bins = (predicted * BINS).long().clamp(max=BINS - 1)
-    off = torch.zeros(BINS, dtype=torch.double).index_add_(0, bins, (predicted - label).double())
+def calibration_error(probability: Tensor, label: Tensor) -> float:
+    """Return the expected calibration error of probabilities [N].
+
+    |mean probability - mean label| over ten bins of equal width, weighted by the cases in each.
+    """
+    bins = (probability * BINS).long().clamp(max=BINS - 1)
+    off = torch.zeros(BINS, dtype=torch.double).index_add_(0, bins, (probability - label).double())
     return (off.abs().sum() / len(label)).item()
 
 
-def rank_accuracy(predicted: Tensor, label: Tensor) -> float | None:
-    """Return how often a case with a label above one half has the higher probability (AUC); None without two kinds."""
-    high = (label > 0.5).numpy()
-    n, m = int(high.sum()), int((~high).sum())
-    if not n or not m:
-        return None
-    return float((rankdata(predicted.numpy())[high].sum() - n * (n + 1) / 2) / (n * m))
+def auroc(probability: Tensor, label: Tensor) -> float | None:
+    """Return how often a token that should stop has a higher probability than one that should not.
+
+    Tokens [R, N] are compared after the same iteration; the mean over iterations at which both kinds exist, None if
+    there is none. Labels above one half say stop.
+    """
+    found = []
+    for p, stop in zip(probability, label > 0.5, strict=True):
+        if stop.any() and not stop.all():
+            found.append(float(roc_auc_score(stop, p)))
+    return fmean(found) if found else None
 
 
 @torch.no_grad()
-def probabilities_and_labels(model: RecurrentDepthModel, rows: Rows, label: str) -> tuple[Tensor, Tensor]:
-    """Return the probabilities and labels to stop [R, N] of the tokens of held-out rows; no label: NaN."""
+def probabilities_and_labels(model: RecurrentDepthModel, rows: Rows, config: RunConfig) -> tuple[Tensor, Tensor]:
+    """Return the probabilities and labels to stop [R, N] of held-out tokens; NaN: no label."""
     found: list[Tensor] = []
+    labelled = config.objective.labelled
+    assert labelled is not None
 
     def read(given: GradientStates) -> Tensor:
-        assert given.gate is not None
-        logits = torch.stack([F.linear(given.hidden(state), given.head) for state in given.states[1:]])  # [R, B, T, V]
-        targets = given.targets.expand(CAP, -1, -1)
-        losses = F.cross_entropy(logits.movedim(-1, 1), targets, reduction="none", ignore_index=IGNORE_INDEX)
-        right = (logits.argmax(-1) == targets).to(losses.dtype)
         valid = given.targets != IGNORE_INDEX
-        found.append(torch.stack([given.gate(*pair) for pair in pairwise(given.states)]).sigmoid()[:, valid])
-        found.append(LABELS[label](losses, right, MARGIN)[:, valid])
+        found.extend([gate_logits(given).sigmoid()[:, valid], gate_labels(given, labelled)[:, valid]])
         return torch.zeros(())
 
     model(rows.ids, num_steps=CAP, targets=rows.labels, objective=read)
     return found[0], found[1]
 
 
-def measure(model: RecurrentDepthModel, rows: Rows, label: str) -> dict[str, dict[str, float | None]]:
-    """Return the `FIGURES` of a gate by iterations."""
-    probabilities, labels = probabilities_and_labels(model, rows, label)
-    figures = {}
+def measure(model: RecurrentDepthModel, rows: Rows, config: RunConfig) -> dict[str, dict[str, float | None]]:
+    """Return the `METRICS` of a gate by iterations."""
+    probabilities, labels = probabilities_and_labels(model, rows, config)
+    known = ~labels.isnan().any(1)  # the first or the last iteration has no label
+    metrics = {}
     for name, (first, last) in SPANS.items():
-        predicted, wanted = probabilities[first - 1 : last].flatten(), labels[first - 1 : last].flatten()
-        predicted, wanted = predicted[~wanted.isnan()], wanted[~wanted.isnan()]
-        found = (wanted.mean().item(), predicted.mean().item(), calibration_error(predicted, wanted))
-        figures[name] = dict(zip(FIGURES, (*found, rank_accuracy(predicted, wanted)), strict=True))
-    return figures
+        chosen = [t for t in range(first - 1, last) if known[t]]
+        p, label = probabilities[chosen], labels[chosen]
+        found = (label.mean().item(), p.mean().item(), calibration_error(p.flatten(), label.flatten()))
+        metrics[name] = dict(zip(METRICS, (*found, auroc(p, label)), strict=True))
+    return metrics
 
 
 def run_job(job: tuple[str, int], keep: Path) -> dict[str, Any]:
     """Train a backbone and its gates where they are missing, and measure the gates."""
     task, seed = job
-    on, rows, found = backbone(task, seed, BACKBONE, keep), Rows(TASKS[task], 0, ROWS), {}
+    config = backbone(task, seed, BACKBONE, keep)
+    rows = Rows(TASKS[task], 0, ROWS)
+    found = {}
     with open(os.devnull, "w") as quiet, redirect_stderr(quiet):  # the progress of training
-        trained_run(on)
-        for label in READ:
-            name = f"gate {label}"
-            run = trained_run(gate(task, seed, on, name, GATES[BACKBONE][name]))
-            found[name] = measure(load_run_model(run), rows, label)
+        trained_run(config)
+        for name in MEASURED:
+            on_backbone = gate(task, seed, config, name, GATES[BACKBONE][name])
+            found[name] = measure(load_run_model(trained_run(on_backbone)), rows, on_backbone)
     print(task, seed, flush=True)
     return {"task": task, "seed": seed, "gates": found}
 
@@ -114,14 +119,14 @@ def kept_job(job: tuple[str, int], keep: Path) -> dict[str, Any]:
 
 
 def table(payload: dict[str, Any]) -> str:
-    """Return a table of the `FIGURES` by iterations, means over seeds."""
+    """Return a table of the `METRICS` by iterations, means over seeds."""
     rows = []
-    for task, name in product(payload["tasks"], (f"gate {label}" for label in READ)):
+    for task, name in product(payload["tasks"], MEASURED):
         seeds = [run["gates"][name] for run in payload["runs"] if run["task"] == task]
         cells = []
         for span in SPANS:
-            means = {key: _mean([seed[span][key] for seed in seeds]) for key in FIGURES}
-            cells.append(", ".join("-" if mean is None else f"{mean:.2f}" for mean in means.values()))
+            means = [_mean([seed[span][metric] for seed in seeds]) for metric in METRICS]
+            cells.append(", ".join("-" if mean is None else f"{mean:.2f}" for mean in means))
         rows.append([task, name.removeprefix("gate "), *cells])
     return markdown(["task", "label", *(f"iterations {span}" for span in SPANS)], rows)
 
@@ -138,13 +143,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--keep", default="build/stopping", help="folder of runs and finished measurements")
     args = parser.parse_args()
-    tasks = args.tasks.split(",")
-    jobs = [(task, int(seed)) for seed in args.seeds.split(",") for task in tasks]
+    tasks, seeds = args.tasks.split(","), [int(seed) for seed in args.seeds.split(",")]
+    jobs = [(task, seed) for seed in seeds for task in tasks]
     with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
         runs = pool.starmap(kept_job, [(job, Path(args.keep)) for job in jobs], chunksize=1)
     payload = {"tasks": tasks, "bins": BINS, "rows": ROWS, "runs": runs}
     print(table(payload))
-    write_result("stopping_calibration", payload)
+    if tasks == list(TASKS) and len(seeds) > 1:
+        write_result("stopping_calibration", payload)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ TEXT = "the quick brown fox jumps over the lazy dog. how many apples are there? 
 
 
 def pytest_configure():
-    """Let child processes take Ctrl-C: a shell's background jobs, and what they start, ignore it."""
+    """Restore Ctrl-C: the background jobs of a script ignore it, and so would the processes that tests start."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -93,8 +93,13 @@ def decode(
 
 def losses(run: Path) -> list[float]:
     """Return the loss of every training step of a run."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [record["loss"] for record in records if record["type"] == "train"]
+    return [record["loss"] for record in records(run, "train")]
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the records of a kind in metrics.jsonl of a run: `train`, `validation` or `rewind`."""
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in found if record["type"] == kind]
 
 
 @contextmanager

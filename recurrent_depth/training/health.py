@@ -109,8 +109,7 @@ def validate(
 ) -> dict[str, float]:
     """Return the mean loss per target at each depth from a zero initial state, and state metrics at the mean depth.
 
-    Of a model with an exit gate also `exit_num_steps`, the mean iteration after which it stops a token, at most the
-    mean depth.
+    With an exit gate, also `exit_num_steps`: the expected iteration after which a token stops, 1 to the mean depth.
 
     The last batch is padded with rows that do not count, so that the loss is that of config.rows rows on any number of
     ranks.
@@ -119,29 +118,30 @@ def validate(
     depths = sorted({1, mean_depth, *config.num_steps})
     batches = -(-config.rows // (rows_per_rank * ranks.world_size))
     sums = torch.zeros(len(depths) + 2, dtype=torch.float64, device=ranks.device)
+    # sums: the losses by depth, the exit iterations, the number of valid targets
     health: dict[str, float] = {}
     for number in range(batches):
         first_row = (number * ranks.world_size + ranks.rank) * rows_per_rank
         batch = source.batch(first_row, rows_per_rank, 0).to(ranks.device)
         spare = torch.arange(first_row, first_row + rows_per_rank, device=ranks.device) >= config.rows
         targets = batch.targets.masked_fill(spare[:, None], IGNORE_INDEX)
-        run = partial(
+        forward = partial(
             model,
             batch.input_ids,
             targets=targets,
             document_ids=batch.document_ids,
             position_ids=batch.position_ids,
         )
+        if model.transformer.gate is not None:
+            sums[-2] += forward(num_steps=mean_depth, objective=exit_iteration).loss.double()
         for index, depth in enumerate(depths):
             keep_states = number == 0 and depth == mean_depth
-            output = run(num_steps=depth, return_states=keep_states)
+            output = forward(num_steps=depth, return_states=keep_states)
             sums[index] += output.loss.double()
             if keep_states:
                 health = state_metrics(output.states)
-        if model.transformer.gate is not None:
-            sums[-2] += run(num_steps=(0, mean_depth), objective=exit_iteration).loss.double()
         sums[-1] += valid_targets(targets)
-    *losses, exits, count = ranks.all_reduce(sums).tolist()  # host: for the log, once per validation
+    *losses, exit_sum, count = ranks.all_reduce(sums).tolist()  # host: for the log, once per validation
     if not count:
         raise ValueError(f"no position of the {config.rows} validation rows has a target; raise validation.rows")
     metrics = {f"loss_{depth}": loss / count for depth, loss in zip(depths, losses, strict=True)}
@@ -149,7 +149,7 @@ def validate(
     metrics["loss_mean_depth"] = metrics[f"loss_{mean_depth}"]
     metrics["perplexity"] = perplexity(metrics["loss_mean_depth"])
     if model.transformer.gate is not None:
-        metrics["exit_num_steps"] = exits / count
+        metrics["exit_num_steps"] = exit_sum / count
     return metrics | _mean_over_ranks(health, ranks)
 
 

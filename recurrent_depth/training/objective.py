@@ -72,17 +72,20 @@ def expected_loss(given: GradientStates, beta: float) -> Tensor:
 
     This is sum_t p_t L_t - beta H(p) up to a constant, and never negative.
     """
-    log_p = exit_log_probabilities(_gate_logits(given))  # [K, B, T]
+    log_p = exit_log_probabilities(gate_logits(given))  # [K, B, T]
     losses = torch.stack([_token_losses(given, state) for state in given.states[1:]])
     # log K - H(p) is sum_t p_t (log K + log p_t)
     return _valid_sum(given, (log_p.exp() * (losses + beta * (math.log(len(log_p)) + log_p))).sum(0))
 
 
 def exit_iteration(given: GradientStates) -> Tensor:
-    """Return sum_t t p_t, the mean iteration after which the gate stops a token (see `expected_loss`)."""
-    p = exit_log_probabilities(_gate_logits(given)).exp()  # [K, B, T]
+    """Return the sum over valid targets of sum_t t p_t, the expected iteration after which a token stops.
+
+    A metric of validation, not an objective (p_t: see `expected_loss`).
+    """
+    p = exit_log_probabilities(gate_logits(given)).exp()  # [K, B, T]
     iterations = torch.arange(1, len(p) + 1, device=p.device)
-    return _valid_sum(given, torch.einsum("kbt,k->bt", p, iterations.to(p.dtype)))
+    return _valid_sum(given, (iterations[:, None, None] * p).sum(0))
 
 
 def self_distilled_loss(given: GradientStates, earlier: list[int], data_weight: float) -> Tensor:
@@ -107,19 +110,24 @@ def self_distilled_loss(given: GradientStates, earlier: list[int], data_weight: 
 
 def label_loss(given: GradientStates, config: LabelledConfig) -> Tensor:
     """Return the binary cross-entropy of the gate with the labels of a frozen model, as a mean over iterations."""
+    labels = gate_labels(given, config)
+    has_label = ~labels.isnan()
+    loss = F.binary_cross_entropy_with_logits(gate_logits(given), labels.nan_to_num(), reduction="none") * has_label
+    return _valid_sum(given, loss.sum(0) / has_label.sum(0).clamp(min=1))
+
+
+@torch.no_grad()
+def gate_labels(given: GradientStates, config: LabelledConfig) -> Tensor:
+    """Return the labels [K, B, T] of the gate after every iteration, NaN where there is none."""
 
     def read(hidden: Tensor, targets: Tensor) -> Tensor:
         logits = to_float32(F.linear(hidden, given.head))
         right = (logits.argmax(-1) == targets).to(logits.dtype)
         return torch.stack([_cross_entropy(logits, targets), right], dim=-1)
 
-    with torch.no_grad():
-        found = torch.stack([_by_token(given, read, state) for state in given.states[1:]])  # [K, B, T, 2]
-        losses, right = found.unbind(-1)
-        labels = LABELS[config.label](losses, right, MARGIN if config.margin is None else config.margin)
-    has_label = ~labels.isnan()
-    loss = F.binary_cross_entropy_with_logits(_gate_logits(given), labels.nan_to_num(), reduction="none") * has_label
-    return _valid_sum(given, loss.sum(0) / has_label.sum(0).clamp(min=1))
+    found = torch.stack([_by_token(given, read, state) for state in given.states[1:]])  # [K, B, T, 2]
+    losses, right = found.unbind(-1)
+    return LABELS[config.label](losses, right, MARGIN if config.margin is None else config.margin)
 
 
 def backward_label(losses: Tensor, right: Tensor, margin: float) -> Tensor:
@@ -143,7 +151,7 @@ def accuracy_label(losses: Tensor, right: Tensor, margin: float) -> Tensor:
 LABELS: dict[str, Label] = {"backward": backward_label, "forward": forward_label, "accuracy": accuracy_label}
 
 
-def _gate_logits(given: GradientStates) -> Tensor:
+def gate_logits(given: GradientStates) -> Tensor:
     """Return the logits [K, B, T] of the gate after every iteration with gradient."""
     assert given.gate is not None
     return torch.stack([given.gate(*pair) for pair in pairwise(given.states)])

@@ -32,7 +32,7 @@ from recurrent_depth.training.objective_config import (
     ObjectiveConfig,
     SelfDistilledConfig,
 )
-from support import ONE_RANK, assert_equal_runs, lively_model, losses, run_ranks, small_run
+from support import ONE_RANK, assert_equal_runs, lively_model, losses, records, run_ranks, small_run
 
 V, T, IGNORED = 50, 9, -100
 OBJECTIVES = {
@@ -137,7 +137,7 @@ def test_validation_records_the_mean_iteration_of_exit(model, tmp_path):
             p = left if iteration == len(stops) else left * stop
             left, total = left - p, total + p * iteration
     found = validate(model, source, config.validation, 2, ONE_RANK)
-    assert found["exit_num_steps"] == pytest.approx(total / count, rel=1e-6)
+    assert found["exit_num_steps"] == pytest.approx(total / count, rel=1e-10)
 
 
 @pytest.mark.parametrize("chunk", [None, 4])
@@ -315,6 +315,8 @@ def test_objective_on_two_ranks_equals_one_and_resumes_on_one(tmp_path, name):
     many = dataclasses.replace(config, out=str(tmp_path / "many"))
     assert run_ranks(train, 2, many) == [0, 0]
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = (records(tmp_path / name, "validation")[-1]["exit_num_steps"] for name in ("one", "many"))
+    assert 1 < two == pytest.approx(one, rel=1e-4)
     shutil.rmtree(tmp_path / "many" / "checkpoints" / "step-00000004")
     train(many, resume=True)
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
