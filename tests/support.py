@@ -93,10 +93,10 @@ def decode(
 
 def losses(run: Path) -> list[float]:
     """Return the loss of every training step of a run."""
-    return [record["loss"] for record in records(run, "train")]
+    return [record["loss"] for record in records(run)]
 
 
-def records(run: Path, kind: str) -> list[dict[str, Any]]:
+def records(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     """Return the records of a kind in metrics.jsonl of a run: `train`, `validation` or `rewind`."""
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [record for record in found if record["type"] == kind]

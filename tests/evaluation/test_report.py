@@ -12,6 +12,7 @@ from PIL import Image
 from recurrent_depth.cli import main
 from recurrent_depth.evaluation.report import sections, summarise, training_times
 from recurrent_depth.evaluation.table import Result, write_csv
+from support import records
 
 
 def result(model="ours", num_steps=1, **changes):
@@ -107,8 +108,7 @@ def test_training_times_are_those_of_the_runs(run):
 
 
 def test_summary_adds_up_the_records_of_a_run(run):
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    train = [record for record in records if record["type"] == "train"]
+    train = records(run)
     summary = summarise(run)
     assert summary.steps == 12
     assert summary.seconds == pytest.approx(sum(record["seconds"] for record in train))

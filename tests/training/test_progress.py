@@ -13,12 +13,7 @@ from recurrent_depth.training.config import RuntimeConfig
 from recurrent_depth.training.launch import train
 from recurrent_depth.training.parallel import Ranks
 from recurrent_depth.training.progress import Speed, peak_of_ranks, status_line
-from support import losses, small_run
-
-
-def records(run, kind="train"):
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in found if record["type"] == kind]
+from support import losses, records, small_run
 
 
 def test_report_holds_speed_flops_memory_and_remaining_time(tmp_path, capsys):

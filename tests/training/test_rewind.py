@@ -15,7 +15,7 @@ from recurrent_depth.training.health import TrainingAborted
 from recurrent_depth.training.launch import train
 from recurrent_depth.training.rewind import REWINDS_FILE, Rewind, SpikeGuard, read_rewinds
 from recurrent_depth.training.trainer import Trainer
-from support import assert_equal_runs, changed_loss, final_tensors, losses, run_ranks, small_run
+from support import assert_equal_runs, changed_loss, final_tensors, losses, records, run_ranks, small_run
 
 SPIKES = SpikeConfig(factor=2.0, window=4)
 
@@ -42,14 +42,9 @@ def train_with_bad_rows(config, bad: tuple[int, ...] = (10,), kill_after: int = 
         Trainer.resume = resume
 
 
-def rewinds(run):
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["type"] == "rewind"]
-
-
 def test_rewind_skips_the_data_of_a_spike_and_nothing_else(tmp_path, monkeypatch):
     train_with_bad_rows(run_config(tmp_path / "spiked"))
-    (record,) = rewinds(tmp_path / "spiked")
+    (record,) = records(tmp_path / "spiked", "rewind")
     assert (record["step"], record["spike"], record["skipped"]) == (8, 10, 3)
     assert record["loss"] > 2 * record["median"]
     # a run that never saw the rows of steps 8 to 10
@@ -62,7 +57,8 @@ def test_rewind_skips_the_data_of_a_spike_and_nothing_else(tmp_path, monkeypatch
 
 def test_rewinds_add_up_and_survive_a_resume(tmp_path):
     train_with_bad_rows(run_config(tmp_path / "run"), bad=(10, 13))
-    assert [(r["step"], r["spike"], r["skipped"]) for r in rewinds(tmp_path / "run")] == [(8, 10, 3), (8, 10, 3)]
+    found = records(tmp_path / "run", "rewind")
+    assert [(record["step"], record["spike"], record["skipped"]) for record in found] == [(8, 10, 3), (8, 10, 3)]
     entries = json.loads((tmp_path / "run" / REWINDS_FILE).read_text())
     guard = SpikeGuard(SPIKES, tmp_path / "run")
     guard.rewinds = read_rewinds(tmp_path / "run")
