@@ -60,7 +60,7 @@ def _qkv(rows: int, device: torch.device, dtype: torch.dtype) -> list[Any]:
 
 CASES = [
     Case("rms_norm", _rows(D, -D), lambda x, w: ops.rms_norm(x, w, 1e-6), "rms_norm", "rms_norm"),
-    Case("add_norm", _rows(D, D, -D), lambda *t: ops.add_norm(*t, 1e-6), "add_norm"),
+    Case("add_norm", _rows(D, D, -D), lambda x, y, w: ops.add_norm(x, y, w, 1e-6), "add_norm"),
     Case("bias_rope", _qkv, ops.bias_rope, "bias_rope"),
     Case("swiglu", _rows(2 * INNER), ops.swiglu, "swiglu", "swiglu"),
 ]

@@ -101,7 +101,7 @@ def train_and_evaluate(job: dict[str, Any]) -> dict[str, Any]:
     depths = DEPTHS if job["model"] == "shell-game" else [1]
     results = evaluate_per_position(model, job["model"], TASKS["shell_game"], depths)
     flops, tokens = flops_and_tokens(config)
-    accuracy = {f"r{r.num_steps}": {} for r in results}
+    accuracy: dict[str, dict[str, float]] = {f"r{r.num_steps}": {} for r in results}
     for r in results:
         accuracy[f"r{r.num_steps}"][r.difficulty] = round(r.value, 4)
     done = {**job, "parameters": model.num_parameters, "tokens": tokens, "flops": flops, "accuracy": accuracy}

@@ -117,7 +117,7 @@ def changed_loss(change: Callable[[Trainer, torch.Tensor], torch.Tensor]) -> Ite
 
     def changed_forward(self: RecurrentDepthModel, *args: Any, **kwargs: Any) -> Any:
         output = forward(self, *args, **kwargs)
-        if training:
+        if training and output.loss is not None:
             output.loss = change(training[-1], output.loss)
         return output
 
@@ -160,7 +160,7 @@ def outcome(folder: str | Path, action: Callable[..., Any], *args: Any) -> None:
 
 def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     """Return weights and moments of the newest checkpoint, by shard file and name."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     newest = checkpoints(run)[-1]
     for path in sorted(newest.rglob("*.safetensors")):
         tensors |= {f"{path.relative_to(newest)}:{name}": value for name, value in load_file(path).items()}

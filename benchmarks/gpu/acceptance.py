@@ -173,7 +173,12 @@ def _with_mask(model: RecurrentDepthModel, ids: Tensor, seen: Tensor) -> tuple[T
     try:
         return loss_and_gradients(model, ids)
     finally:
-        F.scaled_dot_product_attention = original  # type: ignore[assignment]
+        F.scaled_dot_product_attention = original
+
+
+def local_part(weight: Tensor) -> Tensor:
+    """Return the part of a sharded weight that this rank holds."""
+    return weight.detach().to_local()  # type: ignore[attr-defined]
 
 
 def one_rank_trains_bf16_with_fp32_weights(stage: Stage) -> dict[str, Any]:
@@ -189,7 +194,7 @@ def one_rank_trains_bf16_with_fp32_weights(stage: Stage) -> dict[str, Any]:
     handle = model.transformer.core_block[0].register_forward_pre_hook(note)
     optimizer = build_optimizer(model, OptimizerConfig(name="huginn", lr=1e-3))
     ids = random_ids(stage)
-    before = [p.detach().to_local().clone() for p in model.parameters()]
+    before = [local_part(p).clone() for p in model.parameters()]
     loss = model(ids, targets=ids, num_steps=(1, 2)).loss
     loss.backward()
     optimizer.step()
@@ -198,7 +203,7 @@ def one_rank_trains_bf16_with_fp32_weights(stage: Stage) -> dict[str, Any]:
     assert set(seen[2::3]) == {torch.float32}, seen
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert loss.dtype == torch.float32
-    moved = min((p.detach().to_local() - b).abs().max().item() for p, b in zip(model.parameters(), before, strict=True))
+    moved = min((local_part(p) - b).abs().max().item() for p, b in zip(model.parameters(), before, strict=True))
     assert moved > 0, "a weight did not change"
     leave_process_group()
     return {"loss": loss.item(), "smallest_change": moved}

@@ -113,15 +113,16 @@ def rope_into_cache(device: torch.device, dtype: torch.dtype, shape: Shape, fuse
     """Compare q and the cache after the write, with one row that must not write."""
     B, R, H, K = 3, 4, shape.heads, shape.width // shape.heads
     qkv = torch.randn(B, 1, 3 * shape.width, device=device, dtype=dtype)
-    biases = [torch.randn(H, K, device=device, dtype=dtype) for _ in range(2)]
-    rotary = [torch.randn(B, 1, K, device=device) for _ in range(2)]
+    q_bias, k_bias = (torch.randn(H, K, device=device, dtype=dtype) for _ in range(2))
+    cos, sin = (torch.randn(B, 1, K, device=device) for _ in range(2))
     entries = torch.randn(R, 2, B, H, shape.cached, K, device=device, dtype=dtype)
     steps, columns = torch.tensor([0, 5, 2], device=device), torch.tensor([3, 7, shape.cached - 1], device=device)
     active = torch.tensor([[True], [True], [False]], device=device)
     exact = entries.double()
-    q = fused.rope_into_cache(qkv, *biases, *rotary, entries, steps, columns, active, H)
-    wide = [x.double() for x in (qkv, *biases, *rotary)]
-    wanted = ops.rope_into_cache(*wide, exact, steps, columns, active, H)
+    q = fused.rope_into_cache(qkv, q_bias, k_bias, cos, sin, entries, steps, columns, active, H)
+    wanted = ops.rope_into_cache(
+        qkv.double(), q_bias.double(), k_bias.double(), cos.double(), sin.double(), exact, steps, columns, active, H
+    )
     return compare([q, entries], [wanted, exact], dtype)
 
 

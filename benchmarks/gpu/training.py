@@ -82,7 +82,7 @@ class TrainingStep:
         model = self._build()
         kernels = fused(self.stage) if "triton" in variant else "torch"
         use_ops(model, choose_ops(kernels, self.stage.device))
-        model.transformer.core_block.activation_checkpointing = recompute
+        model.transformer.core_block.activation_checkpointing = recompute  # type: ignore[assignment]
         torch._dynamo.reset()
         for block in blocks(model):
             block._compiled_call_impl = None
@@ -111,14 +111,14 @@ class TrainingStep:
 
     def _result(self, variant: str, recompute: str, seconds: float) -> dict[str, Any]:
         executed, useful = (
-            self.rows * training_flops(self.config, self.tokens, *DEPTH, recomputed)  # type: ignore[arg-type]
+            self.rows * training_flops(self.config, self.tokens, *DEPTH, recomputed)
             for recomputed in (recompute, "none")
         )
         peak = peak_flops(self.stage)
         runtime = dataclasses.replace(
             self.runtime,
-            activation_checkpointing=recompute,  # type: ignore[arg-type]
-            kernels=fused(self.stage) if "triton" in variant else "torch",  # type: ignore[arg-type]
+            activation_checkpointing=recompute,
+            kernels=fused(self.stage) if "triton" in variant else "torch",
         )
         return {
             "shape": self.shape, "variant": variant, "rows": self.rows, "tokens": self.tokens, "depth": list(DEPTH),

@@ -32,7 +32,7 @@ def token_correlation(state: Tensor) -> float:
     return float(total / (T * (T - 1)))
 
 
-def parse_rule(text: str, gate: Gate | None) -> tuple[str, ExitRule]:
+def parse_rule(text: str, gate: Gate | None = None) -> tuple[str, ExitRule]:
     """Return the label and the rule of NAME or NAME=THRESHOLD, for example kl=0.001.
 
     Args:
