@@ -180,7 +180,7 @@ def _section(cls: type, name: str, text: str) -> dict[str, Any]:
     """Return the fields of a section that is given as `{field: value}` or as a file."""
     if text.startswith("{"):
         return _expanded(cls, from_yaml(text, name), Path())
-    file = find_config(text, name)
+    file = find_config(text, name, cls)
     return _expanded(cls, read_yaml(file), file.parent)
 
 
@@ -192,7 +192,7 @@ def _expanded(cls: type, values: dict[str, Any], folder: Path) -> dict[str, Any]
         if not is_dataclass(hint):
             continue
         if isinstance(value, str):
-            file = folder / value if (folder / value).is_file() else find_config(value, name)
+            file = folder / value if (folder / value).is_file() else find_config(value, name, hint)  # type: ignore[arg-type]
             result[name] = _expanded(hint, read_yaml(file), file.parent)  # type: ignore[arg-type]
         elif isinstance(value, Mapping):
             result[name] = _expanded(hint, dict(value), folder)  # type: ignore[arg-type]
@@ -209,15 +209,24 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return result
 
 
-def find_config(name: str, option: str = "config") -> Path:
-    """Return the file of this name, or the shipped one (with or without the prefix configs/)."""
+def find_config(name: str, option: str = "config", section: type | None = None) -> Path:
+    """Return the file of this name, or the shipped one (with or without the prefix configs/).
+
+    Args:
+        section: what the file holds, if it may be given by its fields instead.
+    """
     inside = name.removeprefix("configs/")
     for file in (Path(name), SHIPPED / inside):
         if file.is_file():
             return file
     what = "is a folder, not a file" if Path(name).is_dir() else "does not exist"
     near = difflib.get_close_matches(inside, [str(file) for file in shipped_configs()], 1)
-    advice = f"did you mean {near[0]}?" if near else "`recurrent-depth configs` lists the shipped files"
+    advice = "`recurrent-depth configs` lists the shipped files"
+    if section is not None and not name.endswith(".yaml"):
+        names = [f"{option}.{field.name}" for field in fields(section)]
+        advice = f"give a YAML file, or a field of this section: {', '.join(names[:4])}{', ...' if names[4:] else ''}"
+    if near:
+        advice = f"did you mean {near[0]}?"
     raise OptionError(f"{option}: {name!r} {what}; {advice}")
 
 

@@ -189,6 +189,7 @@ def test_empty_output_folder_is_refused(start, out, capsys, folder):
         ([*TRAIN, "--steps"], "--steps needs a value"),
         ([*TRAIN, "--steps", "--seed", "1"], "--steps needs a value"),
         ([*TRAIN, "--model", "nowhere.yaml"], "model: 'nowhere.yaml' does not exist"),
+        ([*TRAIN, "--objective", "last"], "a field of this section: objective.every, objective.gated"),
         ([*TRAIN, "--model", "{n_embd: 3"], "model is '{n_embd: 3', which is not YAML"),
         ([*TRAIN, "--optimizer", "{lr: fast}"], "optimizer.lr is 'fast'; it must be a number"),
         ([*TRAIN, "extra"], "'extra' is not an option"),
