@@ -292,29 +292,35 @@ def contrast_table(payload: dict[str, Any]) -> str:
 
 
 def plot(payload: dict[str, Any]) -> None:
-    """Write results/stopping.png: accuracy over mean iterations, by task, on backbones A, B and C."""
+    """Write results/stopping.png: accuracy over mean iterations on A, B and C, and over FLOPs on A, by task."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     tasks = list(dict.fromkeys(row["task"] for row in payload["methods"]))
-    figure, axes = plt.subplots(3, len(tasks), figsize=(4.5 * len(tasks), 10.5), squeeze=False, sharex=True)
+    shown = ((A, "iterations"), (A, "flops"), (B, "iterations"), (C, "iterations"))
+    figure, axes = plt.subplots(4, len(tasks), figsize=(4.5 * len(tasks), 14), squeeze=False, layout="constrained")
     cells = {(row["task"], row["backbone"]): row for row in payload["backbones"]}
-    for (i, backbone), (j, task) in product(enumerate((A, B, C)), enumerate(tasks)):
+    for (i, (backbone, cost)), (j, task) in product(enumerate(shown), enumerate(tasks)):
         if (task, backbone) not in cells:
             continue
         axis, cell = axes[i][j], cells[task, backbone]
-        axis.plot(range(1, CAP + 1), [100 * y for y in cell["accuracy"]], "k--", label="fixed")
-        for row in payload["methods"]:
+        methods = {
+            row["method"]: row for row in payload["methods"] if (row["task"], row["backbone"]) == (task, backbone)
+        }
+        one = methods["state-change"]["points"][0]  # a rule that reads no logits: its FLOPs are those of the iterations
+        per_iteration = 1 if cost == "iterations" else one["flops"] / one["iterations"] / 1e6
+        fixed = [r * per_iteration for r in range(1, CAP + 1)]
+        axis.plot(fixed, [100 * y for y in cell["accuracy"]], "k--", label="fixed")
+        for name, row in methods.items():
             points = [point for point in row["points"] if point["seeds"] == len(cell["seeds"])]
-            if (row["task"], row["backbone"]) == (task, backbone) and points:
+            if points:
                 points = sorted(points, key=lambda point: point["iterations"])
-                axis.plot(
-                    [point["iterations"] for point in points], [100 * point["accuracy"] for point in points],
-                    "s-" if is_gate(row["method"]) else "o-", label=row["method"], markersize=4, linewidth=1,
-                )  # fmt: skip
-        axis.set(title=f"{task}, {backbone}", xlabel="mean iterations of a token", ylabel="accuracy, %")
+                costs = [point["iterations"] if cost == "iterations" else point["flops"] / 1e6 for point in points]
+                accuracy, style = [100 * point["accuracy"] for point in points], "s-" if is_gate(name) else "o-"
+                axis.plot(costs, accuracy, style, label=name, markersize=4, linewidth=1)
+        unit = "mean iterations of a token" if cost == "iterations" else "MFLOPs of a token"
+        axis.set(title=f"{task}, {backbone}", xlabel=unit, ylabel="accuracy, %", xlim=(0, (CAP + 0.5) * per_iteration))
         axis.legend(fontsize=6)
-    figure.tight_layout()
     figure.savefig(RESULTS / "stopping.png", dpi=80)
