@@ -92,8 +92,7 @@ def text(stage: Stage, data: str, float8: bool) -> dict[str, Any]:
         times.append(time.perf_counter() - began)
     steps = 2 if stage.toy else max(20, int(TEXT_SECONDS / min(times)))
     optimizer = dataclasses.replace(config.optimizer, warmup_steps=steps // 10, cooldown_steps=steps // 4)
-    depth_ramp = dataclasses.replace(config.depth_ramp, steps=steps // 2) if config.depth_ramp else None
-    trainer.config = dataclasses.replace(config, steps=steps, optimizer=optimizer, depth_ramp=depth_ramp)
+    trainer.config = dataclasses.replace(config, steps=steps, optimizer=optimizer)
     losses, tokens, flops, began, end = [], 0.0, 0.0, time.perf_counter(), stage.end
     trainer.step = 0
     while trainer.step < steps and time.monotonic() < end:
