@@ -14,6 +14,7 @@ from recurrent_depth.model.flops import training_flops
 from recurrent_depth.planning.devices import DEVICES
 from recurrent_depth.planning.pretraining import Job, communication, fits, memory, remedies, throughput
 from recurrent_depth.training.config import DepthRampConfig, OptimizerConfig, RuntimeConfig
+from recurrent_depth.training.objective import micro_step_flops
 from recurrent_depth.training.objective_config import (
     EveryConfig,
     GatedConfig,
@@ -92,6 +93,19 @@ def test_planned_memory_of_objectives(tmp_path, name, chunk):
     )  # fmt: skip
     peak = measured_peak(config)
     assert 0.92 * peak <= sum(memory(Job(config, 1, TOKENS)).values()) <= 1.25 * peak
+
+
+@pytest.mark.parametrize("executed", [False, True])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_planned_flops_of_objectives(tmp_path, name, executed):
+    config = dataclasses.replace(
+        wide_run(tmp_path, activation_checkpointing="step", loss_chunk_size=32),
+        model=dataclasses.replace(MODEL, gate=GateConfig()), objective=OBJECTIVES[name],
+        trainable="gate" if name == "labelled" else "all",
+    )  # fmt: skip
+    expected = micro_step_flops(config, TOKENS, (3, 3), executed=executed) / TOKENS  # MODEL has this depth always
+    speed = throughput(Job(config, 1, TOKENS), DEVICES["h100"], 0.5)
+    assert (speed.executed if executed else speed.useful) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.slow

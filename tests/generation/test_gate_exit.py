@@ -1,5 +1,6 @@
 """The exit rule `gate` against a loop over iterations, in fp64: batch and single, modes, order of prompts, export."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,17 @@ def test_gate_exit_of_a_batch_equals_single_requests(model, mode):
     assert len({steps for row in together.steps for steps in row}) > 2
 
 
+@pytest.mark.parametrize("budget", [1, 2, 4])
+def test_gate_exit_of_a_batch_equals_single_requests_with_a_cache_budget(model, budget):
+    options = dataclasses.replace(stopping(model), cache_budget=budget)
+    together = decode(model, PROMPTS, options)
+    alone = [decode(model, [prompt], options) for prompt in PROMPTS]
+    assert (together.tokens, together.steps) == (
+        [found.tokens[0] for found in alone], [found.steps[0] for found in alone]
+    )  # fmt: skip
+    assert decode(model, PROMPTS, options, Captured()).steps == together.steps
+
+
 def test_gate_exit_stops_prompts_in_order(model):
     """The longer prompt takes the tokens of its beginning with the same iterations, whatever follows."""
     long, options = [5, 9, 33, 14, 2, 7, 41], stopping(model)
@@ -121,11 +133,13 @@ def test_gate_survives_export_with_equal_exits(folders):
 def test_generate_of_transformers_takes_the_gate(folders):
     model = AutoModelForCausalLM.from_pretrained(folders[1])
     engine = Engine(EngineOptions(exit="gate", exit_threshold=Q))
-    ids = torch.tensor([PROMPTS[0]])
+    padding = [5 - len(prompt) for prompt in PROMPTS]
+    ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, PROMPTS, strict=True)])
+    mask = torch.tensor([[0] * pad + [1] * (5 - pad) for pad in padding])
     options = {"num_steps": R, "max_new_tokens": 6, "use_cache": False, "do_sample": False}
-    written = model.generate(ids, custom_generate=engine, **options)
-    expected = decode(model, [PROMPTS[0]], stopping(model))
-    assert (written[0, 5:].tolist(), engine.result.steps) == (expected.tokens[0], expected.steps)
+    written = model.generate(ids, attention_mask=mask, custom_generate=engine, **options)
+    expected = decode(model, PROMPTS, stopping(model))
+    assert (written[:, 5:].tolist(), engine.result.steps) == (expected.tokens, expected.steps)
 
 
 @pytest.mark.slow

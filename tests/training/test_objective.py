@@ -4,6 +4,7 @@ import dataclasses
 import math
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from recurrent_depth.data.loader import open_source
 from recurrent_depth.model.config import GateConfig
 from recurrent_depth.model.gate import exit_log_probabilities
 from recurrent_depth.model.transformer import RecurrentDepthModel
-from recurrent_depth.runs import load_run_model
+from recurrent_depth.runs import checkpoints, load_run_model
+from recurrent_depth.training.checkpoint import read_resume_details
 from recurrent_depth.training.config import (
     CheckpointConfig,
     DistillationConfig,
@@ -32,6 +34,7 @@ from recurrent_depth.training.objective_config import (
     ObjectiveConfig,
     SelfDistilledConfig,
 )
+from recurrent_depth.training.trainer import Trainer
 from support import ONE_RANK, assert_equal_runs, lively_model, losses, records, run_ranks, small_run
 
 V, T, IGNORED = 50, 9, -100
@@ -308,7 +311,7 @@ def test_training_the_gate_of_a_model_changes_nothing_else(tmp_path, optimizer):
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_objective_on_two_ranks_equals_one_and_resumes_on_one(tmp_path, name):
+def test_objective_on_two_ranks_equals_one_and_resumes_on_another_number(tmp_path, name):
     runtime = RuntimeConfig(device="cpu", threads=1, loss_chunk_size=20, activation_checkpointing="step")
     config = gated_run(tmp_path / "one", name, steps=4, runtime=runtime, checkpoint=CheckpointConfig(every=2))
     train(config)
@@ -317,9 +320,46 @@ def test_objective_on_two_ranks_equals_one_and_resumes_on_one(tmp_path, name):
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     one, two = (records(tmp_path / name, "validation")[-1]["exit_num_steps"] for name in ("one", "many"))
     assert 1 < two == pytest.approx(one, rel=1e-4)
-    shutil.rmtree(tmp_path / "many" / "checkpoints" / "step-00000004")
-    train(many, resume=True)
-    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    expected = whole_state(config)
+    for run in ("many", "one"):  # from two ranks to one, and from one to two
+        shutil.rmtree(tmp_path / run / "checkpoints" / "step-00000004")
+        resumed = dataclasses.replace(config, out=str(tmp_path / run))
+        if run == "many":
+            resume(resumed)
+        else:
+            assert run_ranks(resume, 2, resumed) == [0, 0]
+        found = whole_state(resumed)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5, msg=f"{run}: {key}")
+
+
+def resume(config):
+    train(config, resume=True)
+
+
+def whole_state(config):
+    """Return the weights of the newest checkpoint of a run, and the moments of the gate."""
+    trainer, checkpoint = Trainer(config, ONE_RANK), checkpoints(Path(config.out))[-1]
+    trainer.resume(checkpoint, read_resume_details(checkpoint))
+    moments = {
+        f"{name} {key}": value
+        for name, p in trainer.model.named_parameters()
+        if name.startswith("transformer.gate") and p.requires_grad
+        for key, value in trainer.optimizer.state[p].items()
+    }
+    return {name: p.detach() for name, p in trainer.model.named_parameters()} | moments
+
+
+def test_gate_that_no_objective_trains_changes_nothing(tmp_path):
+    """`last` with a gate in the model has the losses and weights of a model without one, bit by bit."""
+    plain, gated = small_run(tmp_path / "plain", steps=4), gated_run(tmp_path / "gated", "every", steps=4)
+    gated = dataclasses.replace(gated, objective=ObjectiveConfig(), validation=plain.validation)
+    train(plain)
+    train(gated)
+    assert losses(tmp_path / "gated") == losses(tmp_path / "plain")
+    before, after = (dict(load_run_model(run.out).named_parameters()) for run in (plain, gated))
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_objective_that_cannot_work_is_refused():
