@@ -11,24 +11,27 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from collectives import counted
+from recurrent_depth.model.config import GateConfig
 from recurrent_depth.planning.pretraining import Job, communication
 from recurrent_depth.training.config import RuntimeConfig
-from recurrent_depth.training.objective_config import EveryConfig, ObjectiveConfig
+from recurrent_depth.training.objective_config import EveryConfig, GatedConfig, ObjectiveConfig
 from recurrent_depth.training.parallel import start_processes
 from recurrent_depth.training.trainer import Trainer
 from support import run_ranks, small_run
 
 CPU = RuntimeConfig(device="cpu", dtype="float32", threads=1)
 EVERY = ObjectiveConfig(every=EveryConfig(reads=2))
+GATED = ObjectiveConfig(gated=GatedConfig())
 BFLOAT16 = dataclasses.replace(CPU, dtype="bfloat16")
 
 
 def config_of(out, depth=2, micro_steps=2, runtime=CPU, objective=ObjectiveConfig()):  # noqa: B008
-    config = small_run(out, runtime=runtime, micro_steps=micro_steps, objective=objective)
+    config = small_run(out, runtime=runtime, micro_steps=micro_steps)
     model = dataclasses.replace(
-        config.model, mean_recurrence=depth, sampling_scheme="fixed", n_layers_in_recurrent_block=2
-    )
-    return dataclasses.replace(config, model=model)
+        config.model, mean_recurrence=depth, sampling_scheme="fixed", n_layers_in_recurrent_block=2,
+        gate=GateConfig() if objective.trains_gate else None,
+    )  # fmt: skip
+    return dataclasses.replace(config, model=model, objective=objective)
 
 
 def one_step(out, cases):
@@ -109,6 +112,7 @@ def two_ranks(tmp_path_factory):
         "freed_deep": {"depth": 9, "runtime": freed},
         "replicated": {"runtime": dataclasses.replace(CPU, shard_size=1)}, "bfloat16": {"runtime": BFLOAT16},
         "every": {"objective": EVERY}, "every_freed": {"objective": EVERY, "runtime": freed},
+        "gated": {"objective": GATED, "runtime": BFLOAT16}, "gated_freed": {"objective": GATED, "runtime": freed},
     }  # fmt: skip
     return measure(out, 2, **runs)
 
@@ -133,6 +137,7 @@ def test_resharding_gathers_again_in_each_backward_pass(two_ranks):
     assert counts["reduces"] == units(config)
     assert two_ranks["freed_deep"]["counts"] == counts
     assert_same_numbers(two_ranks["freed"], two_ranks["bfloat16"])
+    assert_same_numbers(two_ranks["gated_freed"], two_ranks["gated"])
 
 
 @pytest.mark.distributed
@@ -185,6 +190,8 @@ def test_plan_predicts_the_communicated_bytes(two_ranks):
     assert_planned(two_ranks, 2, "replicated", runtime=dataclasses.replace(CPU, shard_size=1))
     assert_planned(two_ranks, 2, "every", objective=EVERY)
     assert_planned(two_ranks, 2, "every_freed", objective=EVERY, runtime=freed)
+    assert_planned(two_ranks, 2, "gated", objective=GATED, runtime=BFLOAT16)
+    assert_planned(two_ranks, 2, "gated_freed", objective=GATED, runtime=freed)
 
 
 @pytest.mark.distributed
