@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.common import markdown, read_result
 from benchmarks.conversion_tables import conversion, conversion_study, healing_accuracy, healing_loss
 from benchmarks.gpu_tables import entries, gpu_acceptance, gpu_decoding, gpu_roofline, gpu_summary, gpu_training
-from benchmarks.reasoning_words_report import words, words_differences, words_fewshot
+from benchmarks.reasoning_words_report import words, words_differences, words_fewshot, words_rates
 
 ROOT = Path(__file__).parents[1]
 SHOWN = (1, 2, 4, 8, 12, 16, 64)
@@ -365,6 +365,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "words": lambda: words(read_result("reasoning_words")),
     "words differences": lambda: words_differences(read_result("reasoning_words")),
     "words fewshot": lambda: words_fewshot(read_result("reasoning_words")),
+    "words rates": lambda: words_rates(read_result("reasoning_words_rates"), read_result("reasoning_words")),
     "words trial": lambda: words(read_result("reasoning_words_trial")),
     "serving": lambda: import_module("benchmarks.serving").table(read_result("serving")),
 }
