@@ -3,7 +3,7 @@
     python -m benchmarks stopping_calibration [--tasks shell_game,...] [--seeds 0,1,2] [--workers 2] [--keep FOLDER]
 
 Trains the backbone A of `python -m benchmarks stopping` and its gates in the same FOLDER, so that finished ones are not
-trained again, and reads held-out rows at every iteration. About three quarters of an hour of one CPU thread. With all
+trained again, and reads held-out rows at every iteration. About half an hour of one CPU thread. With all
 tasks and several seeds it writes results/stopping_calibration.json.
 
 Shapes: N tokens, R iterations.

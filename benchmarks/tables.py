@@ -362,6 +362,9 @@ TABLES: dict[str, Callable[[], str]] = {
         f"stopping {name}": partial(_stopping, name)
         for name in ("backbones", "objectives", "A", "B", "C", "shuffled", "contrasts")
     },
+    "stopping calibration": lambda: import_module("benchmarks.stopping_calibration").table(
+        read_result("stopping_calibration")
+    ),
     "words": lambda: words(read_result("reasoning_words")),
     "words differences": lambda: words_differences(read_result("reasoning_words")),
     "words fewshot": lambda: words_fewshot(read_result("reasoning_words")),
