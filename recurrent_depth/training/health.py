@@ -117,21 +117,16 @@ def validate(
     mean_depth = model.config.mean_recurrence
     depths = sorted({1, mean_depth, *config.num_steps})
     batches = -(-config.rows // (rows_per_rank * ranks.world_size))
+    # the losses by depth, the exit iterations, the number of valid targets
     sums = torch.zeros(len(depths) + 2, dtype=torch.float64, device=ranks.device)
-    # sums: the losses by depth, the exit iterations, the number of valid targets
     health: dict[str, float] = {}
     for number in range(batches):
         first_row = (number * ranks.world_size + ranks.rank) * rows_per_rank
         batch = source.batch(first_row, rows_per_rank, 0).to(ranks.device)
         spare = torch.arange(first_row, first_row + rows_per_rank, device=ranks.device) >= config.rows
         targets = batch.targets.masked_fill(spare[:, None], IGNORE_INDEX)
-        forward = partial(
-            model,
-            batch.input_ids,
-            targets=targets,
-            document_ids=batch.document_ids,
-            position_ids=batch.position_ids,
-        )
+        packing = {"document_ids": batch.document_ids, "position_ids": batch.position_ids}
+        forward = partial(model, batch.input_ids, targets=targets, **packing)
         if model.transformer.gate is not None:
             sums[-2] += forward(num_steps=mean_depth, objective=exit_iteration).loss.double()
         for index, depth in enumerate(depths):
